@@ -1,0 +1,63 @@
+# `make` lists the targets. How many threads torch and numba use is yours to say: OMP_NUM_THREADS=1 make test
+
+# The interpreter that .venv is made from (3.11 or newer).
+PYTHON ?= python3
+# Where pip looks for torch besides your usual index. On Linux the usual index has the CUDA build with gigabytes of
+# libraries; without a GPU, or to save the download:  make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# `make reference` without runs/corpus: the directory with the source corpora (named in examples/reference_texts.py).
+DATA ?=
+
+BIN   := .venv/bin
+PIP   := $(BIN)/python -m pip
+STAMP := .venv/.setup-stamp
+REFERENCES := olmoe qwen2_moe
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint test test-all demo bench-solver quality reference wheel-check
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## create .venv with the pinned versions of constraints.txt and moebit, editable
+
+# torch first and by itself, so that the resolver finds it there and never considers another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("moebit needs Python 3.11 or newer: make setup PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch hatchling editables
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+lint: setup  ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## what has to pass before a commit: lint, and the tests that are not slow
+	$(BIN)/pytest -m "not slow"
+
+test-all: lint  ## lint and every test, the slow ones too
+	$(BIN)/pytest
+
+demo: setup  ## quantize a shipped reference model and show what it cost
+	$(BIN)/python examples/demo.py
+
+bench-solver: setup  ## how fast the batched solver is, against the textbook form
+	$(BIN)/python benchmarks/solver.py
+
+quality: setup  ## the quality table: every preset on every reference model
+	$(BIN)/python benchmarks/quality.py
+
+reference: setup runs/corpus  ## retrain the reference models (hours; goes on where it was interrupted)
+	set -e; for name in $(REFERENCES); do \
+	    $(BIN)/python examples/train_reference.py examples/reference_$$name.yaml \
+	        --corpus runs/corpus --texts reference/text --out reference/$$name --work runs/$$name; \
+	done
+
+runs/corpus: | $(STAMP)
+	@test -n "$(DATA)" || { echo "runs/corpus is not there: make reference DATA=... (see examples/reference_texts.py)" >&2; exit 2; }
+	$(BIN)/python examples/reference_texts.py --data "$(DATA)" --out reference/text --train $@
+
+wheel-check: setup  ## build the wheel, install it outside the clone, run it there on a tiny model
+	$(BIN)/python tests/wheel_check.py

@@ -1,0 +1,196 @@
+"""What quantization costs the reference models: the cells of benchmarks/protocol.yaml, as benchmarks/results/quality.md.
+
+    make quality        (or: .venv/bin/python benchmarks/quality.py)
+
+Every cell is kept in runs/quality under a hash of everything it depends on (protocol, recipe, texts, model, moebit's own code), so that an
+interrupted run goes on where it was and a changed one starts again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import moebit
+from moebit.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = ROOT / "reference" / "text"
+
+
+def digest(*parts: Any) -> str:
+    state = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            for file in sorted(p for p in ([part] if part.is_file() else part.rglob("*")) if p.is_file() and p.suffix != ".pyc"):
+                state.update(file.read_bytes())
+        else:
+            state.update(json.dumps(part, sort_keys=True).encode())
+    return state.hexdigest()[:20]
+
+
+def cells(protocol: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of model, bit width, row and seed."""
+    for model in protocol["models"]:
+        yield {"model": model, "row": "full precision", "bits": 16, "seed": 0}
+        for bits in protocol["bits"]:
+            for row, spec in protocol["cells"].items():
+                if not spec:
+                    continue
+                seeds = protocol["seeds"].get(bits, protocol["seeds"]["other"])
+                for seed in seeds if "calibration" in spec else [0]:
+                    yield {"model": model, "row": row, "bits": bits, "seed": seed, **spec}
+
+
+def run(cell: dict[str, Any], protocol: dict[str, Any], cache: Path, code: str) -> dict[str, Any]:
+    """One cell's evaluation, from the cache where it is there."""
+    texts, calibration = protocol["texts"], protocol["calibration"]
+    names = [*texts["known"], *texts["novel"]]
+    model = ROOT / cell["model"]
+    key = digest(cell, texts, calibration, code, model / "config.json", model / "model.safetensors", TEXTS)
+    file = cache / f"{key}.json"
+    if file.exists():
+        return dict(json.loads(file.read_text()))
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        out = model
+        if "recipe" in cell:
+            out = Path(scratch) / "out"
+            recipe = load_recipe(cell["recipe"].format(bits=cell["bits"]))
+            domains = calibration[cell["calibration"]] if "calibration" in cell else []
+            sizes = {"calibration.samples": calibration["samples"], "calibration.seq_len": calibration["seq_len"]} if domains else {}
+            chosen = {name: TEXTS / f"{name}.calib.txt" for name in domains}
+            moebit.quantize(model, out, recipe=recipe, text=chosen, overrides={**sizes, **cell.get("set", {})}, seed=cell["seed"])
+        quantized = time.perf_counter() - began
+        evaluated = {name: TEXTS / f"{name}.eval.txt" for name in names}
+        result = moebit.evaluate(
+            out, against=model if out != model else None, text=evaluated, window=texts["window"], max_tokens=texts["max_tokens"]
+        )
+    for row in result["texts"].values():
+        row.pop("per_layer", None)
+    result |= {"cell": cell, "quantize_seconds": quantized, "seconds": time.perf_counter() - began}
+    file.write_text(json.dumps(result))
+    return result
+
+
+def mean_over(results: list[dict[str, Any]], names: list[str], key: str) -> tuple[float, float]:
+    """(mean over domains and seeds, standard deviation over seeds of the domains' mean)."""
+    per_seed = [statistics.fmean(r["texts"][name][key] for name in names) for r in results]
+    return statistics.fmean(per_seed), statistics.stdev(per_seed) if len(per_seed) > 1 else math.nan
+
+
+def table(results: list[dict[str, Any]], protocol: dict[str, Any]) -> str:
+    """The Markdown document."""
+    known, novel = protocol["texts"]["known"], protocol["texts"]["novel"]
+    lines = [
+        "# Quality of the presets on the reference models",
+        "",
+        "Made by `make quality`; the protocol is [protocol.yaml](../protocol.yaml). KL is that of the full-precision distribution",
+        "from the quantized one, nats × 1000, mean per token of held-out text (lower is better); ± is the standard deviation over",
+        "calibration seeds of the mean over the four known domains. `same experts` is the share of tokens whose set of experts is",
+        "unchanged. RTN and GPTQ use the same grid, groups (128, symmetric) and clipping search, so that they differ in rounding",
+        "alone; min-max does no search. GPTQ is calibrated on the four known domains, or on wiki alone.",
+        "",
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads.",
+        "",
+    ]
+    for model in protocol["models"]:
+        mine = [r for r in results if r["cell"]["model"] == model]
+        full = next(r for r in mine if r["cell"]["row"] == "full precision")
+        lines += [f"## {model}", "", "KL × 1000 by domain:", ""]
+        heads = ["bits", "method", *known, *novel, "known, mean", "novel, mean", "same experts", "bits on disk"]
+        lines += [_row(heads), _row(["---"] * 2 + ["---:"] * (len(heads) - 2))]
+        groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+        for r in mine:
+            if r is not full:
+                groups.setdefault((r["cell"]["bits"], r["cell"]["row"]), []).append(r)
+        for (bits, row), same in groups.items():
+            by_domain = [f"{1000 * mean_over(same, [name], 'kl')[0]:.2f}" for name in [*known, *novel]]
+            k, spread = mean_over(same, known, "kl")
+            spread_text = "" if math.isnan(spread) else f" ± {1000 * spread:.2f}"
+            exact = mean_over(same, [*known, *novel], "routing_exact")[0]
+            tail = [
+                f"{1000 * k:.2f}{spread_text}",
+                f"{1000 * mean_over(same, novel, 'kl')[0]:.2f}",
+                f"{exact:.1%}",
+                f"{same[0]['average_bits']:.3f}",
+            ]
+            lines.append(_row([str(bits), row, *by_domain, *tail]))
+        lines += [
+            "",
+            "Perplexity (seed 0):",
+            "",
+            _row(["bits", "method", *known, *novel]),
+            _row(["---"] * 2 + ["---:"] * len([*known, *novel])),
+        ]
+        for r in [full, *(same[0] for same in groups.values())]:
+            lines.append(
+                _row([str(r["cell"]["bits"]), r["cell"]["row"], *(f"{r['texts'][n]['perplexity']:.3f}" for n in [*known, *novel])])
+            )
+        lines.append("")
+    return "\n".join([*lines, *findings(results, protocol)]) + "\n"
+
+
+def findings(results: list[dict[str, Any]], protocol: dict[str, Any]) -> list[str]:
+    """What the table is asked to show, computed from it."""
+    known = protocol["texts"]["known"]
+    lines = ["## What it shows", ""]
+    for model in protocol["models"]:
+        mine = [r for r in results if r["cell"]["model"] == model]
+        full = next(r for r in mine if r["cell"]["row"] == "full precision")
+        for bits in [b for b in protocol["bits"] if b < 8]:
+            gptq = [r for r in mine if (r["cell"]["row"], r["cell"]["bits"]) == ("GPTQ", bits)]
+            rtn = [r for r in mine if (r["cell"]["row"], r["cell"]["bits"]) == ("RTN", bits)]
+            wins = [name for name in known if mean_over(gptq, [name], "kl")[0] < mean_over(rtn, [name], "kl")[0]]
+            lost = [name for name in known if name not in wins]
+            ratio = mean_over(gptq, known, "kl")[0] / mean_over(rtn, known, "kl")[0]
+            lines.append(
+                f"- {model}, {bits} bits: GPTQ's KL is below RTN's on {len(wins)} of {len(known)} calibrated domains"
+                f"{' (not on ' + ', '.join(lost) + ')' if lost else ''}; {ratio:.2f} of it on their mean."
+            )
+        eight = [r for r in mine if r["cell"]["bits"] == 8]
+        worst = max(abs(r["texts"][n]["perplexity"] / full["texts"][n]["perplexity"] - 1) for r in eight for n in r["texts"])
+        lines.append(f"- {model}, 8 bits: perplexity differs from full precision by at most {worst:.3%} on any text, with any method.")
+    return lines
+
+
+def _row(values: list[str]) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--protocol", type=Path, default=ROOT / "benchmarks" / "protocol.yaml")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality.md")
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "quality")
+    parser.add_argument("--model", help="only this one's cells, and no table: for running models side by side")
+    args = parser.parse_args()
+    protocol = yaml.safe_load(args.protocol.read_text())
+    args.cache.mkdir(parents=True, exist_ok=True)
+    code = digest(Path(moebit.__file__).parent)
+    todo = [cell for cell in cells(protocol) if args.model in (None, cell["model"])]
+    results = []
+    for number, cell in enumerate(todo, 1):
+        results.append(run(cell, protocol, args.cache, code))
+        print(
+            f"{number}/{len(todo)} {cell['model']} {cell['bits']} bits {cell['row']} seed {cell['seed']}: {results[-1]['seconds']:.0f} s",
+            flush=True,
+        )
+    if args.model is None:
+        args.out.write_text(table(results, protocol))
+        print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m moebit`: the command line."""
+
+from moebit.cli import main
+
+main()

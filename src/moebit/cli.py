@@ -1,0 +1,324 @@
+"""The command line: verbs, screens and exit codes. The only module that prints."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from moebit.errors import BadInputError, InterruptedWorkError
+
+DONE, INTERNAL_ERROR, BAD_INPUT, INTERRUPTED, CTRL_C = 0, 1, 2, 3, 130
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Quantize Mixture-of-Experts language models after training.\n\nStart with [bold]moebit inspect MODEL[/bold].",
+)
+out, err = Console(), Console(stderr=True)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory (safetensors) or hub id.")]
+TextOption = Annotated[
+    list[str] | None, typer.Option("--text", metavar="[NAME=]FILE", help="Plain UTF-8 text or .jsonl; repeat for several.")
+]
+MemoryOption = Annotated[str, typer.Option("--memory", metavar="SIZE", help="Memory that the work may take, for example 4GiB.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON ('-' for standard output).")]
+
+
+def main() -> None:
+    """Entry point: maps errors to exit codes (0 done, 1 internal error, 2 bad input, 3 interrupted and resumable, 130 Ctrl-C)."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        err.print("[yellow]Stopped.[/yellow] Finished layers are kept; the same command with --resume goes on.")
+        sys.exit(CTRL_C)
+    except BadInputError as error:
+        err.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(BAD_INPUT)
+    except InterruptedWorkError as error:
+        err.print(f"[yellow]Interrupted:[/yellow] {escape(str(error))}", soft_wrap=True)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # usage errors of the option parser
+            err.print(f"[red]Error:[/red] {escape(error.format_message())} (see moebit --help)")
+            sys.exit(BAD_INPUT)
+        err.print_exception()
+        err.print("[red]Internal error:[/red] this is a bug in moebit; please report it with the lines above.")
+        sys.exit(INTERNAL_ERROR)
+
+
+@app.command(epilog="Examples:\n\n  moebit inspect reference/olmoe\n\n  moebit inspect reference/olmoe --recipe gptq-w3 --json plan.json")
+def inspect(
+    model: ModelArgument,
+    recipe: Annotated[str | None, typer.Option(help="Preset or YAML file: show what it would make of the model.")] = None,
+    memory: MemoryOption = "4GiB",
+    json_file: JsonOption = None,
+) -> None:
+    """What a model is made of, and what a recipe would make of it. Reads headers only."""
+    import moebit
+
+    result = moebit.inspect(model, recipe, memory=parse_size(memory))
+    if _write_json(json_file, result):
+        return
+    _show_structure(result)
+    if "plan" in result:
+        _show_plan(result["plan"], result["size_bytes"])
+
+
+@app.command(
+    epilog="Examples:\n\n  moebit quantize reference/olmoe -o olmoe-w3 --recipe gptq-w3 --text reference/text/wiki.calib.txt\n\n"
+    "  moebit quantize MODEL -o OUT --recipe rtn-w4 --set weights.group_size=64\n\n"
+    "  moebit quantize MODEL -o OUT --recipe gptq-w4 --text calib.txt --resume"
+)
+def quantize(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Directory to make.")],
+    recipe: Annotated[str | None, typer.Option(help="Preset or YAML file (default: gptq-w4); `moebit recipes` lists the presets.")] = None,
+    text: TextOption = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one value of the recipe; repeat for several.")
+    ] = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Bit widths per layer, expert and projection (see docs/format.md).")
+    ] = None,
+    output_format: Annotated[str | None, typer.Option("--format", help="native or dense, instead of the recipe's.")] = None,
+    device: Annotated[str, typer.Option(help="Where matrices are solved: cpu or cuda.")] = "cpu",
+    memory: MemoryOption = "4GiB",
+    seed: Annotated[int, typer.Option(help="Chooses the calibration windows.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, or an interrupted run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan, then stop.")] = False,
+) -> None:
+    """Quantize a checkpoint."""
+    import moebit
+    from moebit.recipe import parse_override
+
+    overrides = dict(parse_override(item) for item in settings or [])
+    with _progress() as progress:
+        result: Any = moebit.quantize(
+            model, output, recipe=recipe, text=text or [], overrides=overrides, plan=plan_file, format=output_format, device=device,
+            memory=parse_size(memory), seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run, progress=progress,
+        )  # fmt: skip
+    if dry_run:
+        _show_plan(result.describe(), None)
+        return
+    _show_result(result)
+
+
+@app.command(
+    epilog="Examples:\n\n  moebit evaluate olmoe-w3 --against reference/olmoe --text wiki=reference/text/wiki.eval.txt\n\n"
+    "  moebit evaluate olmoe-w3 --text reference/text/c.eval.txt --max-tokens 20000 --json result.json"
+)
+def evaluate(
+    model: ModelArgument,
+    against: Annotated[
+        str | None, typer.Option(metavar="REFERENCE", help="The full-precision model: adds KL and routing agreement.")
+    ] = None,
+    text: TextOption = None,
+    window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(help="Use at most so many tokens of each text.")] = None,
+    memory: MemoryOption = "4GiB",
+    json_file: JsonOption = None,
+) -> None:
+    """Perplexity on texts and, against a reference, KL divergence and routing agreement."""
+    import moebit
+
+    with _progress() as progress:
+        result = moebit.evaluate(
+            model, against=against, text=text or [], window=window, max_tokens=max_tokens, memory=parse_size(memory), progress=progress
+        )
+    if not _write_json(json_file, result):
+        _show_evaluation(result)
+
+
+@app.command(epilog="Examples:\n\n  moebit recipes\n\n  moebit recipes gptq-w3 > my-recipe.yaml")
+def recipes(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one as YAML.")] = None) -> None:
+    """List the shipped recipes, or print one as YAML."""
+    from moebit.recipe import load_recipe, presets
+
+    known = presets()
+    if name is not None:
+        load_recipe(name)
+        out.print(known[name] if name in known else Path(name).read_text(), end="", markup=False, highlight=False, soft_wrap=True)
+        return
+    table = Table("recipe", "bits", "group", "grid", "method", "what it is", box=None, pad_edge=False)
+    for key, text in known.items():
+        recipe = load_recipe(key)
+        grid = "symmetric" if recipe.weights.symmetric else "asymmetric"
+        summary = text.splitlines()[0].removeprefix("# ")
+        table.add_row(key, str(recipe.weights.bits), str(recipe.weights.group_size), grid, recipe.solver.method, summary)
+    out.print(table)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        out.print(f"moebit {installed('moebit')}", highlight=False)
+        raise typer.Exit
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `4GiB`, `500MB`, `2G` (binary) or a plain number.
+
+    Raises:
+        BadInputError: anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)\s*", text, flags=re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise BadInputError(f"--memory {text}: expected a size like 4GiB or 500MB")
+    base = 1000 if match[2] and match[3].lower() == "b" else 1024
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+
+
+def size(count: float) -> str:
+    """A human form of a number of bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A callback (what, done, total) that draws bars with the time left, on standard error."""
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield update
+
+
+def _write_json(file: Path | None, result: dict[str, Any]) -> bool:
+    """Write to a file, or to standard output for `-`; whether standard output is taken."""
+    if file is None:
+        return False
+    if str(file) == "-":
+        out.print_json(json.dumps(result))
+        return True
+    try:
+        file.write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise BadInputError(f"--json {file}: {error.strerror}") from error
+    return False
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table
+
+
+def _show_structure(result: dict[str, Any]) -> None:
+    shared = "with shared experts" if result["shared_experts"] else "no shared experts"
+    out.print(
+        f"[bold]{escape(result['model'])}[/bold]: {result['architecture']}, "
+        f"{result['parameters'] / 1e6:,.1f} M parameters, {size(result['size_bytes'])}"
+    )
+    out.print(
+        f"{result['layers']} layers, {result['moe_layers']} with {result['experts']} experts of "
+        f"{result['expert_intermediate_size']} x {result['hidden_size']}, "
+        f"top-{result['top_k']}, {shared}; router: {result['router']}"
+    )
+    table = _table("part", "parameters", "bytes", "share")
+    for label, part in result["parts"].items():
+        table.add_row(label, f"{part['parameters']:,}", size(part["bytes"]), f"{part['parameters'] / result['parameters']:.1%}")
+    out.print(table)
+    if "quantized" in result:
+        out.print(f"quantized: {result['quantized']['format']}, {result['quantized']['average_bits']:.3f} bits per quantized weight")
+    if result["not_in_model"]:
+        out.print(
+            f"{len(result['not_in_model'])} stored tensors that {result['architecture']} does not use are kept as they are, "
+            f"first {result['not_in_model'][0]}"
+        )
+
+
+def _show_plan(plan: dict[str, Any], before: int | None) -> None:
+    table = _table("plan", "")
+    table.add_row("size", size(plan["size_bytes"]) + (f" (from {size(before)})" if before else ""))
+    table.add_row("average bits", f"{plan['average_bits']:.3f}")
+    table.add_row("quantized", f"{plan['quantized_linears']} linears, {plan['quantized_experts_modules']} layers of experts")
+    table.add_row("peak memory, about", size(plan["peak_memory_bytes"]))
+    table.add_row("time, about", _duration(plan["seconds"]))
+    out.print(table)
+    reasons: dict[str, int] = {}
+    for reason in plan["kept"].values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    if reasons:
+        out.print("kept in full precision: " + ", ".join(f"{count} x {reason}" for reason, count in reasons.items()))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _show_result(result: Any) -> None:
+    table = _table(str(result.path), "")
+    table.add_row(
+        "size", f"{size(result.size_before)} -> {size(result.size_after)} ({result.size_before / result.size_after:.2f}x smaller)"
+    )
+    table.add_row("average bits", f"{result.plan.average_bits:.3f}")
+    table.add_row("time", _duration(result.seconds))
+    out.print(table)
+    if result.unseen_experts:
+        out.print(
+            f"[yellow]{result.unseen_experts} experts saw no calibration token[/yellow] and were calibrated on their layer's tokens; "
+            "more or other --text would help"
+        )
+    if result.fallbacks:
+        out.print(f"[yellow]{result.fallbacks} matrices fell back to round-to-nearest[/yellow] (report.json names them)")
+
+
+def _show_evaluation(result: dict[str, Any]) -> None:
+    bits = f", {result['average_bits']:.3f} bits per weight"
+    out.print(
+        f"[bold]{escape(result['model'])}[/bold], {size(result['size_bytes'])}{bits}"
+        + (f", against {escape(result['reference'])}" if result["reference"] else "")
+    )
+    compared = result["reference"] is not None
+    table = _table("text", "tokens", "perplexity", "bits/byte", *(("KL x 1000", "top-1", "same experts", "overlap") if compared else ()))
+    for name, row in result["texts"].items():
+        cells = [
+            name,
+            f"{row['tokens']:,}",
+            f"{row['perplexity']:.3f}",
+            f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] is not None else "-",
+        ]
+        if compared:
+            cells += [
+                f"{1000 * row['kl']:.3f}",
+                f"{row['top1_agreement']:.1%}",
+                f"{row['routing_exact']:.1%}",
+                f"{row['routing_overlap']:.1%}",
+            ]
+        table.add_row(*cells)
+    out.print(table)

@@ -1,0 +1,52 @@
+"""The documents beside the weights: moebit.json, report.json, recipe.yaml and the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from moebit.formats import native
+from moebit.layer import LayerReport
+from moebit.model.checkpoint import Checkpoint
+from moebit.planning import Plan
+
+
+def documents(
+    checkpoint: Checkpoint, plan: Plan, identity: Mapping[str, Any], reports: list[LayerReport], seconds: float
+) -> dict[str, str]:
+    """Every document of an output, name -> text; what depends on time or place is in report.json alone."""
+    described = {
+        "format_version": native.FORMAT_VERSION,
+        **identity,
+        "format": plan.recipe.format,
+        "plan": {k: v for k, v in plan.describe().items() if k != "seconds"},
+    }
+    report = {
+        "seconds": round(seconds, 2),
+        "size_before": checkpoint.size_bytes,
+        "average_bits": plan.average_bits,
+        "layers": [asdict(r) for r in reports],
+    }
+    recipe = f"# sha256 of the content: {plan.recipe.digest()}\n{plan.recipe.to_yaml()}"
+    return {
+        "moebit.json": json.dumps(described, indent=1) + "\n",
+        "report.json": json.dumps(report, indent=1) + "\n",
+        "recipe.yaml": recipe,
+        "README.md": _card(checkpoint, plan),
+    }
+
+
+def _card(checkpoint: Checkpoint, plan: Plan) -> str:
+    base = checkpoint.path.name
+    w, s = plan.recipe.weights, plan.recipe.solver
+    registered = "import moebit  # registers the packed format with transformers\n" if plan.recipe.format == "native" else ""
+    load = f'{registered}from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("DIRECTORY")'
+    return (
+        f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [moebit, quantized, moe]\n---\n\n# {base}, quantized\n\n"
+        f"{base}, quantized by moebit: {s.method}, {w.bits} bits, {'symmetric' if w.symmetric else 'asymmetric'}, "
+        f"{'per channel' if w.group_size == -1 else f'groups of {w.group_size}'}, scope {w.scope}; "
+        f"{plan.average_bits:.3f} bits per quantized weight on disk.\n"
+        f"`recipe.yaml` is the exact recipe, `report.json` says what happened in each layer.\n\n```python\n{load}\n```\n"
+    )

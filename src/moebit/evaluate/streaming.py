@@ -1,0 +1,220 @@
+"""`evaluate`: a model, and a reference in lockstep with it, over texts, within a memory limit.
+
+Both models run layer by layer in float32, so that a model larger than memory can be judged. The primary measure is the KL divergence to
+the reference; perplexity moves by fractions of a percent where KL shows the difference at a glance.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebit.calibration.text import TokenText, consecutive_windows, load_tokenizer, parse_texts, tokenize
+from moebit.errors import BadInputError
+from moebit.formats.native import METHOD, average_bits, packed_specs
+from moebit.formats.opening import open_checkpoint
+from moebit.model.checkpoint import Checkpoint
+from moebit.model.stream import Stream
+from moebit.model.structure import Structure, find_structure
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class _Scores:
+    """Sums over the scored tokens of one text."""
+
+    tokens: int = 0
+    nats: float = 0.0
+    kl: float = 0.0
+    agree: int = 0
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One text's windows inside the joint stream."""
+
+    text: TokenText
+    rows: slice
+    bytes: int
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    text: Sequence[str] | Mapping[str, str | Path] = (),
+    window: int = 512,
+    max_tokens: int | None = None,
+    memory: int = 4 * 2**30,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Perplexity and bits per byte of a model on texts; with a reference, KL, top-1 and routing agreement.
+
+    Windows do not overlap and the first token of each is not scored. KL is that of the reference's distribution from the model's, in nats
+    over the full softmax, mean per scored token. `routing_exact` is the share of tokens whose set of experts is the reference's,
+    `routing_overlap` the mean share of experts in common.
+
+    Args:
+        model, against: checkpoints or native outputs.
+        text: `[NAME=]FILE` items or a mapping.
+        window: tokens per window. max_tokens: of each text.
+        memory: bytes that the work may take.
+
+    Returns:
+        The document of INTERFACE's `evaluate --json`: {"model", "reference", "size_bytes", "average_bits", "texts": {NAME: {...}}}.
+
+    Raises:
+        BadInputError: models that don't belong together, a text shorter than a window.
+    """
+    report = progress or (lambda what, done, total: None)
+    files = parse_texts(text)
+    if not files:
+        raise BadInputError("give at least one --text FILE to evaluate on")
+    if window < 2:
+        raise BadInputError(f"--window {window}: at least 2 tokens, the first of which is not scored")
+    candidate, reference = open_checkpoint(model), open_checkpoint(against) if against else None
+    checkpoints = [candidate] + ([reference] if reference else [])
+    structures = [find_structure(checkpoint.model) for checkpoint in checkpoints]
+    _check_pair(checkpoints, structures)
+    tokenizer = next((t for t in map(load_tokenizer, [c.path for c in checkpoints]) if t is not None), None)
+    vocabulary = int(candidate.config.get_text_config().vocab_size)
+    parts, windows = _join([tokenize(name, file, tokenizer, vocabulary) for name, file in files.items()], window, max_tokens)
+
+    routing = _Lockstep(checkpoints, structures, windows, parts, memory, report)
+    scores = routing.run()
+    return {
+        "model": str(model),
+        "reference": str(against) if against else None,
+        "size_bytes": candidate.size_bytes,
+        "average_bits": _average_bits(candidate),
+        "texts": {part.text.name: _row(scores[i], part, routing.agreement[i], bool(reference)) for i, part in enumerate(parts)},
+    }
+
+
+def _check_pair(checkpoints: list[Checkpoint], structures: list[Structure]) -> None:
+    if len(checkpoints) < 2:
+        return
+    (a, b), (left, right) = checkpoints, structures
+    facts = [
+        (type(c.model).__name__, len(s.layers), int(c.config.get_text_config().vocab_size))
+        for c, s in zip(checkpoints, structures, strict=True)
+    ]
+    if facts[0] != facts[1] or len(left.moe_layers) != len(right.moe_layers):
+        raise BadInputError(
+            f"{a.path} ({facts[0]}) and {b.path} ({facts[1]}) are not the same model: architecture, layers and vocabulary must agree"
+        )
+
+
+def _join(texts: list[TokenText], window: int, max_tokens: int | None) -> tuple[list[_Part], Tensor]:
+    """All texts' windows in one stream: each layer is read once for all of them."""
+    parts, rows, begin = [], [], 0
+    for text in texts:
+        windows = consecutive_windows(text, window, max_tokens)
+        size = sum(text.bytes_between(start + 1, start + window) for start in range(0, windows.numel(), window))
+        parts.append(_Part(text, slice(begin, begin + len(windows)), size))
+        rows.append(windows)
+        begin += len(windows)
+    return parts, torch.cat(rows)
+
+
+class _Lockstep:
+    """One or two models streaming over the same windows."""
+
+    def __init__(
+        self, checkpoints: list[Checkpoint], structures: list[Structure], windows: Tensor, parts: list[_Part], memory: int, report: Progress
+    ) -> None:
+        self.structures, self.windows, self.parts, self.memory, self.report = structures, windows, parts, memory, report
+        width = int(checkpoints[0].config.get_text_config().hidden_size)
+        spill = 4 * windows.numel() * width * 3 * len(checkpoints) > memory // 2
+        self.directory = Path(tempfile.gettempdir()) if spill else None
+        self.streams = [Stream(c, s, windows, self.directory) for c, s in zip(checkpoints, structures, strict=True)]
+        # agreement[part][moe layer] = (exact, overlap)
+        self.agreement: list[list[tuple[int, float, float]]] = [[] for _ in parts]
+
+    def run(self) -> list[_Scores]:
+        layers = len(self.structures[0].layers)
+        for index in range(layers):
+            self.report("layers", index, layers)
+            routed = [
+                stream.step(index, self._chunk(structure, index)) for stream, structure in zip(self.streams, self.structures, strict=True)
+            ]
+            if len(routed) == 2 and routed[0] is not None and routed[1] is not None:
+                self._compare(index, routed[0], routed[1])
+        self.report("layers", layers, layers)
+        return self._score()
+
+    def _chunk(self, structure: Structure, index: int) -> int:
+        moe = structure.layers[index].moe
+        return max(1, (self.memory // 4) // (moe.layout.parameters_per_expert * 8)) if moe else 1
+
+    def _compare(self, index: int, mine_Tk: Tensor, theirs_Tk: Tensor) -> None:
+        common = (mine_Tk.unsqueeze(2) == theirs_Tk.unsqueeze(1)).any(2).float().mean(1)
+        length = self.windows.shape[1]
+        for number, part in enumerate(self.parts):
+            span = common[part.rows.start * length : part.rows.stop * length]
+            self.agreement[number].append((index, float((span == 1).float().mean()), float(span.mean())))
+
+    def _score(self) -> list[_Scores]:
+        scores = [_Scores() for _ in self.parts]
+        generators = [stream.logits() for stream in self.streams]
+        done = 0
+        for pieces in zip(*generators, strict=True):
+            rows, logits = pieces[0]
+            reference = pieces[1][1] if len(pieces) == 2 else None
+            for number, part in enumerate(self.parts):
+                begin, end = max(rows.start, part.rows.start), min(rows.stop, part.rows.stop)
+                if begin < end:
+                    inside = slice(begin - rows.start, end - rows.start)
+                    add_scores(
+                        scores[number], self.windows[begin:end], logits[inside], reference[inside] if reference is not None else None
+                    )
+            done = rows.stop
+            self.report("scoring", done, len(self.windows))
+        return scores
+
+
+def add_scores(scores: _Scores, windows_BL: Tensor, logits_BLV: Tensor, reference_BLV: Tensor | None) -> None:
+    """Add the scored tokens (all but the first) of some windows."""
+    targets = windows_BL[:, 1:].flatten()
+    mine = logits_BLV[:, :-1].flatten(0, 1).log_softmax(-1)
+    scores.tokens += len(targets)
+    scores.nats -= float(mine.gather(1, targets.unsqueeze(1)).sum(dtype=torch.float64))
+    if reference_BLV is not None:
+        theirs = reference_BLV[:, :-1].flatten(0, 1).log_softmax(-1)
+        scores.kl += float((theirs.exp() * (theirs - mine)).sum(-1).sum(dtype=torch.float64))
+        scores.agree += int((theirs.argmax(-1) == mine.argmax(-1)).sum())
+
+
+def _row(scores: _Scores, part: _Part, agreement: list[tuple[int, float, float]], compared: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "tokens": scores.tokens,
+        "perplexity": math.exp(scores.nats / scores.tokens),
+        "bits_per_byte": scores.nats / math.log(2) / part.bytes if part.bytes else None,
+    }
+    if compared:
+        row |= {
+            "kl": scores.kl / scores.tokens,
+            "top1_agreement": scores.agree / scores.tokens,
+            "routing_exact": sum(exact for _, exact, _ in agreement) / len(agreement),
+            "routing_overlap": sum(overlap for _, _, overlap in agreement) / len(agreement),
+            "per_layer": [{"layer": layer, "routing_exact": exact, "routing_overlap": overlap} for layer, exact, overlap in agreement],
+        }
+    return row
+
+
+def _average_bits(checkpoint: Checkpoint) -> float:
+    """Bits per quantized weight of a native output; of every stored weight otherwise."""
+    config = json.loads((checkpoint.path / "config.json").read_text()).get("quantization_config") or {}
+    if config.get("quant_method") == METHOD:
+        return average_bits(packed_specs(config))
+    entries = checkpoint.entries.values()
+    return 8 * sum(e.spec.nbytes for e in entries) / sum(math.prod(e.shape) for e in entries)

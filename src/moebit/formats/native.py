@@ -1,0 +1,273 @@
+"""moebit's own format: any mixture of widths, packed tightly. Specified in docs/format.md.
+
+A quantized linear NAME is stored as NAME.codes (+ .scale, .zero_point), an experts module as NAME.PROJECTION.codes
+(+ .scale, .zero_point, .bits); everything else keeps the name and value it has in the transformers module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebit.errors import BadInputError
+from moebit.model.checkpoint import Weights, tied_names
+from moebit.model.experts import ExpertsLayout
+from moebit.model.files import ShardFile, TensorEntry, TensorSpec
+from moebit.tensor import QTensor, QuantScheme, pack, packed_row_bytes, unpack
+from moebit.tensor.grid import dequantize
+
+FORMAT_VERSION = 1
+METHOD = "moebit"
+
+
+@dataclass(frozen=True)
+class PackedSpec:
+    """A stack of E quantized matrices as it is stored.
+
+    Attributes:
+        bits: width of each matrix.
+        shape: (out, in) features.
+        stacked: whether codes are flat over experts (an experts module) or [out, row bytes] (a linear).
+    """
+
+    bits: tuple[int, ...]
+    shape: tuple[int, int]
+    group_size: int
+    symmetric: bool
+    scale_dtype: torch.dtype
+    stacked: bool
+
+    @property
+    def groups(self) -> int:
+        return QuantScheme(self.group_size, self.symmetric).groups(self.shape[1])
+
+    def code_offsets(self) -> list[int]:
+        """Byte at which each matrix's codes begin, and the total."""
+        return _offsets([self.shape[0] * packed_row_bytes(self.shape[1], b) for b in self.bits])
+
+    def zero_offsets(self) -> list[int]:
+        """The same for zero points; all of one matrix are packed as one row."""
+        return _offsets([packed_row_bytes(self.shape[0] * self.groups, b) for b in self.bits])
+
+    def specs(self, name: str) -> dict[str, TensorSpec]:
+        """The stored tensors, in the order in which they lie in the file."""
+        out, experts = self.shape[0], len(self.bits)
+        codes = self.code_offsets()[-1]
+        result = {
+            f"{name}.codes": TensorSpec(torch.uint8, (codes,) if self.stacked else (out, codes // out)),
+            f"{name}.scale": TensorSpec(self.scale_dtype, (experts, out, self.groups) if self.stacked else (out, self.groups)),
+        }
+        if not self.symmetric:
+            result[f"{name}.zero_point"] = TensorSpec(torch.uint8, (self.zero_offsets()[-1],))
+        if self.stacked:
+            result[f"{name}.bits"] = TensorSpec(torch.uint8, (experts,))
+        return result
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points: what `average_bits` counts."""
+        return sum(spec.nbytes for name, spec in self.specs("").items() if name != ".bits")
+
+    @property
+    def weights(self) -> int:
+        return len(self.bits) * self.shape[0] * self.shape[1]
+
+
+def _offsets(sizes: list[int]) -> list[int]:
+    result = [0]
+    for size in sizes:
+        result.append(result[-1] + size)
+    return result
+
+
+def put(shard: ShardFile, name: str, spec: PackedSpec, q: QTensor, start: int = 0) -> None:
+    """Write matrices [start, start + E) of the stack `name`."""
+    code_offsets, zero_offsets = spec.code_offsets(), spec.zero_offsets()
+    experts = q.codes.shape[0]
+    if q.bits.tolist() != list(spec.bits[start : start + experts]):
+        raise ValueError(f"{name}: matrices of {q.bits.tolist()} bits where {spec.bits[start : start + experts]} were announced")
+    codes, zeros = pack_stack(q)
+    shard.write(f"{name}.codes", codes, skip=code_offsets[start])
+    row = spec.shape[0] * spec.groups * spec.scale_dtype.itemsize
+    shard.write(f"{name}.scale", q.scale.to(spec.scale_dtype), skip=start * row)
+    if not spec.symmetric:
+        shard.write(f"{name}.zero_point", zeros, skip=zero_offsets[start])
+    if spec.stacked:
+        shard.write(f"{name}.bits", q.bits.to(torch.uint8), skip=start)
+
+
+def pack_stack(q: QTensor) -> tuple[Tensor, Tensor]:
+    """(codes, zero points) of a stack as flat bytes, matrix after matrix; all matrices of one width are packed in one call."""
+    code_parts: dict[int, Tensor] = {}
+    zero_parts: dict[int, Tensor] = {}
+    for width in sorted(set(q.bits.tolist())):
+        chosen = (q.bits == width).nonzero()[:, 0]
+        codes = pack(q.codes[chosen].flatten(0, 1), width).view(len(chosen), -1)
+        zeros = pack(q.zero_point[chosen].flatten(1), width)
+        for position, index in enumerate(chosen.tolist()):
+            code_parts[index], zero_parts[index] = codes[position], zeros[position]
+    order = range(len(q.bits))
+    return torch.cat([code_parts[i] for i in order]), torch.cat([zero_parts[i] for i in order])
+
+
+def unpack_matrices(
+    codes: Tensor, scale: Tensor, zeros: Tensor | None, bits: list[int], shape: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """[C, out, in] weights of C stored matrices.
+
+    Args:
+        codes: flat uint8 bytes of these C matrices; scale: [C, out, groups]; zeros: their flat packed zero points, None if symmetric.
+    """
+    out, inputs = shape
+    groups = scale.shape[-1]
+    code_sizes = [out * packed_row_bytes(inputs, b) for b in bits]
+    zero_sizes = [packed_row_bytes(out * groups, b) for b in bits]
+    if len(set(bits)) == 1:
+        width = bits[0]
+        unpacked = unpack(codes.view(len(bits) * out, -1), width, inputs).view(len(bits), out, inputs)
+        middle = scale.new_full(scale.shape, 2 ** (width - 1), dtype=torch.uint8)
+        zero = middle if zeros is None else unpack(zeros.view(len(bits), -1), width, out * groups).view(len(bits), out, groups)
+        return dequantize(unpacked, scale, zero, dtype)
+    code_parts = codes.split(code_sizes)
+    zero_parts = [None] * len(bits) if zeros is None else list(zeros.split(zero_sizes))
+    return torch.cat(
+        [
+            unpack_matrices(c, scale[i : i + 1], z, [bits[i]], shape, dtype)
+            for i, (c, z) in enumerate(zip(code_parts, zero_parts, strict=True))
+        ]
+    )
+
+
+def quantization_config(modules: Mapping[str, Mapping[str, PackedSpec]]) -> dict[str, Any]:
+    """What goes into config.json: every quantized module with its grid.
+
+    Args:
+        modules: linear name -> {"": spec}, or experts name -> {projection: spec}.
+    """
+    described: dict[str, Any] = {}
+    for name, parts in modules.items():
+        spec = next(iter(parts.values()))
+        entry: dict[str, Any] = {
+            "group_size": spec.group_size,
+            "symmetric": spec.symmetric,
+            "scale_dtype": str(spec.scale_dtype).removeprefix("torch."),
+        }
+        if spec.stacked:
+            entry["experts"] = len(spec.bits)
+            entry["projections"] = {projection: {"shape": list(p.shape), "bits": _short(p.bits)} for projection, p in parts.items()}
+        else:
+            entry.update(shape=list(spec.shape), bits=spec.bits[0])
+        described[name] = entry
+    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": described}
+
+
+def _short(bits: tuple[int, ...]) -> int | list[int]:
+    return bits[0] if len(set(bits)) == 1 else list(bits)
+
+
+def packed_specs(config: Mapping[str, Any]) -> dict[str, dict[str, PackedSpec]]:
+    """The inverse of `quantization_config`.
+
+    Raises:
+        BadInputError: a later format version.
+    """
+    if config.get("format_version") != FORMAT_VERSION:
+        raise BadInputError(
+            f"moebit format version {config.get('format_version')}: this moebit reads version {FORMAT_VERSION}; install a newer one"
+        )
+    result: dict[str, dict[str, PackedSpec]] = {}
+    for name, entry in config["modules"].items():
+        common = (entry["group_size"], entry["symmetric"], getattr(torch, entry["scale_dtype"]))
+        if "projections" in entry:
+            result[name] = {
+                projection: PackedSpec(_long(p["bits"], entry["experts"]), (p["shape"][0], p["shape"][1]), *common, stacked=True)
+                for projection, p in entry["projections"].items()
+            }
+        else:
+            result[name] = {"": PackedSpec((entry["bits"],), (entry["shape"][0], entry["shape"][1]), *common, stacked=False)}
+    return result
+
+
+def _long(bits: int | list[int], experts: int) -> tuple[int, ...]:
+    return (bits,) * experts if isinstance(bits, int) else tuple(bits)
+
+
+def average_bits(specs: Mapping[str, Mapping[str, PackedSpec]]) -> float:
+    """8 x bytes of codes, scales and zero points / number of weights they stand for."""
+    parts = [spec for group in specs.values() for spec in group.values()]
+    return 8 * sum(p.nbytes for p in parts) / sum(p.weights for p in parts)
+
+
+class NativeWeights(Weights):
+    """The weights of a native output, dequantized as they are read."""
+
+    def __init__(
+        self,
+        model: Any,
+        entries: Mapping[str, TensorEntry],
+        specs: Mapping[str, Mapping[str, PackedSpec]],
+        layouts: Mapping[str, ExpertsLayout],
+    ) -> None:
+        self._model, self._entries, self._specs, self._layouts = model, dict(entries), specs, layouts
+        for name, parts in specs.items():
+            for projection, spec in parts.items():
+                for stored, wanted in spec.specs(f"{name}.{projection}" if projection else name).items():
+                    if stored not in self._entries:
+                        raise BadInputError(f"tensor {stored!r} is missing; the output is damaged")
+                    if self._entries[stored].spec != wanted:
+                        raise BadInputError(
+                            f"tensor {stored!r} is {self._entries[stored].spec}, config.json says {wanted}; the output is damaged"
+                        )
+        there = self.available()
+        tied = {name for name, other in tied_names(model).items() if other in there}
+        missing = sorted(set(model.state_dict()) - there - tied)
+        if missing:
+            raise BadInputError(f"{len(missing)} tensors are missing, first {missing[0]!r}; the output is damaged")
+
+    def available(self) -> set[str]:
+        names = set(self._entries)
+        for name in self._specs:
+            if name in self._layouts:
+                names |= {f"{name}.{self._layouts[name].first}", f"{name}.down_proj"}
+            else:
+                names.add(f"{name}.weight")
+        return names
+
+    def parameter(self, name: str) -> Tensor:
+        if name not in self._entries and name in tied_names(self._model):
+            name = tied_names(self._model)[name]
+        owner, _, leaf = name.rpartition(".")
+        if owner in self._specs and owner not in self._layouts and leaf == "weight":
+            spec = self._specs[owner][""]
+            zeros = None if spec.symmetric else self._entries[f"{owner}.zero_point"].read()
+            codes, scale = self._entries[f"{owner}.codes"].read(), self._entries[f"{owner}.scale"].read()
+            return unpack_matrices(codes.flatten(), scale.unsqueeze(0), zeros, list(spec.bits), spec.shape)[0]
+        return self._entries[name].read()
+
+    def expert_rows(self, name: str, start: int, stop: int) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        if name in self._entries:
+            return self._entries[name].read(start, stop)
+        layout = self._layouts[owner]
+        if leaf == "down_proj":
+            stacked = self._projection(owner, leaf, start, stop)
+        elif not layout.gated:
+            stacked = self._projection(owner, "up_proj", start, stop)
+        else:
+            stacked = torch.empty(stop - start, 2 * layout.intermediate, layout.hidden)
+            for projection in ("gate_proj", "up_proj"):
+                stacked[:, layout.rows(projection)] = self._projection(owner, projection, start, stop)
+        return stacked.transpose(1, 2) if layout.transposed else stacked
+
+    def _projection(self, owner: str, projection: str, start: int, stop: int) -> Tensor:
+        """[stop - start, out, in] float32."""
+        spec, name = self._specs[owner][projection], f"{owner}.{projection}"
+        codes, zeros = spec.code_offsets(), spec.zero_offsets()
+        stored_codes = self._entries[f"{name}.codes"].read(codes[start], codes[stop])
+        stored_zeros = None if spec.symmetric else self._entries[f"{name}.zero_point"].read(zeros[start], zeros[stop])
+        scale = self._entries[f"{name}.scale"].read(start, stop)
+        return unpack_matrices(stored_codes, scale, stored_zeros, list(spec.bits[start:stop]), spec.shape)

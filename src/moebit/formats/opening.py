@@ -1,0 +1,34 @@
+"""Open any model that moebit can read: a full-precision checkpoint or one of its own outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moebit.errors import BadInputError
+from moebit.formats.native import METHOD, NativeWeights, packed_specs
+from moebit.model.checkpoint import Checkpoint, load_config, open_hub_checkpoint, read_config, resolve, skeleton
+from moebit.model.experts import layout_of
+from moebit.model.files import read_index
+from moebit.model.seam import is_experts
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """A checkpoint directory or hub id; native outputs are dequantized as they are read.
+
+    Raises:
+        BadInputError: whatever is wrong with it, by name.
+    """
+    if str(model).endswith(".partial"):
+        raise BadInputError(f"{model}: unfinished output of an interrupted run; finish it with `moebit quantize ... --resume`")
+    path = resolve(model)
+    quantization = read_config(path).get("quantization_config") or {}
+    if quantization.get("quant_method") != METHOD:
+        return open_hub_checkpoint(path)
+    import moebit.runtime  # noqa: F401 - registers the quantizer, so that transformers can read this configuration
+
+    config = load_config(path)
+    skeleton_model = skeleton(config)
+    entries = read_index(path)
+    layouts = {name: layout_of(module, name) for name, module in skeleton_model.named_modules() if is_experts(module)}
+    specs = packed_specs(quantization)
+    return Checkpoint(path, config, skeleton_model, NativeWeights(skeleton_model, entries, specs, layouts), entries)

@@ -1,0 +1,135 @@
+"""Where quantized layers go: one interface over the formats, so that the pipeline does not ask which it is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebit.formats import native
+from moebit.model.checkpoint import HubWeights
+from moebit.model.experts import ExpertsLayout
+from moebit.model.files import ShardFile, TensorSpec
+from moebit.tensor import QTensor
+
+Modules = Mapping[str, Mapping[str, native.PackedSpec]]
+
+
+class Sink(ABC):
+    """How the tensors of a model are written.
+
+    Attributes:
+        weights: the checkpoint. modules: what is quantized, {"": spec} for a linear, {projection: spec} for experts.
+    """
+
+    def __init__(self, weights: HubWeights, modules: Modules) -> None:
+        self.weights, self.modules = weights, modules
+
+    def parameters(self, prefix: str) -> list[str]:
+        """Stored parameters below a module name, in a stable order."""
+        return sorted(name for name in self.weights.available() if name.startswith(prefix))
+
+    def plain(self, names: list[str]) -> list[str]:
+        """Those of them that are written as they are."""
+        quantized = set()
+        for name, parts in self.modules.items():
+            leaves = ("weight",) if "" in parts else ("gate_up_proj", "up_proj", "down_proj")
+            quantized |= {f"{name}.{leaf}" for leaf in leaves}
+        return [name for name in names if name not in quantized]
+
+    @abstractmethod
+    def specs(self, names: list[str]) -> dict[str, TensorSpec]:
+        """What will be stored for these parameters."""
+
+    @abstractmethod
+    def put_plain(self, shard: ShardFile, names: list[str]) -> None:
+        """Write those of these parameters that are not quantized."""
+
+    @abstractmethod
+    def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
+        """Write a linear's quantized weight."""
+
+    @abstractmethod
+    def put_experts(self, shard: ShardFile, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
+        """Write experts [start, start + C) of an experts module: all projections."""
+
+    @abstractmethod
+    def used(self, q: QTensor) -> Tensor:
+        """[E, out, in] float32: the weights as who loads this format will have them."""
+
+    @abstractmethod
+    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The output's config.json, from the checkpoint's."""
+
+
+class NativeSink(Sink):
+    """Packed codes under the transformers module's own names (docs/format.md)."""
+
+    def specs(self, names: list[str]) -> dict[str, TensorSpec]:
+        result = {name: self.weights.specs[name] for name in self.plain(names)}
+        owners = {name.rpartition(".")[0] for name in names}
+        for name, parts in self.modules.items():
+            if name in owners:
+                for projection, spec in parts.items():
+                    result |= spec.specs(f"{name}.{projection}" if projection else name)
+        return result
+
+    def put_plain(self, shard: ShardFile, names: list[str]) -> None:
+        for name in self.plain(names):
+            shard.write(name, self.weights.parameter(name))
+
+    def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
+        native.put(shard, name, self.modules[name][""], q)
+
+    def put_experts(self, shard: ShardFile, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
+        for projection, q in quantized.items():
+            native.put(shard, f"{name}.{projection}", self.modules[name][projection], q, start)
+
+    def used(self, q: QTensor) -> Tensor:
+        return q.dequantize().cpu()
+
+    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        # The second key makes a transformers without moebit refuse: an unknown quant_method alone is only a warning there.
+        return {**config, "quantization_config": native.quantization_config(self.modules), "experts_implementation": native.METHOD}
+
+
+class DenseSink(Sink):
+    """Dequantized weights in the checkpoint's own types, names and shapes, for programs that know no packed format."""
+
+    def specs(self, names: list[str]) -> dict[str, TensorSpec]:
+        return {stored: self.weights.entries[stored].spec for name in names for stored in self.weights.stored_names(name)}
+
+    def put_plain(self, shard: ShardFile, names: list[str]) -> None:
+        for name in self.plain(names):
+            for stored in self.weights.stored_names(name):
+                shard.write(stored, self.weights.entries[stored].read())
+
+    def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
+        self._put(shard, f"{name}.weight", q.dequantize()[0])
+
+    def put_experts(self, shard: ShardFile, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
+        first = torch.empty(len(quantized["down_proj"].codes), layout.intermediate * (2 if layout.gated else 1), layout.hidden)
+        for projection, q in quantized.items():
+            if projection != "down_proj":
+                first[:, layout.rows(projection)] = q.dequantize().cpu()
+        down = quantized["down_proj"].dequantize().cpu()
+        for leaf, value in ((layout.first, first), ("down_proj", down)):
+            self._put(shard, f"{name}.{leaf}", layout.stacked(value), start)
+
+    def _put(self, shard: ShardFile, name: str, tensor: Tensor, start: int = 0) -> None:
+        for stored, value in self.weights.stored_form(name, tensor, start).items():
+            spec = shard.specs[stored]
+            stacked = value.shape != spec.shape  # some of the experts of a tensor that is stored whole
+            shard.write(stored, value.to(spec.dtype), skip=start * (spec.nbytes // spec.shape[0]) if stacked else 0)
+
+    def used(self, q: QTensor) -> Tensor:
+        return q.dequantize(q.scheme.scale_dtype).float().cpu()
+
+    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(config)
+
+
+SINKS: dict[str, type[Sink]] = {"native": NativeSink, "dense": DenseSink}

@@ -1,0 +1,192 @@
+"""Routed experts as stacked tensors, whatever their storage, and their forward over routed tokens.
+
+Shape suffixes: E experts, C experts of a chunk, H hidden, I intermediate, T tokens, k experts per token, S = T*k routed slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moebit.errors import BadInputError
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """How one experts module stores what it stores (the flags of transformers' experts interface).
+
+    Attributes:
+        experts, hidden, intermediate: E, H, I.
+        gated: gate and up projections in one parameter `gate_up_proj`; else a lone `up_proj`.
+        interleaved: gate and up rows alternate instead of standing one after the other.
+        transposed: stored [E, in, out].
+        bias: per-expert biases.
+    """
+
+    experts: int
+    hidden: int
+    intermediate: int
+    gated: bool
+    interleaved: bool
+    transposed: bool
+    bias: bool
+
+    @property
+    def first(self) -> str:
+        """Name of the first projection's parameter."""
+        return "gate_up_proj" if self.gated else "up_proj"
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        return ("gate_proj", "up_proj", "down_proj") if self.gated else ("up_proj", "down_proj")
+
+    def features(self, projection: str) -> tuple[int, int]:
+        """(out, in) features of one expert's projection."""
+        return (self.hidden, self.intermediate) if projection == "down_proj" else (self.intermediate, self.hidden)
+
+    def rows(self, projection: str) -> slice:
+        """Where a projection's rows stand in the first parameter's [E, out, in] form."""
+        if not self.gated:
+            return slice(None)
+        offset = 0 if projection == "gate_proj" else 1
+        if self.interleaved:
+            return slice(offset, None, 2)
+        return slice(offset * self.intermediate, (offset + 1) * self.intermediate)
+
+    def stacked(self, stored: Tensor) -> Tensor:
+        """[C, out, in] view of a stored weight."""
+        return stored.transpose(1, 2) if self.transposed else stored
+
+    @property
+    def parameters_per_expert(self) -> int:
+        return len(self.projections) * self.hidden * self.intermediate
+
+
+def layout_of(module: nn.Module, path: str) -> ExpertsLayout:
+    """The layout of an experts module.
+
+    Raises:
+        BadInputError: parameters that don't have the interface's names or shapes.
+    """
+    gated = bool(module.has_gate)
+    first = getattr(module, "gate_up_proj" if gated else "up_proj", None)
+    down = getattr(module, "down_proj", None)
+    if not isinstance(first, Tensor) or not isinstance(down, Tensor) or first.ndim != 3 or down.ndim != 3:
+        raise BadInputError(
+            f"{path}: the experts of {type(module).__name__} are not stacked as transformers' interface has them; "
+            "moebit does not understand this layer"
+        )
+    transposed = bool(module.is_transposed)
+    experts, hidden, intermediate = down.shape if not transposed else (down.shape[0], down.shape[2], down.shape[1])
+    expected = (experts, intermediate * (2 if gated else 1), hidden)
+    actual = tuple(first.shape) if not transposed else (first.shape[0], first.shape[2], first.shape[1])
+    if actual != expected:
+        raise BadInputError(
+            f"{path}: first projection is {actual}, expected {expected} from down_proj; moebit does not understand this layer"
+        )
+    return ExpertsLayout(
+        experts, hidden, intermediate, gated, not bool(module.is_concatenated) and gated, transposed, bool(module.has_bias)
+    )
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """A chunk of experts, unpacked for computing.
+
+    Attributes:
+        first: [C, 2I or I, H], rows in the module's own order.
+        down: [C, H, I].
+        first_bias, down_bias: [C, 2I or I], [C, H] or None.
+    """
+
+    first: Tensor
+    down: Tensor
+    first_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """Everything that calibrating an MoE layer needs, captured once.
+
+    Attributes:
+        x: [T, H] inputs of the MoE block.
+        ids: int64 [T, k] selected experts.
+        weights: [T, k] affinities: the weights with which the experts' outputs are added up.
+    """
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+
+    def counts(self, experts: int) -> Tensor:
+        """int64 [E] tokens per expert."""
+        return torch.bincount(self.ids.flatten(), minlength=experts)
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Routed slots sorted by expert: expert e owns positions [bounds[e], bounds[e + 1]).
+
+    Attributes:
+        tokens: int64 [S] token of every slot; affinity: [S]; bounds: E + 1 positions.
+    """
+
+    tokens: Tensor
+    affinity: Tensor
+    bounds: list[int]
+
+    def chunk(self, start: int, stop: int) -> tuple[Tensor, Tensor, list[int]]:
+        """(tokens, affinity, bounds from 0) of experts [start, stop)."""
+        low, high = self.bounds[start], self.bounds[stop]
+        return self.tokens[low:high], self.affinity[low:high], [b - low for b in self.bounds[start : stop + 1]]
+
+
+def dispatch(ids_Tk: Tensor, weights_Tk: Tensor, experts: int) -> Dispatch:
+    """Sort the routed slots by expert, tokens in order within each. Ids outside [0, E) (unused slots) are left out."""
+    flat = ids_Tk.flatten()
+    order = flat.argsort(stable=True)
+    sorted_ids = flat[order]
+    bounds = torch.searchsorted(sorted_ids, torch.arange(experts + 1, device=flat.device)).tolist()
+    return Dispatch(order // ids_Tk.shape[1], weights_Tk.flatten()[order], bounds)
+
+
+def grouped_linear(x_SI: Tensor, w_COI: Tensor, bias_CO: Tensor | None, bounds: list[int]) -> Tensor:
+    """[S, O]: rows [bounds[c], bounds[c+1]) times matrix c.
+
+    The groups are ragged, so on the CPU this is one product per non-empty group; CUDA has a grouped kernel.
+    """
+    if x_SI.is_cuda and x_SI.dtype == torch.bfloat16:
+        offsets = torch.tensor(bounds[1:], dtype=torch.int32, device=x_SI.device)
+        y = torch.nn.functional.grouped_mm(x_SI, w_COI.transpose(1, 2), offs=offsets)
+        return y if bias_CO is None else y + bias_CO.repeat_interleave(_lengths(bounds, x_SI.device), 0)
+    y = x_SI.new_empty(x_SI.shape[0], w_COI.shape[1])
+    for c, (low, high) in enumerate(pairwise(bounds)):
+        if low < high:
+            torch.mm(x_SI[low:high], w_COI[c].T, out=y[low:high])
+            if bias_CO is not None:
+                y[low:high] += bias_CO[c]
+    return y
+
+
+def _lengths(bounds: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(bounds, device=device).diff()
+
+
+def intermediate(module: Any, x_SH: Tensor, weights: ExpertWeights, bounds: list[int]) -> Tensor:
+    """[S, I]: what enters the down projection, with the architecture's own gating."""
+    out = grouped_linear(x_SH, weights.first, weights.first_bias, bounds)
+    h: Tensor = module._apply_gate(out) if module.has_gate else module.act_fn(out)
+    return h
+
+
+def finish(module: Any, h_SI: Tensor, affinity_S: Tensor, weights: ExpertWeights, bounds: list[int]) -> Tensor:
+    """[S, H]: the experts' outputs from the inputs of down, scaled by the affinities."""
+    y = grouped_linear(h_SI, weights.down, weights.down_bias, bounds)
+    if module.has_post_expert_norm:
+        y = module.post_expert_norm(y)
+    return y * affinity_S.to(y.dtype).unsqueeze(1)

@@ -1,0 +1,269 @@
+"""Safetensors files, read and written piece by piece.
+
+Reading goes through plain file reads instead of a memory map, because mapped pages count as resident memory; writing reserves
+the whole file first, so that the experts of a layer can be put in place chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moebit.errors import BadInputError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+PIECE = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor will be: its type and shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a stored tensor lies."""
+
+    file: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.dtype, self.shape)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of the first axis (all by default), as a fresh tensor.
+
+        Raises:
+            BadInputError: the file changed underneath or ends early.
+        """
+        if not self.shape:
+            return self._read_bytes(0, self.dtype.itemsize).view(self.dtype).view(())
+        stop = self.shape[0] if stop is None else stop
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        raw = self._read_bytes(start * row, (stop - start) * row)
+        return raw.view(self.dtype).view(stop - start, *self.shape[1:])
+
+    def _read_bytes(self, skip: int, size: int) -> Tensor:
+        buffer = torch.empty(size, dtype=torch.uint8)
+        with open(self.file, "rb", buffering=0) as f:
+            f.seek(self.offset + skip)
+            view, done = memoryview(buffer.numpy().data), 0
+            while done < size:
+                count = f.readinto(view[done:])
+                if not count:
+                    raise BadInputError(f"{self.file}: ended while tensor {self.name!r} was read; the file changed or is truncated")
+                done += count
+        return buffer
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a safetensors file.
+
+    Raises:
+        BadInputError: not a safetensors file, or shorter than its header says.
+    """
+    size = file.stat().st_size
+    entries = {}
+    try:
+        with open(file, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError("impossible header length")
+            header = json.loads(f.read(length))
+        header.pop("__metadata__", None)
+        for name, item in header.items():
+            (begin, end), shape = item["data_offsets"], tuple(map(int, item["shape"]))
+            if not isinstance(item["shape"], list) or not 0 <= begin <= end or min(shape, default=0) < 0:
+                raise ValueError(f"impossible place or shape of tensor {name!r}")
+            entries[name] = (item["dtype"], shape, begin, end)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadInputError(f"{file}: not a safetensors file or truncated ({error}); download or copy this shard again") from error
+    return {name: _entry(file, size, 8 + length, name, *item) for name, item in entries.items()}
+
+
+def _entry(file: Path, size: int, data: int, name: str, dtype: str, shape: tuple[int, ...], begin: int, end: int) -> TensorEntry:
+    if dtype not in DTYPES:
+        raise BadInputError(f"{file}: tensor {name!r} has type {dtype}, which moebit cannot read")
+    entry = TensorEntry(file, name, DTYPES[dtype], shape, data + begin)
+    if entry.spec.nbytes != end - begin:
+        raise BadInputError(f"{file}: tensor {name!r} claims {end - begin} bytes for {shape} {dtype}; the shard is corrupt")
+    if data + end > size:
+        raise BadInputError(
+            f"{file}: truncated: tensor {name!r} should end at byte {data + end}, the file has {size}; download or copy this shard again"
+        )
+    return entry
+
+
+def read_index(directory: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a checkpoint directory, from its index file or its single file.
+
+    Raises:
+        BadInputError: no safetensors, a damaged index, a shard missing or truncated, a tensor of the index not in its shard.
+    """
+    index = directory / INDEX
+    if index.exists():
+        weight_map = _weight_map(index)
+        shards: dict[str, dict[str, TensorEntry]] = {}
+        for shard in sorted(set(weight_map.values())):
+            if not (directory / shard).exists():
+                raise BadInputError(f"{directory}: shard {shard} is named in {INDEX} but missing; download it again")
+            shards[shard] = read_header(directory / shard)
+        absent = sorted(name for name, shard in weight_map.items() if name not in shards[shard])
+        if absent:
+            raise BadInputError(
+                f"{directory}: {len(absent)} tensors are not in the shard that {INDEX} names, first {absent[0]!r} "
+                f"({weight_map[absent[0]]}); download index and shards again"
+            )
+        return {name: shards[shard][name] for name, shard in weight_map.items()}
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise BadInputError(f"{directory}: no safetensors files here; moebit reads Hugging Face checkpoints in safetensors form")
+    if len(files) > 1 and not (directory / "model.safetensors").exists():
+        raise BadInputError(f"{directory}: {len(files)} safetensors files but no {INDEX}; add the index file")
+    return read_header(directory / "model.safetensors" if len(files) > 1 else files[0])
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise TypeError("weight_map does not map tensors to files")
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInputError(f"{index}: not a safetensors index ({error!r}); download it again") from error
+    return weight_map
+
+
+def check_finite(entries: Mapping[str, TensorEntry]) -> None:
+    """Read every floating-point tensor once and look for NaN and infinity.
+
+    Raises:
+        BadInputError: naming the tensor and the place.
+    """
+    for entry in entries.values():
+        if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
+            continue
+        if not entry.shape:
+            if not bool(torch.isfinite(entry.read())):
+                raise BadInputError(f"tensor {entry.name!r} holds {entry.read().item()} ({entry.file}); the checkpoint is damaged")
+            continue
+        row = max(1, math.prod(entry.shape[1:]) * entry.dtype.itemsize)
+        step = max(1, PIECE // row)
+        for start in range(0, entry.shape[0], step):
+            piece = entry.read(start, min(entry.shape[0], start + step))
+            if not bool(torch.isfinite(piece.sum(dtype=torch.float32))) and not bool(torch.isfinite(piece).all()):
+                place = (~torch.isfinite(piece)).nonzero()[0].tolist()
+                value = piece[tuple(place)].item()
+                place[0] += start
+                raise BadInputError(f"tensor {entry.name!r} holds {value} at {place} ({entry.file}); the checkpoint is damaged")
+
+
+class ShardFile:
+    """A safetensors file that is laid out first and filled piece by piece.
+
+    It is written under a temporary name and gets its own name, synced to disk, only when everything has been written.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        self.path, self.specs = path, dict(specs)
+        self._temporary = path.with_name(path.name + ".writing")
+        header, position = {}, 0
+        self._offsets = {}
+        for name, spec in specs.items():
+            header[name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, position + spec.nbytes]}
+            self._offsets[name] = position
+            position += spec.nbytes
+        text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = 8 + len(text)
+        self._missing = {name: spec.nbytes for name, spec in specs.items()}
+        self._file = open(self._temporary, "wb", buffering=0)  # noqa: SIM115 - closed by finish() or abandon()
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._start + position)
+
+    def write(self, name: str, tensor: Tensor, skip: int = 0) -> None:
+        """Put `tensor`'s bytes `skip` bytes into the stored tensor `name`."""
+        spec = self.specs[name]
+        if tensor.dtype != spec.dtype:
+            raise TypeError(f"{name}: {tensor.dtype} written where {spec.dtype} was announced")
+        if tensor.nbytes > self._missing[name] or skip + tensor.nbytes > spec.nbytes:
+            raise ValueError(f"{name}: more bytes written than announced for {spec.shape}")
+        self._missing[name] -= tensor.nbytes
+        self._file.seek(self._start + self._offsets[name] + skip)
+        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        done = 0
+        while done < len(data):
+            done += self._file.write(data[done:])
+
+    def finish(self) -> None:
+        """Sync and give the file its name.
+
+        Raises:
+            ValueError: something announced was not written.
+        """
+        left = {name: count for name, count in self._missing.items() if count}
+        if left:
+            raise ValueError(f"{self.path.name}: {len(left)} tensors incomplete, first {next(iter(left))}")
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self.path)
+
+    def abandon(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> ShardFile:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.abandon()
+
+
+def pieces(file: Path) -> Iterator[bytes]:
+    with open(file, "rb") as f:
+        while piece := f.read(PIECE):
+            yield piece
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    for piece in pieces(file):
+        digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,266 @@
+"""Hidden states of token windows on their way through the decoder layers, one layer at a time.
+
+Only one layer's non-expert weights are in memory at a time, and its experts chunk by chunk: first the layer runs with experts that
+return zero and note what they were asked, then the experts are computed chunk by chunk over all noted tokens, then the layer runs
+again with their stored outputs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moebit.model.checkpoint import Checkpoint, Weights, dematerialize, materialize
+from moebit.model.experts import Dispatch, ExpertsLayout, ExpertWeights, RoutedTokens, dispatch, finish, intermediate
+from moebit.model.replay import LayerCall, StopForward, head, record
+from moebit.model.seam import ExpertsHandler, experts_handler
+from moebit.model.structure import Structure
+
+BATCH_TOKENS = 4096
+LOGIT_BYTES = 64 * 2**20
+InputHook = Callable[[Tensor], None]
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None) -> Tensor:
+    """An uninitialised tensor, in memory or (with a directory) in a memory-mapped file that disappears with it."""
+    if directory is None:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile(dir=directory, prefix="activations-") as file:
+        size = torch.Size(shape).numel()
+        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+
+
+@dataclass
+class Stream:
+    """Windows of tokens between two decoder layers.
+
+    Attributes:
+        checkpoint, structure: the model the windows run through.
+        windows: int64 [N, L] token ids.
+        hidden: [N, L, H] float32 states before the next layer.
+        directory: where activations go when they should not stay in memory.
+    """
+
+    checkpoint: Checkpoint
+    structure: Structure
+    windows: Tensor
+    directory: Path | None = None
+    hidden: Tensor = field(init=False)
+    _calls: list[list[LayerCall]] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        model = self.checkpoint.model
+        embeddings = model.get_input_embeddings()
+        name = next(n for n, m in model.named_modules() if m is embeddings)
+        materialize(embeddings, name, self.checkpoint.weights)
+        self.hidden = allocate((*self.windows.shape, self._width()), torch.float32, self.directory)
+        for rows in self.batches():
+            first, calls = record(model, self.structure.list_name, input_ids=self.windows[rows])
+            self.hidden[rows] = first
+            self._calls.append(self._shared(calls))
+        dematerialize(embeddings)
+
+    def _width(self) -> int:
+        return int(self.checkpoint.config.get_text_config().hidden_size)
+
+    def batches(self) -> Iterator[slice]:
+        step = max(1, BATCH_TOKENS // self.windows.shape[1])
+        for start in range(0, len(self.windows), step):
+            yield slice(start, min(start + step, len(self.windows)))
+
+    def _shared(self, calls: list[LayerCall]) -> list[LayerCall]:
+        """The same calls with tensors that equal the first batch's (masks, positions) stored once."""
+        if not self._calls:
+            return calls
+        result = []
+        for mine, known in zip(calls, self._calls[0], strict=True):
+            kwargs = {key: _same(value, known.kwargs.get(key)) for key, value in mine.kwargs.items()}
+            result.append(LayerCall(tuple(_same(a, b) for a, b in zip(mine.args, known.args, strict=True)), kwargs, mine.by_name))
+        return result
+
+    def layer(self, index: int) -> nn.Module:
+        return self.checkpoint.model.get_submodule(self.structure.layers[index].name)
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """One decoder layer with its non-expert weights in memory (float32), freed afterwards."""
+        sites, layer = self.structure.layers[index], self.layer(index)
+        experts = [layer.get_submodule(sites.moe.experts)] if sites.moe else []
+        materialize(layer, sites.name, self.checkpoint.weights, skip=experts)
+        try:
+            yield layer
+        finally:
+            dematerialize(layer)
+
+    @torch.no_grad()
+    def run(
+        self,
+        index: int,
+        experts: Callable[[slice], ExpertsHandler] | None = None,
+        inputs: Mapping[str, InputHook] | None = None,
+        advance: bool = False,
+    ) -> None:
+        """Run one (loaded) layer over all windows.
+
+        Args:
+            experts: the experts' handler for the windows of a batch; needed where the run reaches experts.
+            inputs: what to do with the input of a submodule, by its name in the layer. If given without `advance`, each forward
+                stops as soon as all of them have been called.
+            advance: replace the hidden states by the layer's output.
+        """
+        layer = self.layer(index)
+        for rows, calls in zip(self.batches(), self._calls, strict=True):
+            with ExitStack() as stack:
+                _watch(stack, layer, inputs or {}, stop=bool(inputs) and not advance)
+                if experts is not None:
+                    stack.enter_context(experts_handler(experts(rows)))
+                try:
+                    output = calls[index].run(layer, self.hidden[rows])
+                except StopForward:
+                    continue
+            if advance:
+                self.hidden[rows] = output
+
+    @torch.no_grad()
+    def capture_routing(self, index: int) -> RoutedTokens:
+        """What the layer's experts are asked, for every token, in the windows' order."""
+        moe = self.structure.layers[index].moe
+        assert moe is not None
+        total = self.windows.numel()
+        x = allocate((total, moe.layout.hidden), torch.float32, self.directory)
+        ids = torch.empty(total, moe.top_k, dtype=torch.int64)
+        weights = torch.empty(total, moe.top_k, dtype=torch.float32)
+
+        def note(rows: slice) -> ExpertsHandler:
+            span = self.token_span(rows)
+
+            def handler(module: nn.Module, states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+                x[span], ids[span], weights[span] = states, top_k_index, top_k_weights.float()
+                return torch.zeros_like(states)
+
+            return handler
+
+        self.run(index, experts=note)
+        return RoutedTokens(x, ids, weights)
+
+    def token_span(self, rows: slice) -> slice:
+        length = self.windows.shape[1]
+        return slice(rows.start * length, rows.stop * length)
+
+    def replay(self, outputs_TH: Tensor) -> Callable[[slice], ExpertsHandler]:
+        """Handlers that answer with stored expert outputs."""
+        return lambda rows: lambda module, states, ids, weights: outputs_TH[self.token_span(rows)].to(states.dtype)
+
+    def step(self, index: int, chunk: int) -> Tensor | None:
+        """Advance through one layer as it is, with at most `chunk` experts in memory; returns the chosen experts [T, k].
+
+        Where all of a layer's experts fit, one pass does; else the layer runs twice around the experts.
+        """
+        moe = self.structure.layers[index].moe
+        with self.loaded(index) as layer:
+            if moe is None:
+                self.run(index, advance=True)
+                return None
+            name, module = f"{self.structure.layers[index].name}.{moe.experts}", layer.get_submodule(moe.experts)
+            if chunk >= moe.layout.experts:
+                return self._step_at_once(index, read_experts(self.checkpoint.weights, name, moe.layout, 0, moe.layout.experts))
+            routed = self.capture_routing(index)
+            outputs = allocate(tuple(routed.x.shape), torch.float32, self.directory).zero_()
+            slots = dispatch(routed.ids, routed.weights, moe.layout.experts)
+            for start in range(0, moe.layout.experts, chunk):
+                stop = min(start + chunk, moe.layout.experts)
+                weights = read_experts(self.checkpoint.weights, name, moe.layout, start, stop)
+                add_outputs(module, routed.x, weights, slots, start, stop, outputs)
+            self.run(index, experts=self.replay(outputs), advance=True)
+            return routed.ids
+
+    def _step_at_once(self, index: int, weights: ExpertWeights) -> Tensor:
+        experts = weights.down.shape[0]
+        chosen = []
+
+        def answer(module: nn.Module, states: Tensor, ids: Tensor, affinity: Tensor) -> Tensor:
+            chosen.append(ids)
+            outputs = torch.zeros_like(states)
+            add_outputs(module, states, weights, dispatch(ids, affinity, experts), 0, experts, outputs)
+            return outputs
+
+        self.run(index, experts=lambda rows: answer, advance=True)
+        return torch.cat(chosen)
+
+    @torch.no_grad()
+    def logits(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, logits [B, L, V] float32) after the last layer, a few windows at a time."""
+        model = self.checkpoint.model
+        layers = self.structure.list_name
+        outside = [
+            (name, module) for name, module in model.named_modules() if name and not _inside(name, layers) and not list(module.children())
+        ]
+        vocabulary = int(self.checkpoint.config.get_text_config().vocab_size)
+        step = max(1, LOGIT_BYTES // (4 * vocabulary * self.windows.shape[1]))
+        try:
+            for name, module in outside:
+                materialize(module, name, self.checkpoint.weights)
+            for start in range(0, len(self.windows), step):
+                rows = slice(start, min(start + step, len(self.windows)))
+                yield rows, head(model, layers, self.hidden[rows]).float()
+        finally:
+            for _, module in outside:
+                dematerialize(module)
+
+
+def _inside(name: str, layers: str) -> bool:
+    return name == layers or name.startswith(f"{layers}.") or layers.startswith(f"{name}.")
+
+
+def _same(value: object, known: object) -> object:
+    if isinstance(value, Tensor) and isinstance(known, Tensor):
+        return known if value.shape == known.shape and value.dtype == known.dtype and torch.equal(value, known) else value
+    if isinstance(value, tuple) and isinstance(known, tuple) and len(value) == len(known):
+        return tuple(_same(a, b) for a, b in zip(value, known, strict=True))
+    return value
+
+
+def _watch(stack: ExitStack, layer: nn.Module, inputs: Mapping[str, InputHook], stop: bool) -> None:
+    """Call every hook with its submodule's input; with `stop`, end the forward when the last of them was called."""
+    waiting = set(inputs)
+
+    def watch(name: str, hook: InputHook) -> None:
+        def on_call(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            hook(args[0])
+            waiting.discard(name)
+            if stop and not waiting:
+                raise StopForward
+
+        stack.callback(layer.get_submodule(name).register_forward_pre_hook(on_call).remove)
+
+    for name, hook in inputs.items():
+        watch(name, hook)
+
+
+def read_experts(
+    weights: Weights, name: str, layout: ExpertsLayout, start: int, stop: int, dtype: torch.dtype = torch.float32
+) -> ExpertWeights:
+    """Experts [start, stop) of the module called `name`, in `dtype`."""
+
+    def rows(leaf: str) -> Tensor:
+        return weights.expert_rows(f"{name}.{leaf}", start, stop).to(dtype)
+
+    biases = (rows(f"{layout.first}_bias"), rows("down_proj_bias")) if layout.bias else (None, None)
+    return ExpertWeights(layout.stacked(rows(layout.first)), layout.stacked(rows("down_proj")), *biases)
+
+
+@torch.no_grad()
+def add_outputs(
+    module: nn.Module, x_TH: Tensor, weights: ExpertWeights, slots: Dispatch, start: int, stop: int, outputs_TH: Tensor
+) -> None:
+    """Add what experts [start, stop) contribute to every token's output."""
+    tokens, affinity, bounds = slots.chunk(start, stop)
+    if len(tokens):
+        h = intermediate(module, x_TH[tokens], weights, bounds)
+        outputs_TH.index_add_(0, tokens, finish(module, h, affinity, weights, bounds))

@@ -1,0 +1,279 @@
+"""The straight line: checkpoint in, quantized checkpoint out, one decoder layer at a time.
+
+    plan -> embed calibration windows -> for each layer: attention, routing, experts chunk by chunk, advance -> finish
+
+Each layer is calibrated on what the quantized layers before it produce. Each expert is read once and written once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moebit.calibration.text import calibration_windows, digest, load_tokenizer, parse_texts, tokenize
+from moebit.documents import documents
+from moebit.errors import BadInputError
+from moebit.formats import native
+from moebit.formats.opening import open_checkpoint
+from moebit.formats.output import OutputDirectory, check_space, disk_error
+from moebit.formats.sink import SINKS, Sink
+from moebit.layer import LayerJob, LayerReport, Progress
+from moebit.model.checkpoint import Checkpoint, HubWeights
+from moebit.model.files import TensorSpec, check_finite, read_header
+from moebit.model.stream import Stream
+from moebit.model.structure import LayerSites, find_structure
+from moebit.planning import BitPlan, Plan, describe_structure, load_bit_plan, make_plan
+from moebit.recipe import Recipe, load_recipe
+
+DEFAULT_MEMORY = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished quantization."""
+
+    path: Path
+    plan: Plan
+    size_before: int
+    size_after: int
+    layers: list[LayerReport]
+    seconds: float
+
+    @property
+    def fallbacks(self) -> int:
+        return sum(layer.fallbacks for layer in self.layers)
+
+    @property
+    def unseen_experts(self) -> int:
+        return sum(layer.unseen_experts for layer in self.layers)
+
+
+def inspect(
+    model: str | Path, recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, memory: int = DEFAULT_MEMORY
+) -> dict[str, Any]:
+    """Structure, sizes and, with a recipe, what it would make of the model. Reads headers, no weights.
+
+    Raises:
+        BadInputError: not a model that moebit understands, or a recipe that does not fit it.
+    """
+    checkpoint = open_checkpoint(model)
+    structure = find_structure(checkpoint.model)
+    result = describe_structure(checkpoint, structure)
+    if isinstance(checkpoint.weights, native.NativeWeights):
+        specs = native.packed_specs(_quantization_config(checkpoint.path))
+        result["quantized"] = {"average_bits": native.average_bits(specs), "format": "native"}
+        if recipe is not None:
+            raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
+    elif recipe is not None:
+        result["plan"] = make_plan(checkpoint, structure, load_recipe(recipe), memory).describe()
+    return result
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    text: Sequence[str] | Mapping[str, str | Path] = (),
+    overrides: Mapping[str, Any] | None = None,
+    plan: str | Path | BitPlan | None = None,
+    format: str | None = None,
+    device: str = "cpu",
+    memory: int = DEFAULT_MEMORY,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Result | Plan:
+    """Quantize a checkpoint into the directory `out`; the plan alone with `dry_run`.
+
+    Args:
+        model: directory or hub id of a full-precision checkpoint.
+        recipe: preset name, YAML file, dict; default `gptq-w4`. `overrides`: {"weights.bits": 3, ...} on top.
+        plan: bit widths that differ from the recipe's, a file or `BitPlan`.
+        text: calibration texts, `[NAME=]FILE` items or a mapping; needed unless the recipe rounds to nearest.
+        memory: bytes that the work may take; bounds chunks, and spills activations to disk.
+        seed: chooses the calibration windows. The same input, recipe, seed and memory give the same bytes.
+        resume: go on with an interrupted run after its last whole layer.
+        progress: called with (what, done, total).
+
+    Raises:
+        BadInputError: before any work where it can be known before: the model, the recipe, the text, the output, the disk.
+        InterruptedWorkError: the disk failed on the way; resume goes on.
+    """
+    began = time.perf_counter()
+    chosen = load_recipe(recipe, {**(overrides or {}), **({"format": format} if format else {})})
+    if device != "cpu" and not torch.cuda.is_available():
+        raise BadInputError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+    out = Path(out)
+    checkpoint = open_checkpoint(model)
+    if not isinstance(checkpoint.weights, HubWeights):
+        raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
+    _check_output(out, checkpoint.path)
+    structure = find_structure(checkpoint.model)
+    bits = load_bit_plan(plan) if isinstance(plan, str | Path) else plan
+    decided = make_plan(checkpoint, structure, chosen, memory, bits)
+    windows = _calibration(checkpoint, chosen, text, seed)
+    if dry_run:
+        return decided
+    check_space(out, decided.size_bytes + (windows.numel() * _width(checkpoint) * 4 * 2 if windows is not None else 0))
+    check_finite(checkpoint.entries)
+    identity = _identity(checkpoint, chosen, windows, memory, seed) | ({"bit_plan": bits.digest()} if bits else {})
+    output = OutputDirectory(out, {**identity, "shards": _changed(checkpoint)}, resume=resume, overwrite=overwrite)
+    try:
+        sink = SINKS[chosen.format](checkpoint.weights, decided.modules)
+        reports = _Work(checkpoint, decided, output, sink, device, progress or (lambda what, done, total: None)).run(windows)
+        written = documents(checkpoint, decided, identity, reports, time.perf_counter() - began)
+        output.finish(checkpoint.path, sink.config(_config(checkpoint)), written)
+    except OSError as error:
+        raise disk_error(error, output.partial) from error
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    return Result(out, decided, checkpoint.size_bytes, size, reports, time.perf_counter() - began)
+
+
+def _check_output(out: Path, source: Path) -> None:
+    """The output must not be the checkpoint, nor hold it, nor lie in it: --overwrite would delete the input."""
+    target, origin = out.resolve(), source.resolve()
+    if target == origin or target in origin.parents or origin in target.parents:
+        raise BadInputError(f"-o {out}: the output and the checkpoint {source} must be apart; choose another -o")
+
+
+def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: Sequence[str] | Mapping[str, str | Path], seed: int) -> Tensor | None:
+    files = parse_texts(text)
+    if not recipe.needs_calibration:
+        return None
+    if not files:
+        raise BadInputError(
+            "this recipe calibrates on text: give --text FILE (plain UTF-8 or .jsonl), or use an rtn recipe, which needs none"
+        )
+    tokenizer = load_tokenizer(checkpoint.path)
+    vocabulary = int(checkpoint.config.get_text_config().vocab_size)
+    texts = [tokenize(name, file, tokenizer, vocabulary) for name, file in files.items()]
+    limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    if limit and recipe.calibration.seq_len > limit:
+        raise BadInputError(
+            f"calibration.seq_len {recipe.calibration.seq_len} is longer than the model's context of {limit}; set a smaller one"
+        )
+    return calibration_windows(texts, recipe.calibration.samples, recipe.calibration.seq_len, seed)
+
+
+def _width(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.config.get_text_config().hidden_size)
+
+
+def _identity(checkpoint: Checkpoint, recipe: Recipe, windows: Tensor | None, memory: int, seed: int) -> dict[str, Any]:
+    """What the bytes of the result depend on; a resumed run must agree in all of it."""
+    return {
+        "moebit": version("moebit"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "input": checkpoint_fingerprint(checkpoint),
+        "recipe": recipe.digest(),
+        "calibration": digest(windows) if windows is not None else None,
+        "memory": memory,
+        "seed": seed,
+    }
+
+
+def checkpoint_fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256 over the configuration and every shard's name, size and header."""
+    fingerprint = hashlib.sha256((checkpoint.path / "config.json").read_bytes())
+    for file in sorted({entry.file for entry in checkpoint.entries.values()}):
+        header = sorted((e.name, str(e.dtype), e.shape, e.offset) for e in read_header(file).values())
+        fingerprint.update(json.dumps([file.name, file.stat().st_size, header]).encode())
+    return fingerprint.hexdigest()
+
+
+def _changed(checkpoint: Checkpoint) -> dict[str, int]:
+    """When each shard was last written: a run is not resumed over a shard that changed underneath."""
+    return {file.name: file.stat().st_mtime_ns for file in sorted({entry.file for entry in checkpoint.entries.values()})}
+
+
+@dataclass
+class _Work:
+    """One run over the layers of a checkpoint."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    output: OutputDirectory
+    sink: Sink
+    device: str
+    progress: Progress
+
+    def run(self, windows: Tensor | None) -> list[LayerReport]:
+        """All layers that the journal does not have yet, then the rest of the model."""
+        layers = self.plan.structure.layers
+        reports = [LayerReport(**entry["report"]) for entry in self.output.entries if entry["kind"] == "layer"]
+        stream = self._stream(windows, len(reports)) if windows is not None and len(reports) < len(layers) else None
+        for sites in layers[len(reports) :]:
+            self.progress("layers", sites.index, len(layers))
+            reports.append(self._layer(sites, stream))
+        self.progress("layers", len(layers), len(layers))
+        if not any(entry["kind"] == "rest" for entry in self.output.entries):
+            self._rest()
+        return reports
+
+    def _stream(self, windows: Tensor, done: int) -> Stream:
+        """The calibration windows behind the layers that are done."""
+        stream = Stream(self.checkpoint, self.plan.structure, windows, self.output.partial if self.plan.spill else None)
+        if done:
+            stream.hidden.copy_(read_header(self.output.partial / _stream_file(done - 1))["hidden"].read())
+        return stream
+
+    def _layer(self, sites: LayerSites, stream: Stream | None) -> LayerReport:
+        """Quantize, write and pass one decoder layer; from the journal entry on it need not be done again."""
+        began = time.perf_counter()
+        files = [self._shard_name(sites.index)]
+        report = LayerReport(sites.index)
+        loaded: AbstractContextManager[nn.Module | None] = stream.loaded(sites.index) if stream else nullcontext()
+        names = self.sink.parameters(sites.name + ".")
+        with self.output.shard(files[0], self.sink.specs(names)) as shard, loaded as layer:
+            LayerJob(self.plan, self.sink, sites, shard, report, stream, layer, self.device, self.progress).run()
+        report.seconds = round(time.perf_counter() - began, 3)
+        if stream:
+            files.append(_stream_file(sites.index))
+            with self.output.shard(files[1], {"hidden": TensorSpec(torch.float32, tuple(stream.hidden.shape))}) as saved:
+                saved.write("hidden", stream.hidden)
+        self.output.record("layer", files, index=sites.index, report=asdict(report))
+        if sites.index:
+            self.output.remove(_stream_file(sites.index - 1))
+        return report
+
+    def _shard_name(self, number: int) -> str:
+        return self.output.shard_name(number, len(self.plan.structure.layers) + 1)
+
+    def _rest(self) -> None:
+        """Embeddings, final norm, head, and stored tensors that the model class does not use (kept, never dropped)."""
+        weights = self.sink.weights
+        prefixes = tuple(layer.name + "." for layer in self.plan.structure.layers)
+        names = [name for name in self.sink.parameters("") if not name.startswith(prefixes)]
+        specs = self.sink.specs(names) | {stored: weights.entries[stored].spec for stored in weights.unused}
+        name = self._shard_name(len(self.plan.structure.layers))
+        with self.output.shard(name, specs) as shard:
+            self.sink.put_plain(shard, names)
+            for stored in weights.unused:
+                shard.write(stored, weights.entries[stored].read())
+        self.output.record("rest", [name])
+
+
+def _stream_file(index: int) -> str:
+    return f"stream-{index:05d}.safetensors"
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    return dict(json.loads((checkpoint.path / "config.json").read_text()))
+
+
+def _quantization_config(path: Path) -> dict[str, Any]:
+    return dict(json.loads((path / "config.json").read_text())["quantization_config"])

@@ -1,0 +1,359 @@
+"""What a quantization will do, known before it starts: structure, sizes, memory, time, and whether it can be done at all."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moebit.errors import BadInputError
+from moebit.formats.native import PackedSpec, average_bits
+from moebit.model.checkpoint import Checkpoint
+from moebit.model.experts import ExpertsLayout
+from moebit.model.structure import LayerSites, Structure
+from moebit.recipe import BIT_WIDTHS, Recipe
+
+FLOPS_PER_THREAD = 50e9  # float32 products on an AVX-512 core, cautiously; only for the time estimate
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """Bit widths that differ from the recipe's, by full module name. Specified in docs/format.md; a person can edit it.
+
+    Attributes:
+        experts: experts module -> projection -> one width, or one per expert.
+        linears: linear -> width.
+    """
+
+    experts: Mapping[str, Mapping[str, int | list[int]]]
+    linears: Mapping[str, int]
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps([self.experts, self.linears], sort_keys=True).encode()).hexdigest()
+
+    def widths(self, name: str, projection: str, count: int, default: int) -> tuple[int, ...]:
+        """One width per expert.
+
+        Raises:
+            BadInputError: not as many as there are experts, or a width that does not exist.
+        """
+        bits = self.experts.get(name, {}).get(projection, default)
+        result = (bits,) * count if isinstance(bits, int) else tuple(bits)
+        if len(result) != count:
+            raise BadInputError(f"plan: {name}.{projection} has {len(result)} widths for {count} experts")
+        return _check_widths(f"{name}.{projection}", result)
+
+
+def _check_widths(name: str, widths: tuple[int, ...]) -> tuple[int, ...]:
+    for number, width in enumerate(widths):
+        if width not in BIT_WIDTHS:
+            raise BadInputError(f"plan: {name}, entry {number}: {width!r} bits; choose one of {', '.join(map(str, BIT_WIDTHS))}")
+    return widths
+
+
+def load_bit_plan(file: str | Path) -> BitPlan:
+    """Read a plan file.
+
+    Raises:
+        BadInputError: no such file, not JSON, another version, unknown keys.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise BadInputError(f"--plan: no such file: {path}")
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise BadInputError(f"--plan {path}: not valid JSON ({error})") from error
+    if (
+        not isinstance(data, dict)
+        or data.get("version") != 1
+        or not isinstance(data.get("experts", {}), dict)
+        or not isinstance(data.get("linears", {}), dict)
+    ):
+        raise BadInputError(f'--plan {path}: expected {{"version": 1, "experts": {{...}}, "linears": {{...}}}} as docs/format.md has it')
+    unknown = sorted(set(data) - {"version", "experts", "linears"})
+    wrong = [name for name, parts in data.get("experts", {}).items() if not isinstance(parts, dict)]
+    if unknown or wrong:
+        what = f"unknown key {unknown[0]!r}" if unknown else f"{wrong[0]}: expected {{projection: width or list of widths}}"
+        raise BadInputError(f"--plan {path}: {what}; docs/format.md has the form")
+    return BitPlan(data.get("experts", {}), data.get("linears", {}))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe applied to a checkpoint, on paper.
+
+    Attributes:
+        linears: quantized linears by full name.
+        experts: quantized experts modules by full name, each projection's spec.
+        kept: full names of what stays in full precision though it is a matrix of a decoder layer, with the reason.
+        size_bytes: of the output's tensors. peak_bytes, seconds: estimates.
+        chunk: experts of a layer that are in memory at a time, by layer index.
+    """
+
+    recipe: Recipe
+    structure: Structure
+    linears: dict[str, PackedSpec]
+    experts: dict[str, dict[str, PackedSpec]]
+    kept: dict[str, str]
+    size_bytes: int
+    peak_bytes: int
+    seconds: float
+    chunk: dict[int, int]
+    spill: bool
+
+    @property
+    def modules(self) -> dict[str, dict[str, PackedSpec]]:
+        """Every quantized module: {"": spec} for a linear, {projection: spec} for experts."""
+        return {**{name: {"": spec} for name, spec in self.linears.items()}, **self.experts}
+
+    @property
+    def average_bits(self) -> float:
+        return average_bits(self.modules)
+
+    def describe(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "size_bytes": self.size_bytes,
+            "average_bits": self.average_bits,
+            "peak_memory_bytes": self.peak_bytes,
+            "seconds": round(self.seconds, 1),
+            "quantized_linears": len(self.linears),
+            "quantized_experts_modules": len(self.experts),
+            "kept": self.kept,
+            "experts_per_chunk": self.chunk,
+        }
+
+
+def make_plan(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memory: int, bits: BitPlan | None = None) -> Plan:
+    """Decide what is quantized and how, and check that it can be.
+
+    Args:
+        bits: widths that differ from the recipe's.
+
+    Raises:
+        BadInputError: a group size that does not divide (naming the layer and what would), an ignore pattern that matches nothing.
+    """
+    bits = bits or BitPlan({}, {})
+    linears: dict[str, PackedSpec] = {}
+    experts: dict[str, dict[str, PackedSpec]] = {}
+    kept: dict[str, str] = {}
+    used: set[str] = set()
+    for layer in structure.layers:
+        kept |= {f"{layer.name}.{name}": reason for name, reason in layer.kept.items()}
+        for name in (name for group in layer.groups for name in group.names):
+            full = f"{layer.name}.{name}"
+            pattern = next((p for p in recipe.weights.ignore if fnmatch.fnmatch(full, p)), None)
+            if pattern:
+                used.add(pattern)
+                kept[full] = f"ignored ({pattern})"
+            elif recipe.weights.scope == "experts":
+                kept[full] = "scope: experts"
+            else:
+                module = checkpoint.model.get_submodule(full)
+                widths = _check_widths(full, (bits.linears.get(full, recipe.weights.bits),))
+                shape = (int(module.out_features), int(module.in_features))
+                linears[full] = _spec(recipe, full, shape, widths, _dtype(checkpoint, f"{full}.weight"), stacked=False)
+        if layer.moe:
+            full = f"{layer.name}.{layer.moe.experts}"
+            pattern = next((p for p in recipe.weights.ignore if fnmatch.fnmatch(full, p)), None)
+            if pattern:
+                used.add(pattern)
+                kept[full] = f"ignored ({pattern})"
+                continue
+            layout = layer.moe.layout
+            dtype = _dtype(checkpoint, f"{full}.down_proj")
+            experts[full] = {
+                p: _spec(
+                    recipe,
+                    f"{full}.{p}",
+                    layout.features(p),
+                    bits.widths(full, p, layout.experts, recipe.weights.bits),
+                    dtype,
+                    stacked=True,
+                )
+                for p in layout.projections
+            }
+    _check_names(bits, linears, experts)
+    unused = sorted(set(recipe.weights.ignore) - used)
+    if unused:
+        raise BadInputError(
+            f"weights.ignore: {unused[0]!r} matches no linear and no experts of this model "
+            f"(names look like {next(iter(linears or experts))!r})"
+        )
+    if not linears and not experts:
+        raise BadInputError("this recipe quantizes nothing in this model: everything is ignored")
+    chunk = {layer.index: chunk_size(layer.moe.layout, recipe, memory) for layer in structure.layers if layer.moe}
+    tokens = recipe.calibration.samples * recipe.calibration.seq_len if recipe.needs_calibration else 0
+    width = int(checkpoint.config.get_text_config().hidden_size)
+    activations = 3 * tokens * width * 4  # hidden states, captured inputs, expert outputs
+    spill = activations > memory // 2
+    peak = _layer_bytes(checkpoint, structure) + (0 if spill else activations)
+    peak += max((chunk[layer.index] * bytes_per_expert(layer.moe.layout, recipe) for layer in structure.layers if layer.moe), default=0)
+    return Plan(
+        recipe,
+        structure,
+        linears,
+        experts,
+        kept,
+        _output_size(checkpoint, linears, experts, recipe),
+        peak,
+        _seconds(checkpoint, structure, recipe, tokens),
+        chunk,
+        spill,
+    )
+
+
+def _check_names(bits: BitPlan, linears: Mapping[str, PackedSpec], experts: Mapping[str, Mapping[str, PackedSpec]]) -> None:
+    known = {**{name: {"": None} for name in linears}, **experts}
+    for name, wanted in [*bits.experts.items(), *((name, None) for name in bits.linears)]:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        parts = {""} if wanted is None else set(wanted)
+        if name not in known or not parts <= set(known[name]):
+            what = name if wanted is None else f"{name} ({', '.join(wanted)})"
+            raise BadInputError(f"plan: {what} is not quantized by this recipe in this model; nearest: {near[0] if near else 'none'}")
+
+
+def _spec(recipe: Recipe, name: str, shape: tuple[int, int], bits: tuple[int, ...], dtype: torch.dtype, stacked: bool) -> PackedSpec:
+    w = recipe.weights
+    if w.group_size != -1 and shape[1] % w.group_size:
+        fitting = [str(size) for size in (32, 64, 128, -1) if size == -1 or shape[1] % size == 0]
+        raise BadInputError(
+            f"{name}: group size {w.group_size} does not divide its {shape[1]} input channels; "
+            f"set weights.group_size to one of {', '.join(fitting)}, "
+            "or keep this module in full precision with weights.ignore"
+        )
+    return PackedSpec(bits, shape, w.group_size, w.symmetric, dtype, stacked)
+
+
+def _dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
+    specs = getattr(checkpoint.weights, "specs", {})
+    return specs[name].dtype if name in specs else torch.bfloat16
+
+
+def bytes_per_expert(layout: ExpertsLayout, recipe: Recipe) -> int:
+    """Memory that solving one expert takes: weights, their permuted and dequantized copies, errors and codes, Hessians and factors."""
+    weights = layout.parameters_per_expert * 4
+    if recipe.solver.method == "rtn":
+        return 6 * weights
+    widest = max(layout.hidden, layout.intermediate)
+    return 5 * weights + 7 * widest * widest * 4
+
+
+def chunk_size(layout: ExpertsLayout, recipe: Recipe, memory: int) -> int:
+    """Experts at a time: a function of shapes, recipe and the memory limit alone, so that the bytes of the result are, too."""
+    return max(1, min(layout.experts, (memory // 2) // bytes_per_expert(layout, recipe)))
+
+
+def _layer_bytes(checkpoint: Checkpoint, structure: Structure) -> int:
+    """The largest part outside of the experts that is in memory at once, in float32: a layer's, or embeddings and head."""
+    experts = [f"{layer.name}.{layer.moe.experts}." for layer in structure.layers if layer.moe]
+    sizes: dict[str, int] = {}
+    for name, parameter in checkpoint.model.named_parameters():
+        if any(name.startswith(prefix) for prefix in experts):
+            continue
+        owner = next((layer.name for layer in structure.layers if name.startswith(layer.name + ".")), "outside")
+        sizes[owner] = sizes.get(owner, 0) + parameter.numel() * 4
+    return max(sizes.values(), default=0)
+
+
+def _output_size(checkpoint: Checkpoint, linears: dict[str, PackedSpec], experts: dict[str, dict[str, PackedSpec]], recipe: Recipe) -> int:
+    total = sum(entry.spec.nbytes for entry in checkpoint.entries.values())
+    if recipe.format == "dense":
+        return total
+    for name, spec in linears.items():
+        total += sum(s.nbytes for s in spec.specs(name).values()) - spec.weights * _dtype(checkpoint, f"{name}.weight").itemsize
+    for name, parts in experts.items():
+        for projection, spec in parts.items():
+            total += (
+                sum(s.nbytes for s in spec.specs(projection).values()) - spec.weights * _dtype(checkpoint, f"{name}.down_proj").itemsize
+            )
+    return total
+
+
+def _seconds(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, tokens: int) -> float:
+    """A rough estimate from the floating-point operations of forwards, Hessians and solves."""
+    flops = 0.0
+    for layer in structure.layers:
+        for group in layer.groups:
+            for name in group.names:
+                module: Any = checkpoint.model.get_submodule(f"{layer.name}.{name}")
+                weights = module.in_features * module.out_features
+                flops += 6 * tokens * weights + _solve_flops(recipe, 1, module.out_features, module.in_features)
+            flops += 2 * tokens * group.in_features**2 / 2 if recipe.needs_calibration else 0
+        if layer.moe:
+            layout = layer.moe.layout
+            slots = tokens * layer.moe.top_k
+            flops += 2 * slots * layout.parameters_per_expert + slots * (layout.hidden**2 + layout.intermediate**2)
+            flops += _solve_flops(recipe, layout.experts, 2 * layout.intermediate, layout.hidden)
+            flops += _solve_flops(recipe, layout.experts, layout.hidden, layout.intermediate)
+    return 1 + flops / (FLOPS_PER_THREAD * torch.get_num_threads())
+
+
+def _solve_flops(recipe: Recipe, count: int, out: int, inputs: int) -> float:
+    search = 100 * out * inputs if recipe.solver.clip_search else 0
+    if recipe.solver.method == "rtn":
+        return float(count * (search + 10 * out * inputs))
+    return float(count * (out * inputs**2 + 2 * inputs**3 + search))
+
+
+def describe_structure(checkpoint: Checkpoint, structure: Structure) -> dict[str, Any]:
+    """What the model is made of, for people and JSON: layers, experts, routers, parameters and bytes by part."""
+    parts = _parts(checkpoint, structure)
+    moe = structure.moe_layers
+    first = moe[0].moe
+    assert first is not None
+    return {
+        "model": str(checkpoint.path),
+        "architecture": type(checkpoint.model).__name__,
+        "layers": len(structure.layers),
+        "moe_layers": len(moe),
+        "experts": first.layout.experts,
+        "top_k": first.top_k,
+        "hidden_size": first.layout.hidden,
+        "expert_intermediate_size": first.layout.intermediate,
+        "shared_experts": bool(first.shared),
+        "router": first.router_kind,
+        "parameters": sum(part["parameters"] for part in parts.values()),
+        "parts": parts,
+        "size_bytes": checkpoint.size_bytes,
+        "not_in_model": list(getattr(checkpoint.weights, "unused", [])),
+        "per_layer": [_describe_layer(layer) for layer in structure.layers],
+    }
+
+
+def _describe_layer(layer: LayerSites) -> dict[str, Any]:
+    moe = layer.moe
+    result: dict[str, Any] = {"layer": layer.index, "linears": sum(len(g.names) for g in layer.groups), "kept": layer.kept}
+    if moe:
+        result |= {"experts": moe.layout.experts, "top_k": moe.top_k, "router": moe.router_kind, "shared": list(moe.shared)}
+    return result
+
+
+def _parts(checkpoint: Checkpoint, structure: Structure) -> dict[str, dict[str, int]]:
+    labels = {}
+    for layer in structure.layers:
+        if layer.moe:
+            labels[f"{layer.name}.{layer.moe.experts}."] = "routed experts"
+            if layer.moe.router:
+                labels[f"{layer.name}.{layer.moe.router}."] = "routers"
+            labels |= {f"{layer.name}.{name}.": "shared experts" for name in layer.moe.shared}
+    prefixes = [layer.name + "." for layer in structure.layers]
+    specs = getattr(checkpoint.weights, "specs", {})
+    result: dict[str, dict[str, int]] = {}
+    for name, parameter in checkpoint.model.named_parameters():
+        label = next((text for prefix, text in labels.items() if name.startswith(prefix)), None)
+        if label is None:
+            label = "attention and other layers" if any(name.startswith(p) for p in prefixes) else "embeddings, norm and head"
+        part = result.setdefault(label, {"parameters": 0, "bytes": 0})
+        part["parameters"] += math.prod(parameter.shape)
+        part["bytes"] += specs[name].nbytes if name in specs else parameter.numel() * 2
+    return result

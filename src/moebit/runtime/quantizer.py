@@ -1,0 +1,65 @@
+"""The `moebit` quantization method for transformers' `from_pretrained`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moebit.formats.native import METHOD, packed_specs
+from moebit.model.seam import SEAM
+from moebit.runtime.packed import EXPERTS_IMPLEMENTATION, PackedLinear, pack_experts
+
+
+@register_quantization_config(METHOD)
+class MoebitConfig(QuantizationConfigMixin):
+    """`quantization_config` of a native output, as docs/format.md specifies it."""
+
+    def __init__(self, modules: dict[str, Any] | None = None, format_version: int = 1, quant_method: str = METHOD, **kwargs: Any) -> None:
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.modules = modules or {}
+
+
+@register_quantizer(METHOD)
+class MoebitQuantizer(HfQuantizer):
+    """Puts packed modules in place of linears and experts before the weights are loaded."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        packed_specs(self.quantization_config.to_dict())
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """None: a native output names its tensors as the module does."""
+        return []
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if getattr(model.config, "_experts_implementation", None) not in (EXPERTS_IMPLEMENTATION, SEAM):
+            model.set_experts_implementation(EXPERTS_IMPLEMENTATION)  # type: ignore[operator]
+        for name, parts in packed_specs(self.quantization_config.to_dict()).items():
+            module = model.get_submodule(name)
+            if "" not in parts:
+                pack_experts(module, name, parts)
+                continue
+            parent, _, leaf = name.rpartition(".")
+            dtype = module.weight.dtype if isinstance(module.weight, torch.Tensor) else torch.bfloat16
+            setattr(model.get_submodule(parent), leaf, PackedLinear(parts[""], module.bias is not None, dtype))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        model.config.experts_implementation = EXPERTS_IMPLEMENTATION  # type: ignore[union-attr] # kept by save_pretrained: see formats/sink.py
+        return model
+
+    def get_weight_conversions(self) -> list[Any]:
+        return []
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True

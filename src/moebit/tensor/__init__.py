@@ -1,0 +1,27 @@
+"""Pure tensor mathematics: quantization grids, packing, factorisations, solvers. Knows no model.
+
+Shape suffixes: E experts (or matrices in a batch), O output channels, I input channels, N = I, G groups, T tokens.
+"""
+
+from moebit.tensor.grid import QTensor, QuantScheme, minmax_grid, round_to_grid, search_grid
+from moebit.tensor.linalg import damp, factor, second_moment, shrink
+from moebit.tensor.packing import pack, packed_row_bytes, unpack
+from moebit.tensor.solver import SolveInfo, solve_gptq, solve_rtn
+
+__all__ = [
+    "QTensor",
+    "QuantScheme",
+    "SolveInfo",
+    "damp",
+    "factor",
+    "minmax_grid",
+    "pack",
+    "packed_row_bytes",
+    "round_to_grid",
+    "search_grid",
+    "second_moment",
+    "shrink",
+    "solve_gptq",
+    "solve_rtn",
+    "unpack",
+]

@@ -1,0 +1,138 @@
+"""Compiled CPU kernels (numba) for the two inner loops that matrix products cannot express.
+
+Each has a plain torch form next to its caller, which also serves CUDA; the tests hold the two together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+TILE = 64  # rows that are rounded side by side
+
+
+@numba.njit(parallel=True, cache=True, error_model="numpy")
+def _best_grid(w: Any, scales: Any, zeros: Any, importance: Any, qmax: Any, best: Any) -> None:
+    experts, rows, inputs = w.shape
+    ratios, _, _, groups = scales.shape
+    width = inputs // groups
+    for flat in numba.prange(experts * rows):
+        e, o = flat // rows, flat % rows
+        top = qmax[e]
+        for g in range(groups):
+            least = np.inf
+            for r in range(ratios):
+                scale, zero = scales[r, e, o, g], zeros[r, e, o, g]
+                error = scale * 0
+                for j in range(g * width, (g + 1) * width):
+                    value = w[e, o, j]
+                    code = min(max(np.rint(value / scale) + zero, scale * 0), top)
+                    gap = scale * (code - zero) - value
+                    error += gap * gap * importance[e, j]
+                if error < least:
+                    least = error
+                    best[e, o, g] = r
+
+
+@numba.njit(parallel=True, cache=True, error_model="numpy")
+def _gptq_block(
+    w: Any,
+    carried: Any,
+    f: Any,
+    d: Any,
+    scale: Any,
+    zero: Any,
+    group: Any,
+    qmax: Any,
+    start: int,
+    codes: Any,
+    error: Any,
+    loss: Any,
+) -> None:
+    experts, rows, _ = w.shape
+    width = carried.shape[2]
+    tiles = (rows + TILE - 1) // TILE
+    for flat in numba.prange(experts * tiles):
+        e, first = flat // tiles, (flat % tiles) * TILE
+        count = min(TILE, rows - first)
+        top = qmax[e]
+        nought = top * 0
+        # Columns of a tile lie side by side, so that the inner loops run over rows and vectorize.
+        target = np.zeros((width, TILE), dtype=w.dtype)
+        s, z = np.ones(TILE, dtype=w.dtype), np.zeros(TILE, dtype=w.dtype)
+        missed, code, total = np.zeros(TILE, dtype=w.dtype), np.zeros(TILE, dtype=w.dtype), np.zeros(TILE, dtype=w.dtype)
+        for r in range(count):
+            for k in range(width):
+                target[k, r] = carried[e, first + r, k] + w[e, first + r, start + k]
+            total[r] = loss[e, first + r]
+        for k in range(width):
+            column = start + k
+            g = group[e, column]
+            for r in range(count):
+                s[r], z[r] = scale[e, first + r, g], zero[e, first + r, g]
+                missed[r] = w[e, first + r, column]
+            row = target[k]
+            dk = d[e, column]
+            for r in range(TILE):
+                c = min(max(np.rint(row[r] / s[r]) + z[r], nought), top)
+                value = s[r] * (c - z[r])
+                gap = row[r] - value
+                total[r] += dk * gap * gap
+                missed[r] = missed[r] - value
+                code[r] = c
+            for r in range(count):
+                codes[e, first + r, column] = np.uint8(code[r])
+                error[e, first + r, column] = missed[r]
+            for j in range(k + 1, width):
+                weight = f[e, k, j]
+                ahead = target[j]
+                for r in range(TILE):
+                    ahead[r] += missed[r] * weight
+        for r in range(count):
+            loss[e, first + r] = total[r]
+
+
+def _follow_torch() -> None:
+    """Let numba use as many threads as torch does. Left alone, its first launch sets both back to the number of processors."""
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(threads)
+
+
+def best_grid(w_EOI: Tensor, scales: Tensor, zeros: Tensor, importance_EI: Tensor, qmax_E: Tensor) -> Tensor:
+    """int64 [E, O, G]: which of the candidate grids [R, E, O, G] has the least weighted rounding error; the first wins ties."""
+    best = torch.zeros(scales.shape[1:], dtype=torch.int64)
+    _follow_torch()
+    arrays = [tensor.contiguous().numpy() for tensor in (w_EOI, scales, zeros, importance_EI, qmax_E, best)]
+    _best_grid(*arrays)
+    return best
+
+
+def gptq_block(
+    w_EOI: Tensor,
+    carried_EOB: Tensor,
+    f_EBB: Tensor,
+    d_EI: Tensor,
+    scale_EOG: Tensor,
+    zero_EOG: Tensor,
+    group_EI: Tensor,
+    qmax_E: Tensor,
+    start: int,
+    codes_EOI: Tensor,
+    error_EOI: Tensor,
+    loss_EO: Tensor,
+) -> None:
+    """Round the columns [start, start + B) one after the other, each seeing the errors of those before it.
+
+    Args:
+        w_EOI: weights, columns in solving order; `carried_EOB`: what earlier blocks ask of these columns.
+        f_EBB: the block of F on its diagonal; d_EI: D; group_EI: each column's scale; qmax_E: largest code.
+        codes_EOI, error_EOI (w - q): written in these columns; loss_EO: added to.
+    """
+    _follow_torch()
+    arrays = [t.contiguous().numpy() for t in (w_EOI, carried_EOB, f_EBB, d_EI, scale_EOG, zero_EOG, group_EI, qmax_E)]
+    _gptq_block(*arrays, start, codes_EOI.numpy(), error_EOI.numpy(), loss_EO.numpy())

@@ -1,0 +1,20 @@
+"""Fixtures that every room of tests may use."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.models import Checkpoints
+from tests.outputs import Outputs
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """The tiny checkpoints of tests/models.py, each built once for the whole session."""
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def outputs(tmp_path_factory: pytest.TempPathFactory, checkpoints: Checkpoints) -> Outputs:
+    """The same, quantized (tests/outputs.py)."""
+    return Outputs(tmp_path_factory.mktemp("outputs"), checkpoints)

@@ -1,0 +1,291 @@
+"""The house rules that imports and calls can show: which floor may stand on which, who prints, and what is never loaded.
+
+`violations` reads a source tree without importing it. It is tested on made-up trees first, then run on the real one.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).resolve().parents[1] / "src"
+
+# A room is a package or module directly under src/moebit; ROOT is moebit/__init__.py. A room never imports one with a
+# higher number; rooms with the same number may import each other. A room that is not here is a violation: give it a floor.
+ROOT = "__init__"
+FLOORS = {
+    "errors": 0,
+    "tensor": 1,
+    "recipe": 2,  # what to do, as data: like errors open to everyone above, but it stands on tensor, so tensor cannot use it
+    "model": 3,
+    "calibration": 4,
+    "methods": 4,
+    "formats": 5,
+    "runtime": 5,
+    "evaluate": 5,
+    "report": 5,
+    "planning": 6,  # the pipeline's own rooms, in the order in which they are used
+    "layer": 7,
+    "documents": 8,
+    "pipeline": 9,
+    ROOT: 10,
+    "cli": 11,
+    "__main__": 12,
+}
+STANDS_ALONE = {"errors": set[str](), "recipe": {"errors", "tensor"}}  # may import these rooms and no others
+PRINTS = "cli"
+SCREEN = {"rich", "tqdm"}
+PICKLE = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
+
+
+def violations(src: Path) -> list[str]:
+    """What breaks the rules in the package `src`/moebit, as "path:line: what", in the order of the files."""
+    found = []
+    for path in sorted((src / "moebit").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        module = module_name(path, src)
+        imports = list(imported(tree, module, path.name == "__init__.py", src))
+        broken = itertools.chain(broken_floors(imports, room_of(module)), broken_habits(tree, imports, room_of(module)))
+        found += [f"{path.relative_to(src).as_posix()}:{line}: {what}" for line, what in sorted(set(broken))]
+    return found
+
+
+def module_name(path: Path, src: Path) -> str:
+    """src/moebit/tensor/__init__.py → "moebit.tensor"."""
+    parts = path.relative_to(src).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """ "moebit.tensor.grid" → "tensor", "moebit" → ROOT."""
+    return [*module.split("."), ROOT][1]
+
+
+def is_module(name: str, src: Path) -> bool:
+    path = src.joinpath(*name.split("."))
+    return any(path.glob("*.py")) or path.with_suffix(".py").is_file()
+
+
+def imported(tree: ast.Module, module: str, is_package: bool, src: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of every import of `module`, wherever in the file it stands.
+
+    `from a import b` gives "a.b"; of moebit it gives "a.b" only if that is a module, otherwise "a". Calls of
+    import_module and __import__ count where the name is written out.
+    """
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                yield node.lineno, name if base.split(".")[0] != "moebit" or is_module(name, src) else base
+        elif isinstance(node, ast.Call) and dotted(node.func).rpartition(".")[2] in ("import_module", "__import__"):
+            names = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            level = next((len(name) - len(name.lstrip(".")) for name in names), 0)
+            above = package[: len(package) - level + 1] if level else []
+            yield from ((node.lineno, ".".join(filter(None, [*above, name.lstrip(".")]))) for name in names)
+
+
+def dotted(node: ast.expr) -> str:
+    """`a.b.c` as written; "" for anything but names and attributes of names."""
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value)
+        return f"{base}.{node.attr}" if base else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def broken_floors(imports: list[tuple[int, str]], room: str) -> Iterator[tuple[int, str]]:
+    if room not in FLOORS:
+        yield 1, f"room {room} has no floor: add it to FLOORS"
+        return
+    for line, name in imports:
+        if name.split(".")[0] != "moebit":
+            continue
+        target = room_of(name)
+        if target not in FLOORS:
+            yield line, f"imports {name}, a room without a floor: add it to FLOORS"
+        elif target != room and target not in STANDS_ALONE.get(room, FLOORS):
+            yield line, f"{room} imports {name}, but stands on {', '.join(sorted(STANDS_ALONE[room])) or 'nothing'} only"
+        elif FLOORS[target] > FLOORS[room]:
+            yield line, f"{room} (floor {FLOORS[room]}) imports {name} (floor {FLOORS[target]})"
+
+
+def broken_habits(tree: ast.Module, imports: list[tuple[int, str]], room: str) -> Iterator[tuple[int, str]]:
+    for line, name in imports:
+        if name.split(".")[0] in SCREEN and room != PRINTS:
+            yield line, f"imports {name}: only {PRINTS} writes to the screen"
+        if name.split(".")[0] in PICKLE:
+            yield line, f"imports {name}: nothing is pickled"
+    names = real_names(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == "print" and room != PRINTS:
+            yield node.lineno, f"print: only {PRINTS} writes to the screen"
+        if isinstance(node, ast.Name | ast.Attribute):
+            first, _, rest = dotted(node).partition(".")
+            name = f"{names.get(first, first)}.{rest}".rstrip(".")
+            if name in ("sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__") and room != PRINTS:
+                yield node.lineno, f"{name}: only {PRINTS} writes to the screen"
+            if name in ("torch.load", "torch.serialization.load"):
+                yield node.lineno, f"{name}: weights are read from safetensors"
+        for line, flag in flags_set(node):
+            if flag in ("trust_remote_code", "allow_pickle"):
+                yield line, f"{flag}=True: code of a checkpoint is never run"
+
+
+def real_names(tree: ast.Module) -> dict[str, str]:
+    """What a name in the file stands for, after `import a as name` and `from a import b as name`."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def flags_set(node: ast.AST) -> Iterator[tuple[int, str]]:
+    """The names that `node` gives the value True: as keyword, dictionary entry, default or assignment."""
+    pairs: list[tuple[object, ast.expr | None]] = []
+    if isinstance(node, ast.keyword):
+        pairs = [(node.arg, node.value)]
+    elif isinstance(node, ast.Dict):
+        pairs = [(key.value if isinstance(key, ast.Constant) else None, value) for key, value in zip(node.keys, node.values, strict=True)]
+    elif isinstance(node, ast.arguments):
+        positional = [*node.posonlyargs, *node.args]
+        defaults = [*itertools.repeat(None, len(positional) - len(node.defaults)), *node.defaults, *node.kw_defaults]
+        pairs = [(arg.arg, default) for arg, default in zip([*positional, *node.kwonlyargs], defaults, strict=True)]
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        pairs = [(last_name(target), node.value) for target in targets]
+    for name, value in pairs:
+        if isinstance(name, str) and isinstance(value, ast.Constant) and value.value is True:
+            yield value.lineno, name
+
+
+def last_name(target: ast.expr) -> object:
+    """`a`, `x.a` and `x["a"]` → "a"."""
+    if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
+        return target.slice.value
+    return target.attr if isinstance(target, ast.Attribute) else dotted(target)
+
+
+def test_moebit_keeps_the_rules() -> None:
+    assert (SRC / "moebit" / "__init__.py").is_file()
+    assert violations(SRC) == []
+
+
+# A tree that breaks nothing; each case below puts one file into it.
+LAWFUL = {
+    "__init__.py": "from moebit.pipeline import quantize\n",
+    "errors.py": "class MoebitError(Exception): ...\n",
+    "recipe.py": "from . import errors\nfrom .tensor.grid import QuantScheme\n",
+    "tensor/__init__.py": "from moebit.tensor.grid import QuantScheme\n",
+    "tensor/grid.py": "from ..errors import MoebitError\nimport torch\nclass QuantScheme: ...\n",
+    "model/__init__.py": "",
+    "model/stream.py": "from moebit import errors, recipe, tensor\nfrom . import structure\n",
+    "model/structure.py": "import moebit.tensor.grid\n",
+    "methods/__init__.py": "from moebit import calibration\n",
+    "calibration/__init__.py": "import moebit.model\n",
+    "formats/__init__.py": "import moebit.methods, moebit.runtime\n",
+    "runtime/__init__.py": "",
+    "evaluate/__init__.py": "",
+    "report/__init__.py": "",
+    "pipeline.py": "import sys\nfrom moebit import formats\nfrom moebit.recipe import errors\ndef quantize(): sys.exit\n",
+    "cli.py": "import sys\nimport moebit\nfrom rich.console import Console\nprint(moebit.quantize, file=sys.stderr)\nConsole().print()\n",
+    "__main__.py": "from moebit.cli import main\n",
+}
+
+
+def build(src: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = src / "moebit" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return src
+
+
+def test_a_lawful_tree_has_no_violations(tmp_path: Path) -> None:
+    assert violations(build(tmp_path, LAWFUL)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        # floors: absolute and relative, packages and modules, at the top and inside functions
+        ("tensor/bad.py", "import moebit.model", "1: tensor (floor 1) imports moebit.model (floor 3)"),
+        ("tensor/bad.py", "import os\nfrom moebit.model.stream import Stream", "2: tensor (floor 1) imports moebit.model.stream (floor 3)"),
+        ("tensor/bad.py", "from moebit import model", "1: tensor (floor 1) imports moebit.model (floor 3)"),
+        ("tensor/bad.py", "from .. import model", "1: tensor (floor 1) imports moebit.model (floor 3)"),
+        ("tensor/bad.py", "from ..model import stream", "1: tensor (floor 1) imports moebit.model.stream (floor 3)"),
+        ("tensor/__init__.py", "from ..model.stream import x", "1: tensor (floor 1) imports moebit.model.stream (floor 3)"),
+        ("tensor/deep/bad.py", "from ...model import *", "1: tensor (floor 1) imports moebit.model (floor 3)"),
+        ("model/bad.py", "def f():\n    from moebit.methods import awq", "2: model (floor 3) imports moebit.methods (floor 4)"),
+        ("model/bad.py", "if TYPE_CHECKING:\n    import moebit.report", "2: model (floor 3) imports moebit.report (floor 5)"),
+        ("methods/bad.py", "import torch, moebit.formats as f", "1: methods (floor 4) imports moebit.formats (floor 5)"),
+        ("calibration/bad.py", "import_module('moebit.evaluate')", "1: calibration (floor 4) imports moebit.evaluate (floor 5)"),
+        ("calibration/bad.py", "importlib.import_module('..evaluate', x)", "1: calibration (floor 4) imports moebit.evaluate (floor 5)"),
+        ("report/bad.py", "from moebit.pipeline import quantize", "1: report (floor 5) imports moebit.pipeline (floor 9)"),
+        ("pipeline.py", "from . import cli", "1: pipeline (floor 9) imports moebit.cli (floor 11)"),
+        ("pipeline.py", "import moebit", "1: pipeline (floor 9) imports moebit (floor 10)"),
+        ("pipeline.py", "from moebit import quantize", "1: pipeline (floor 9) imports moebit (floor 10)"),
+        ("__init__.py", "from .cli import main", "1: __init__ (floor 10) imports moebit.cli (floor 11)"),
+        ("tensor/bad.py", "from moebit.recipe import Recipe", "1: tensor (floor 1) imports moebit.recipe (floor 2)"),
+        ("errors.py", "from .tensor import grid", "1: errors imports moebit.tensor.grid, but stands on nothing only"),
+        ("recipe.py", "import moebit.model", "1: recipe imports moebit.model, but stands on errors, tensor only"),
+        ("utils.py", "", "1: room utils has no floor: add it to FLOORS"),
+        ("model/bad.py", "from moebit.utils import a, b", "1: imports moebit.utils, a room without a floor: add it to FLOORS"),
+        # the screen belongs to cli
+        ("pipeline.py", "def f():\n    print('done')", "2: print: only cli writes to the screen"),
+        ("report/bad.py", "show = print", "1: print: only cli writes to the screen"),
+        ("report/bad.py", "from rich.console import Console", "1: imports rich.console.Console: only cli writes to the screen"),
+        ("report/bad.py", "import rich", "1: imports rich: only cli writes to the screen"),
+        ("report/bad.py", "import tqdm.auto", "1: imports tqdm.auto: only cli writes to the screen"),
+        ("report/bad.py", "import sys as s\ns.stdout.write('')", "2: sys.stdout: only cli writes to the screen"),
+        ("report/bad.py", "from sys import stderr\nstderr.write('')", "2: sys.stderr: only cli writes to the screen"),
+        # nothing is unpickled, no code of a checkpoint is run
+        ("model/bad.py", "import pickle", "1: imports pickle: nothing is pickled"),
+        ("cli.py", "def f():\n    from pickle import loads", "2: imports pickle.loads: nothing is pickled"),
+        ("model/bad.py", "import torch\ntorch.load('x', weights_only=True)", "2: torch.load: weights are read from safetensors"),
+        ("model/bad.py", "import torch as t\nread = t.load", "2: torch.load: weights are read from safetensors"),
+        ("model/bad.py", "from torch import load as read\nread('x')", "2: torch.load: weights are read from safetensors"),
+        ("model/bad.py", "f(\n  trust_remote_code=True)", "2: trust_remote_code=True: code of a checkpoint is never run"),
+        ("model/bad.py", "f(**{'trust_remote_code': True})", "1: trust_remote_code=True: code of a checkpoint is never run"),
+        ("model/bad.py", "x['trust_remote_code'] = True", "1: trust_remote_code=True: code of a checkpoint is never run"),
+        ("model/bad.py", "def f(a, trust_remote_code=True, *, b): ...", "1: trust_remote_code=True: code of a checkpoint is never run"),
+        ("model/bad.py", "class C:\n  trust_remote_code: bool = True", "2: trust_remote_code=True: code of a checkpoint is never run"),
+        ("model/bad.py", "numpy.load('x', allow_pickle=True)", "1: allow_pickle=True: code of a checkpoint is never run"),
+    ],
+)
+def test_a_violation_is_found(tmp_path: Path, file: str, text: str, expected: str) -> None:
+    src = build(tmp_path, LAWFUL | {file: text + "\n"})
+    assert violations(src) == [f"moebit/{file}:{expected}"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "f(trust_remote_code=False)",
+        "import numpy\nnumpy.load('x', allow_pickle=False)",
+        "import sys\nsys.exit",
+        "from safetensors import torch\ntorch.load_file('x')",
+        "from safetensors import torch\ntorch.load(b'')",
+        "self.print()",
+        "'import moebit.cli; print(1)'",
+        "from importlib import resources\nresources.files('moebit') / 'recipes'",
+        "def f(a, /, b=True, *, c, trust_remote_code=False): ...",
+    ],
+)
+def test_what_only_looks_like_a_violation_is_not(tmp_path: Path, text: str) -> None:
+    assert violations(build(tmp_path, LAWFUL | {"model/fine.py": text + "\n"})) == []
+
+
+def test_violations_are_listed_in_order(tmp_path: Path) -> None:
+    src = build(tmp_path, LAWFUL | {"pipeline.py": "import moebit.cli\n", "model/bad.py": "print()\nimport pickle\n"})
+    assert [line.split(" ")[0] for line in violations(src)] == ["moebit/model/bad.py:1:", "moebit/model/bad.py:2:", "moebit/pipeline.py:1:"]

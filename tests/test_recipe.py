@@ -1,0 +1,257 @@
+"""Recipes: presets, files, dicts and overrides; what is wrong with one is said by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moebit.errors import BadInputError
+from moebit.recipe import BIT_WIDTHS, GROUP_SIZES, Recipe, load_recipe, parse_override, presets
+
+KINDS, PRESET_BITS = ("rtn", "gptq", "minmax"), (2, 3, 4, 8)
+
+
+# --- presets
+
+
+def test_every_preset_is_there_and_loads() -> None:
+    assert set(presets()) >= {f"{kind}-w{bits}" for kind in KINDS for bits in PRESET_BITS}
+    for name, text in presets().items():
+        recipe = load_recipe(name)
+        given = yaml.safe_load(text)
+        assert given["version"] == 1, name
+        for section, values in recipe.model_dump().items():  # nothing that the file says is lost on the way
+            if isinstance(values, dict):
+                assert {key: given[section][key] for key in given.get(section, {}) if key in values}.items() <= values.items(), name
+
+
+@pytest.mark.parametrize("bits", PRESET_BITS)
+def test_presets_compare_rounding_alone(bits: int) -> None:
+    """rtn and gptq of one width share grid, group size and clipping search; minmax is rtn without the search."""
+    rtn, gptq, minmax = (load_recipe(f"{kind}-w{bits}") for kind in KINDS)
+    assert rtn.weights == gptq.weights == minmax.weights
+    assert (rtn.weights.bits, rtn.weights.group_size, rtn.weights.symmetric, rtn.weights.scope) == (bits, 128, True, "all")
+    assert (rtn.solver.method, gptq.solver.method, minmax.solver.method) == ("rtn", "gptq", "rtn")
+    assert (rtn.solver.clip_search, gptq.solver.clip_search, minmax.solver.clip_search) == (True, True, False)
+    assert (gptq.solver.scales, gptq.solver.act_order, gptq.solver.damping, gptq.solver.affinity_power) == ("static", True, 0.01, 0)
+    assert gptq.needs_calibration
+    assert not rtn.needs_calibration
+
+
+def test_the_default_is_gptq_w4() -> None:
+    assert load_recipe(None) == load_recipe("gptq-w4")
+
+
+# --- the same recipe, written differently
+
+
+def test_file_dict_and_recipe_are_alike(tmp_path: Path) -> None:
+    data = {"version": 1, "weights": {"bits": 3, "ignore": ["*.q_proj"]}, "solver": {"method": "rtn"}}
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(data))
+    from_dict = load_recipe(data)
+    assert load_recipe(file) == load_recipe(str(file)) == load_recipe(from_dict) == from_dict
+    assert (from_dict.weights.bits, from_dict.weights.group_size, from_dict.weights.ignore) == (3, 128, ["*.q_proj"])
+
+
+def test_yaml_round_trip() -> None:
+    recipe = load_recipe({"weights": {"bits": 2, "symmetric": False, "ignore": ["a", "b"]}, "calibration": {"samples": 3}})
+    assert load_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_digest_is_of_the_content(tmp_path: Path) -> None:
+    """Independent of the order of keys and of what is left to its default, different for every difference."""
+    one = load_recipe({"weights": {"bits": 4, "group_size": 64}, "solver": {"method": "rtn"}})
+    file = tmp_path / "r.yaml"
+    file.write_text("solver:\n  method: rtn   # nearest\nweights: {group_size: 64, symmetric: true}\n")
+    assert load_recipe(file).digest() == one.digest()
+    assert one.digest() == hashlib.sha256(json.dumps(one.model_dump(), sort_keys=True).encode()).hexdigest()
+    others = [load_recipe(one, {path: value}) for path, value in {"weights.bits": 3, "solver.damping": 0.02, "format": "dense"}.items()]
+    assert len({recipe.digest() for recipe in (one, *others)}) == 4
+
+
+def test_overrides() -> None:
+    recipe = load_recipe("rtn-w4", {"weights.bits": 3, "weights.ignore": ["*.k_proj"], "format": "dense"})
+    assert (recipe.weights.bits, recipe.weights.ignore, recipe.format) == (3, ["*.k_proj"], "dense")
+    assert load_recipe({}, {"calibration.samples": 7}).calibration.samples == 7  # a section that the dict lacks
+    assert load_recipe("rtn-w4").weights.bits == 4  # presets do not remember
+
+
+def test_a_given_dict_is_left_alone() -> None:
+    data: dict[str, Any] = {"weights": {"bits": 4}, "smoothing": {"kind": "none"}, "calibration": {"balance": "none"}}
+    load_recipe(data, {"weights.bits": 3})
+    assert data == {"weights": {"bits": 4}, "smoothing": {"kind": "none"}, "calibration": {"balance": "none"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("weights.bits=3", ("weights.bits", 3)),
+        ("solver.damping=1e-1", ("solver.damping", 0.1)),
+        ("weights.symmetric=false", ("weights.symmetric", False)),
+        ("weights.ignore=['*.a', '*.b']", ("weights.ignore", ["*.a", "*.b"])),
+        ("format=dense", ("format", "dense")),
+        ("weights.ignore=[a=b]", ("weights.ignore", ["a=b"])),
+    ],
+)
+def test_override_syntax(text: str, wanted: tuple[str, Any]) -> None:
+    path, value = parse_override(text)
+    assert load_recipe({}, {path: value}) == load_recipe({}, {wanted[0]: wanted[1]})
+
+
+@pytest.mark.parametrize("text", ["weights.bits", "=3", ""])
+def test_override_without_a_value(text: str) -> None:
+    with pytest.raises(BadInputError, match=r"key\.path=value"):
+        parse_override(text)
+
+
+@pytest.mark.parametrize("text", ["weights.ignore=[", "weights.bits={3", "weights.ignore=*"])
+def test_override_that_is_no_yaml(text: str) -> None:
+    with pytest.raises(BadInputError, match="weights"):
+        parse_override(text)
+
+
+def test_override_into_a_value() -> None:
+    with pytest.raises(BadInputError, match=r"format\.name.*'format' is a value"):
+        load_recipe({"format": "native"}, {"format.name": 1})
+
+
+# --- what is wrong is said by name
+
+
+@pytest.mark.parametrize(
+    ("data", "unknown", "nearest"),
+    [
+        ({"wieghts": {"bits": 4}}, "wieghts", "weights"),
+        ({"weights": {"bit": 4}}, "weights.bit", "bits"),
+        ({"weights": {"groupsize": 64}}, "weights.groupsize", "group_size"),
+        ({"solver": {"act_ordr": True}}, "solver.act_ordr", "act_order"),
+        ({"calibration": {"seqlen": 64}}, "calibration.seqlen", "seq_len"),
+        ({"smoothing": {"kidn": "none"}}, "smoothing.kidn", "kind"),
+        ({"activations": {"bitss": 16}}, "activations.bitss", "bits"),
+        ({"allocation": {"knd": "uniform"}}, "allocation.knd", "kind"),
+    ],
+)
+def test_unknown_keys(data: dict[str, Any], unknown: str, nearest: str) -> None:
+    with pytest.raises(BadInputError) as error:
+        load_recipe(data)
+    assert f"{unknown}: unknown key" in str(error.value)
+    assert f"'{nearest}'" in str(error.value)
+
+
+def test_unknown_keys_without_a_near_one_list_the_known() -> None:
+    with pytest.raises(BadInputError, match=r"weights\.zzzz: unknown key.*bits.*group_size"):
+        load_recipe({"weights": {"zzzz": 1}})
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(BadInputError) as error:
+        load_recipe({"weights": {"bitz": 4, "group_size": 100}, "solver": {"damping": -1}})
+    assert all(part in str(error.value) for part in ("weights.bitz", "weights.group_size", "solver.damping"))
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"weights": {"bits": 7}}, "2, 3, 4, 5, 6, 8"),
+        ({"weights": {"bits": 1}}, "2, 3, 4, 5, 6, 8"),
+        ({"weights": {"bits": "many"}}, r"weights\.bits"),
+        ({"weights": {"group_size": 48}}, "-1, 32, 64, 128"),
+        ({"weights": {"scope": "attention"}}, r"weights\.scope.*experts.*all"),
+        ({"weights": {"signed": True, "symmetric": False}}, "symmetric"),
+        ({"weights": {"ignore": "*.q_proj"}}, r"weights\.ignore"),
+        ({"weights": 4}, "weights"),
+        ({"solver": {"method": "magic"}}, r"solver\.method.*rtn.*gptq"),
+        ({"solver": {"scales": "dynamic"}}, "act_order: false"),
+        ({"solver": {"damping": 2}}, r"solver\.damping"),
+        ({"calibration": {"samples": 0}}, r"calibration\.samples"),
+        ({"version": 2}, "version"),
+        ({"format": "gguf"}, "format.*native.*dense"),
+    ],
+)
+def test_values_that_cannot_be(data: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInputError, match=says):
+        load_recipe(data)
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_values_that_can(bits: int, group_size: int) -> None:
+    recipe = load_recipe({"weights": {"bits": bits, "group_size": group_size}, "solver": {"scales": "dynamic", "act_order": False}})
+    assert (recipe.weights.bits, recipe.weights.group_size, recipe.solver.scales) == (bits, group_size, "dynamic")
+
+
+# --- the parts of the recipe language that this version lacks
+
+
+def test_what_is_switched_off_is_accepted() -> None:
+    off = {
+        "activations": {"bits": 16, "symmetric": False, "clip": 1.0, "qkv_bits": 16},
+        "router": {"bits": 16, "align": "none", "realign": "none"},
+        "smoothing": {"kind": "none", "alpha": 0.6, "aggregate": "max"},
+        "rotation": {"absorbed": "none", "online": "none"},
+        "calibration": {"kind": "text", "balance": "none"},
+        "allocation": {"kind": "uniform"},
+        "switching": {"share": 0.0},
+    }
+    assert load_recipe(off) == load_recipe({}) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"activations": {"bits": 8}}, "activations.bits: 8"),
+        ({"router": {"realign": "ridge"}}, "router.realign: ridge"),
+        ({"smoothing": {"kind": "smoothquant"}}, "smoothing.kind: smoothquant"),
+        ({"rotation": {"absorbed": "r1"}}, "rotation.absorbed: r1"),
+        ({"allocation": {"kind": "fuzzy"}}, "allocation.kind: fuzzy"),
+        ({"switching": {"share": 0.01}}, "switching.share: 0.01"),
+        ({"calibration": {"kind": "ebss"}}, "calibration.kind: ebss"),
+        ({"calibration": {"balance": 2}}, "calibration.balance"),
+        ({"solver": {"method": "awq"}}, "solver.method: awq"),
+        ({"format": "compressed-tensors"}, "format: compressed-tensors"),
+    ],
+)
+def test_what_is_switched_on_is_refused_by_name(data: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInputError) as error:
+        load_recipe(data)
+    assert says in str(error.value)
+    assert "not in this version" in str(error.value)
+
+
+@pytest.mark.parametrize("section", ["router", "smoothing", "switching"])
+def test_sections_that_are_no_sections(section: str) -> None:
+    with pytest.raises(BadInputError, match=section):
+        load_recipe({section: 4})
+
+
+# --- files
+
+
+def test_unknown_presets_name_the_nearest() -> None:
+    with pytest.raises(BadInputError, match=r"'gptq-w44'.*did you mean 'gptq-w4'"):
+        load_recipe("gptq-w44")
+    with pytest.raises(BadInputError, match=r"neither a preset nor a file.*gptq-w4.*rtn-w4"):
+        load_recipe("zzz")
+
+
+@pytest.mark.parametrize(("text", "says"), [("weights: [", "not valid YAML"), ("- bits", "list"), ("bits", "str"), ("", "mapping")])
+def test_files_that_are_no_recipes(text: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(BadInputError, match=says) as error:
+        load_recipe(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_bytes(b"weights: \xff\xfe")
+    with pytest.raises(BadInputError) as error:
+        load_recipe(file)
+    assert str(file) in str(error.value)
