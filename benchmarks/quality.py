@@ -33,7 +33,7 @@ def digest(*parts: Any) -> str:
     state = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
-            for file in sorted(p for p in ([part] if part.is_file() else part.rglob("*")) if p.is_file() and p.suffix != ".pyc"):
+            for file in sorted(p for p in ([part] if part.is_file() else part.rglob("*")) if p.is_file() and "__pycache__" not in p.parts):
                 state.update(file.read_bytes())
         else:
             state.update(json.dumps(part, sort_keys=True).encode())
@@ -49,7 +49,7 @@ def cells(protocol: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 if not spec:
                     continue
                 seeds = protocol["seeds"].get(bits, protocol["seeds"]["other"])
-                for seed in seeds if "calibration" in spec else [0]:
+                for seed in seeds if "calibration" in spec and not spec.get("one_seed") else [0]:
                     yield {"model": model, "row": row, "bits": bits, "seed": seed, **spec}
 
 

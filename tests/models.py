@@ -311,6 +311,7 @@ _ALL = [
         moe=(True, False, True),
         block="feed_forward",
         router="router",
+        dtype=torch.bfloat16,
     ),
 ]
 _ALL.append(

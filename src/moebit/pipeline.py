@@ -104,7 +104,8 @@ def quantize(
         plan: bit widths that differ from the recipe's, a file or `BitPlan`.
         text: calibration texts, `[NAME=]FILE` items or a mapping; needed unless the recipe rounds to nearest.
         memory: bytes that the work may take; bounds chunks, and spills activations to disk.
-        seed: chooses the calibration windows. The same input, recipe, seed and memory give the same bytes.
+        seed: chooses the calibration windows. The same input, recipe, seed and memory give the same bytes (on the same kind of
+            machine, with as many threads: float sums differ between them).
         resume: go on with an interrupted run after its last whole layer.
         progress: called with (what, done, total).
 
@@ -130,7 +131,7 @@ def quantize(
     check_space(out, decided.size_bytes + (windows.numel() * _width(checkpoint) * 4 * 2 if windows is not None else 0))
     check_finite(checkpoint.entries)
     identity = _identity(checkpoint, chosen, windows, memory, seed) | ({"bit_plan": bits.digest()} if bits else {})
-    output = OutputDirectory(out, {**identity, "shards": _changed(checkpoint)}, resume=resume, overwrite=overwrite)
+    output = OutputDirectory(out, {**identity, "device": device, "shards": _changed(checkpoint)}, resume=resume, overwrite=overwrite)
     try:
         sink = SINKS[chosen.format](checkpoint.weights, decided.modules)
         reports = _Work(checkpoint, decided, output, sink, device, progress or (lambda what, done, total: None)).run(windows)

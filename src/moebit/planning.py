@@ -16,9 +16,8 @@ import torch
 
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec, average_bits
-from moebit.model.checkpoint import Checkpoint
-from moebit.model.experts import ExpertsLayout
-from moebit.model.structure import LayerSites, Structure
+from moebit.model.checkpoint import Checkpoint, HubWeights
+from moebit.model.structure import LayerSites, MoESite, Structure
 from moebit.recipe import BIT_WIDTHS, Recipe
 
 FLOPS_PER_THREAD = 50e9  # float32 products on an AVX-512 core, cautiously; only for the time estimate
@@ -46,6 +45,8 @@ class BitPlan:
             BadInputError: not as many as there are experts, or a width that does not exist.
         """
         bits = self.experts.get(name, {}).get(projection, default)
+        if not isinstance(bits, int | list):
+            raise BadInputError(f"plan: {name}.{projection}: expected a width or a list of widths, got {bits!r}")
         result = (bits,) * count if isinstance(bits, int) else tuple(bits)
         if len(result) != count:
             raise BadInputError(f"plan: {name}.{projection} has {len(result)} widths for {count} experts")
@@ -54,7 +55,7 @@ class BitPlan:
 
 def _check_widths(name: str, widths: tuple[int, ...]) -> tuple[int, ...]:
     for number, width in enumerate(widths):
-        if width not in BIT_WIDTHS:
+        if type(width) is not int or width not in BIT_WIDTHS:
             raise BadInputError(f"plan: {name}, entry {number}: {width!r} bits; choose one of {', '.join(map(str, BIT_WIDTHS))}")
     return widths
 
@@ -183,6 +184,7 @@ def make_plan(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memo
                 for p in layout.projections
             }
     _check_names(bits, linears, experts)
+    _check_dense(checkpoint, recipe, [*linears, *experts])
     unused = sorted(set(recipe.weights.ignore) - used)
     if unused:
         raise BadInputError(
@@ -191,13 +193,13 @@ def make_plan(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memo
         )
     if not linears and not experts:
         raise BadInputError("this recipe quantizes nothing in this model: everything is ignored")
-    chunk = {layer.index: chunk_size(layer.moe.layout, recipe, memory) for layer in structure.layers if layer.moe}
+    chunk = {layer.index: chunk_size(layer.moe, recipe, memory) for layer in structure.layers if layer.moe}
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if recipe.needs_calibration else 0
     width = int(checkpoint.config.get_text_config().hidden_size)
     activations = 3 * tokens * width * 4  # hidden states, captured inputs, expert outputs
     spill = activations > memory // 2
     peak = _layer_bytes(checkpoint, structure) + (0 if spill else activations)
-    peak += max((chunk[layer.index] * bytes_per_expert(layer.moe.layout, recipe) for layer in structure.layers if layer.moe), default=0)
+    peak += max((chunk[layer.index] * bytes_per_expert(layer.moe, recipe) for layer in structure.layers if layer.moe), default=0)
     return Plan(
         recipe,
         structure,
@@ -222,6 +224,16 @@ def _check_names(bits: BitPlan, linears: Mapping[str, PackedSpec], experts: Mapp
             raise BadInputError(f"plan: {what} is not quantized by this recipe in this model; nearest: {near[0] if near else 'none'}")
 
 
+def _check_dense(checkpoint: Checkpoint, recipe: Recipe, names: list[str]) -> None:
+    """`dense` writes the checkpoint's own tensors, so that each must stand for one parameter."""
+    shared = checkpoint.weights.stored_together() if recipe.format == "dense" and isinstance(checkpoint.weights, HubWeights) else {}
+    for parameter, others in shared.items():
+        if parameter.rpartition(".")[0] in names:
+            raise BadInputError(
+                f"format dense: {parameter} is stored in one tensor with {', '.join(others)}; write the native format instead"
+            )
+
+
 def _spec(recipe: Recipe, name: str, shape: tuple[int, int], bits: tuple[int, ...], dtype: torch.dtype, stacked: bool) -> PackedSpec:
     w = recipe.weights
     if w.group_size != -1 and shape[1] % w.group_size:
@@ -239,18 +251,20 @@ def _dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
     return specs[name].dtype if name in specs else torch.bfloat16
 
 
-def bytes_per_expert(layout: ExpertsLayout, recipe: Recipe) -> int:
-    """Memory that solving one expert takes: weights, their permuted and dequantized copies, errors and codes, Hessians and factors."""
-    weights = layout.parameters_per_expert * 4
-    if recipe.solver.method == "rtn":
+def bytes_per_expert(moe: MoESite, recipe: Recipe) -> int:
+    """Memory that solving one expert takes: weights, their permuted and dequantized copies, errors and codes, Hessians and factors,
+    and its share of the routed slots (routing is uneven: a busy expert takes more)."""
+    weights = moe.layout.parameters_per_expert * 4
+    if not recipe.needs_calibration:
         return 6 * weights
-    widest = max(layout.hidden, layout.intermediate)
-    return 5 * weights + 7 * widest * widest * 4
+    widest = max(moe.layout.hidden, moe.layout.intermediate)
+    slots = recipe.calibration.samples * recipe.calibration.seq_len * moe.top_k // moe.layout.experts
+    return 5 * weights + 7 * widest * widest * 4 + slots * moe.layout.slot_bytes
 
 
-def chunk_size(layout: ExpertsLayout, recipe: Recipe, memory: int) -> int:
+def chunk_size(moe: MoESite, recipe: Recipe, memory: int) -> int:
     """Experts at a time: a function of shapes, recipe and the memory limit alone, so that the bytes of the result are, too."""
-    return max(1, min(layout.experts, (memory // 2) // bytes_per_expert(layout, recipe)))
+    return max(1, min(moe.layout.experts, (memory // 2) // bytes_per_expert(moe, recipe)))
 
 
 def _layer_bytes(checkpoint: Checkpoint, structure: Structure) -> int:

@@ -175,9 +175,15 @@ def test_calibration_windows_do_not_overlap() -> None:
     assert all(start % 10 == 0 and start + 10 <= 1003 for start in starts(windows))
 
 
+def test_every_text_is_used_or_the_sample_is_refused() -> None:
+    texts = [counted("a", 300), counted("b", 300, start=10_000), counted("c", 300, start=20_000)]
+    with pytest.raises(BadInputError, match=r"3 texts but calibration\.samples=2"):
+        calibration_windows(texts, 2, 10, seed=0)
+
+
 def test_texts_share_the_windows_evenly() -> None:
     texts = [counted("a", 300), counted("b", 5000, start=10_000), counted("c", 300, start=20_000)]
-    for samples, shares in ((9, [3, 3, 3]), (11, [4, 4, 3]), (2, [1, 1, 0])):
+    for samples, shares in ((9, [3, 3, 3]), (11, [4, 4, 3]), (3, [1, 1, 1])):
         counts = [0, 0, 0]
         for start in starts(calibration_windows(texts, samples, 10, seed=0)):
             counts[start // 10_000] += 1

@@ -126,8 +126,8 @@ def _document(file: Path, number: int, line: str, tokenizer: Any | None) -> _Pie
         raise BadInputError(f'{file}, line {number}: expected {{"text": ...}}, {{"input_ids": [...]}} or {{"messages": [...]}}')
     if "input_ids" in item:
         ids = item["input_ids"]
-        if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise BadInputError(f"{file}, line {number}: input_ids must be a list of integers")
+        if not isinstance(ids, list) or not all(type(i) is int and abs(i) < 2**31 for i in ids):
+            raise BadInputError(f"{file}, line {number}: input_ids must be a list of token ids (integers)")
         return _Piece(ids, _starts_by_decoding(ids, tokenizer))
     if "messages" in item:
         if not isinstance(item["messages"], list):
@@ -136,7 +136,11 @@ def _document(file: Path, number: int, line: str, tokenizer: Any | None) -> _Pie
             raise BadInputError(
                 f"{file}, line {number}: messages need a chat template, which this model's tokenizer lacks; give text instead"
             )
-        return _encode(file, tokenizer.apply_chat_template(item["messages"], tokenize=False), tokenizer)
+        try:
+            text = tokenizer.apply_chat_template(item["messages"], tokenize=False)
+        except Exception as error:  # whatever a template, which is a program, raises about these messages
+            raise BadInputError(f"{file}, line {number}: the chat template refuses these messages ({error})") from error
+        return _encode(file, text, tokenizer)
     if not isinstance(item["text"], str):
         raise BadInputError(f"{file}, line {number}: text must be a string, got {type(item['text']).__name__}")
     piece = _encode(file, item["text"], tokenizer)
@@ -147,6 +151,10 @@ def _document(file: Path, number: int, line: str, tokenizer: Any | None) -> _Pie
 def _encode(file: Path, text: str, tokenizer: Any | None) -> _Piece:
     if tokenizer is None:
         raise BadInputError(f"{file}: the model has no tokenizer files, so that plain text cannot be read; give a .jsonl with input_ids")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInputError(f"{file}: text that is no valid Unicode ({error}); a surrogate stands alone") from error
     if not getattr(tokenizer, "is_fast", False):
         ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         return _Piece(ids, _starts_by_decoding(ids, tokenizer))
@@ -189,6 +197,8 @@ def calibration_windows(texts: Sequence[TokenText], samples: int, length: int, s
     Raises:
         BadInputError: texts too short for that, saying which and by how much.
     """
+    if samples < len(texts):
+        raise BadInputError(f"{len(texts)} texts but calibration.samples={samples}: some would not be used; set it to {len(texts)} or more")
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for number, text in enumerate(texts):

@@ -85,6 +85,9 @@ def evaluate(
     checkpoints = [candidate] + ([reference] if reference else [])
     structures = [find_structure(checkpoint.model) for checkpoint in checkpoints]
     _check_pair(checkpoints, structures)
+    limit = getattr(candidate.config.get_text_config(), "max_position_embeddings", None)
+    if limit and window > limit:
+        raise BadInputError(f"--window {window} is longer than the model's context of {limit}; use --window {limit} or less")
     tokenizer = next((t for t in map(load_tokenizer, [c.path for c in checkpoints]) if t is not None), None)
     vocabulary = int(candidate.config.get_text_config().vocab_size)
     parts, windows = _join([tokenize(name, file, tokenizer, vocabulary) for name, file in files.items()], window, max_tokens)
@@ -154,7 +157,13 @@ class _Lockstep:
 
     def _chunk(self, structure: Structure, index: int) -> int:
         moe = structure.layers[index].moe
-        return max(1, (self.memory // 4) // (moe.layout.parameters_per_expert * 8)) if moe else 1
+        if moe is None:
+            return 1
+        share, weights = self.memory // 4, 8 * moe.layout.parameters_per_expert  # as stored and in float32
+        if moe.layout.experts * weights <= share:
+            return moe.layout.experts  # at once, a batch of windows at a time
+        slots = self.windows.numel() * moe.top_k // moe.layout.experts
+        return max(1, share // (weights + slots * moe.layout.slot_bytes))
 
     def _compare(self, index: int, mine_Tk: Tensor, theirs_Tk: Tensor) -> None:
         common = (mine_Tk.unsqueeze(2) == theirs_Tk.unsqueeze(1)).any(2).float().mean(1)

@@ -54,7 +54,7 @@ class OutputDirectory:
                 break  # the line that was being written when the run ended
         if not records or records[0].get("started") != dict(identity):
             known = records[0].get("started", {}) if records else {}
-            changed = [key for key in identity if known.get(key) != identity[key]]
+            changed = sorted(key for key in {*identity, *known} if known.get(key) != identity.get(key))
             raise BadInputError(f"{self.partial} was started with another {', '.join(changed) or 'moebit'}; --overwrite starts again")
         self.entries = records[1:]
         keep = {JOURNAL}

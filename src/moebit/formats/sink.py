@@ -103,9 +103,8 @@ class DenseSink(Sink):
         return {stored: self.weights.entries[stored].spec for name in names for stored in self.weights.stored_names(name)}
 
     def put_plain(self, shard: ShardFile, names: list[str]) -> None:
-        for name in self.plain(names):
-            for stored in self.weights.stored_names(name):
-                shard.write(stored, self.weights.entries[stored].read())
+        for stored in dict.fromkeys(stored for name in self.plain(names) for stored in self.weights.stored_names(name)):
+            shard.write(stored, self.weights.entries[stored].read())
 
     def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
         self._put(shard, f"{name}.weight", q.dequantize()[0])

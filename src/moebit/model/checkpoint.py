@@ -146,6 +146,13 @@ class HubWeights(Weights):
     def available(self) -> set[str]:
         return set(self._of)
 
+    def stored_together(self) -> dict[str, list[str]]:
+        """Parameters that share stored tensors with others, and with which."""
+        by_source: dict[int, list[str]] = defaultdict(list)
+        for name, source in self._of.items():
+            by_source[id(source)].append(name)
+        return {name: [other for other in names if other != name] for names in by_source.values() if len(names) > 1 for name in names}
+
     def stored_names(self, name: str) -> list[str]:
         """The checkpoint's own names of what makes up a parameter."""
         return [entry.name for _, entry in self._of[name].parts]
@@ -224,6 +231,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
+def _short(error: Exception) -> str:
+    """The first line of a message; transformers' own go on with lists and advice."""
+    lines = str(error).splitlines() or [""]
+    return lines[0] if len(lines[0]) <= 200 else lines[0][:200] + " …"
+
+
 def load_config(path: Path) -> Any:
     """The transformers configuration of a checkpoint directory.
 
@@ -235,7 +248,7 @@ def load_config(path: Path) -> Any:
         config = AutoConfig.from_pretrained(path)
     except (ValueError, KeyError) as error:
         raise BadInputError(
-            f"{path}: transformers does not know the architecture {raw.get('model_type')!r} ({error}); a newer transformers may"
+            f"{path}: transformers does not know the architecture {raw.get('model_type')!r} ({_short(error)}); a newer transformers may"
         ) from error
     return config
 
@@ -255,7 +268,7 @@ def skeleton(config: Any) -> PreTrainedModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, experts_implementation=SEAM)
     except ValueError as error:
-        raise BadInputError(f"no causal language model for {config.model_type!r} in this transformers ({error})") from error
+        raise BadInputError(f"no causal language model for {config.model_type!r} in this transformers") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     model.float().eval().requires_grad_(False)  # the type in which moebit runs layers, whatever is stored

@@ -62,6 +62,11 @@ class ExpertsLayout:
         return stored.transpose(1, 2) if self.transposed else stored
 
     @property
+    def slot_bytes(self) -> int:
+        """Memory of one routed slot on its way through an expert, in float32: input, weighted input, gate and up, down's input, output."""
+        return 4 * (3 * self.hidden + 3 * self.intermediate)
+
+    @property
     def parameters_per_expert(self) -> int:
         return len(self.projections) * self.hidden * self.intermediate
 
@@ -160,7 +165,7 @@ def grouped_linear(x_SI: Tensor, w_COI: Tensor, bias_CO: Tensor | None, bounds: 
 
     The groups are ragged, so on the CPU this is one product per non-empty group; CUDA has a grouped kernel.
     """
-    if x_SI.is_cuda and x_SI.dtype == torch.bfloat16:
+    if x_SI.is_cuda and x_SI.dtype == torch.bfloat16 and w_COI.shape[1] % 8 == 0 and w_COI.shape[2] % 8 == 0:
         offsets = torch.tensor(bounds[1:], dtype=torch.int32, device=x_SI.device)
         y = torch.nn.functional.grouped_mm(x_SI, w_COI.transpose(1, 2), offs=offsets)
         return y if bias_CO is None else y + bias_CO.repeat_interleave(_lengths(bounds, x_SI.device), 0)

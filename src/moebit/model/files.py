@@ -73,6 +73,8 @@ class TensorEntry:
         if not self.shape:
             return self._read_bytes(0, self.dtype.itemsize).view(self.dtype).view(())
         stop = self.shape[0] if stop is None else stop
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise IndexError(f"{self.name}: rows {start} to {stop} of {self.shape[0]}")
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         raw = self._read_bytes(start * row, (stop - start) * row)
         return raw.view(self.dtype).view(stop - start, *self.shape[1:])

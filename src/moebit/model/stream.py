@@ -198,9 +198,9 @@ class Stream:
         """(rows, logits [B, L, V] float32) after the last layer, a few windows at a time."""
         model = self.checkpoint.model
         layers = self.structure.list_name
-        outside = [
-            (name, module) for name, module in model.named_modules() if name and not _inside(name, layers) and not list(module.children())
-        ]
+        unused = model.get_input_embeddings()  # the head gets hidden states; with tied weights it holds the matrix itself
+        leaves = [(name, module) for name, module in model.named_modules() if name and not list(module.children())]
+        outside = [(name, module) for name, module in leaves if not _inside(name, layers) and module is not unused]
         vocabulary = int(self.checkpoint.config.get_text_config().vocab_size)
         step = max(1, LOGIT_BYTES // (4 * vocabulary * self.windows.shape[1]))
         try:

@@ -29,7 +29,7 @@ class LinearGroup:
 
     Attributes:
         names: module names inside the layer.
-        moe_input: the shared input is also what the experts (or the router) get.
+        moe_input: the shared input is also what the routed experts get.
         behind_experts: its input may depend on what the experts put out, so that it has to wait for them.
         replay: a submodule of the layer which, called alone with the input of group `replay_of`, calls this group; lets the
             input of a down projection be computed without running attention again. None where there is no such module.
@@ -230,7 +230,7 @@ def _layer_sites(
     linear_groups = _with_replays(layer, prefix, own, list(groups.items()), moe_storage, _Experts(experts[0], order) if experts else None)
     if moe:
         parent = moe.experts.rpartition(".")[0]
-        shared = tuple(n for g in linear_groups for n in g.names if parent and n.startswith(parent + "."))
+        shared = tuple(n for g in linear_groups for n in g.names if parent and "." in n.removeprefix(parent + ".") != n)
         moe = MoESite(moe.experts, moe.layout, moe.router, moe.router_kind, moe.top_k, shared)
     return LayerSites(index, prefix[:-1], linear_groups, moe, kept)
 

@@ -45,7 +45,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, spec: PackedSpec, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.dtype = spec, dtype
         self.out_features, self.in_features = spec.shape
         for name, tensor in spec.specs("").items():
             self.register_buffer(name.removeprefix("."), torch.empty(tensor.shape, dtype=tensor.dtype))
@@ -55,6 +55,11 @@ class PackedLinear(nn.Module):
         """[out, in] weights."""
         zeros = None if self.spec.symmetric else self.zero_point
         return unpack_matrices(self.codes.flatten(), self.scale.unsqueeze(0), zeros, list(self.spec.bits), self.spec.shape, dtype)[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, made anew at every access: some architectures read a linear's weight instead of calling it."""
+        return self.unpacked(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.unpacked(x.dtype), self.bias)
@@ -75,19 +80,32 @@ def pack_experts(module: Any, path: str, specs: dict[str, PackedSpec]) -> None:
 
 @torch.no_grad()
 def packed_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The experts' output [T, H], one used expert's weights dequantized at a time. Packed weights have no gradient."""
-    if not hasattr(module, "moebit_layout"):  # experts that the recipe left in full precision
-        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_states, top_k_index, top_k_weights)
-    layout: ExpertsLayout = module.moebit_layout
+    """The experts' output [T, H], one used expert's weights dequantized at a time. Packed weights have no gradient.
+
+    Experts that a recipe left in full precision take the same way with the weights they have.
+    """
+    layout: ExpertsLayout = getattr(module, "moebit_layout", None) or layout_of(module, type(module).__name__)
+    weights_of = _dequantized if hasattr(module, "moebit_layout") else _as_they_are
     slots = dispatch(top_k_index, top_k_weights, layout.experts)
     output = hidden_states.new_zeros(hidden_states.shape, dtype=torch.float32)
     used = [e for e in range(layout.experts) if slots.bounds[e] < slots.bounds[e + 1]]
     for e in used:  # one at a time: what is dequantized at once is what is resident
         tokens, affinity, bounds = slots.chunk(e, e + 1)
-        weights = _dequantized(module, layout, e, hidden_states.dtype)
+        weights = weights_of(module, layout, e, hidden_states.dtype)
         h = intermediate(module, hidden_states[tokens], weights, bounds)
         output.index_add_(0, tokens, finish(module, h, affinity, weights, bounds).float())
     return output.to(hidden_states.dtype)
+
+
+def _as_they_are(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype) -> ExpertWeights:
+    first, down = (layout.stacked(getattr(module, leaf)[e : e + 1]).to(dtype) for leaf in (layout.first, "down_proj"))
+    return ExpertWeights(first, down, *_biases(module, layout, e))
+
+
+def _biases(module: Any, layout: ExpertsLayout, e: int) -> tuple[Tensor | None, Tensor | None]:
+    if not layout.bias:
+        return None, None
+    return getattr(module, f"{layout.first}_bias")[e : e + 1], module.down_proj_bias[e : e + 1]
 
 
 def _dequantized(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype) -> ExpertWeights:
@@ -98,9 +116,7 @@ def _dequantized(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype)
             first[:, layout.rows(projection)] = getattr(module, projection).unpacked(e, e + 1, dtype)
     else:
         first = module.up_proj.unpacked(e, e + 1, dtype)
-    if not layout.bias:
-        return ExpertWeights(first, down)
-    return ExpertWeights(first, down, getattr(module, f"{layout.first}_bias")[e : e + 1], module.down_proj_bias[e : e + 1])
+    return ExpertWeights(first, down, *_biases(module, layout, e))
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, packed_experts_forward)
