@@ -4,7 +4,7 @@ Shape suffixes: E experts (or matrices in a batch), O output channels, I input c
 """
 
 from moebit.tensor.grid import QTensor, QuantScheme, minmax_grid, round_to_grid, search_grid
-from moebit.tensor.linalg import damp, factor, second_moment, shrink
+from moebit.tensor.linalg import add_second_moment, damp, factor_, mirror_, second_moment, shrink
 from moebit.tensor.packing import pack, packed_row_bytes, unpack
 from moebit.tensor.solver import SolveInfo, solve_gptq, solve_rtn
 
@@ -12,9 +12,11 @@ __all__ = [
     "QTensor",
     "QuantScheme",
     "SolveInfo",
+    "add_second_moment",
     "damp",
-    "factor",
+    "factor_",
     "minmax_grid",
+    "mirror_",
     "pack",
     "packed_row_bytes",
     "round_to_grid",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moebit.tensor import kernels
 
+DEQUANTIZE_WEIGHTS = 2**22  # so many at a time: the float32 in between takes four bytes each
 # Clipping search: shares of the group's range that are tried, largest first (the first wins ties).
 CLIP_RATIOS: tuple[float, ...] = tuple(round(1.0 - 0.05 * step, 2) for step in range(14))
 
@@ -78,8 +79,14 @@ def dequantize(codes_EOI: Tensor, scale_EOG: Tensor, zero_EOG: Tensor, dtype: to
     """`scale * (code - zero_point)`, [..., O, I] from groups along the last axis."""
     work = torch.float64 if dtype == torch.float64 else torch.float32
     groups = scale_EOG.shape[-1]
-    codes: Tensor = codes_EOI.unflatten(-1, (groups, -1)).to(work)
-    return ((codes - zero_EOG.to(work).unsqueeze(-1)) * scale_EOG.to(work).unsqueeze(-1)).flatten(-2).to(dtype)
+    codes, scale, zero = codes_EOI.flatten(0, -2), scale_EOG.flatten(0, -2), zero_EOG.flatten(0, -2)
+    result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    step = max(1, DEQUANTIZE_WEIGHTS // max(1, codes.shape[-1]))
+    for rows in (slice(start, start + step) for start in range(0, len(codes), step)):
+        piece = codes[rows].unflatten(-1, (groups, -1)).to(work)
+        piece.sub_(zero[rows].to(work).unsqueeze(-1)).mul_(scale[rows].to(work).unsqueeze(-1))
+        result[rows] = piece.flatten(-2)
+    return result.view(codes_EOI.shape)
 
 
 def as_bits(bits: int | Tensor, experts: int, device: torch.device | None = None) -> Tensor:

@@ -69,7 +69,7 @@ def _gptq_block(
             for k in range(width):
                 target[k, r] = carried[e, first + r, k] + w[e, first + r, start + k]
             total[r] = loss[e, first + r]
-        for k in range(width):
+        for k in range(width - 1, -1, -1):
             column = start + k
             g = group[e, column]
             for r in range(count):
@@ -87,7 +87,7 @@ def _gptq_block(
             for r in range(count):
                 codes[e, first + r, column] = np.uint8(code[r])
                 error[e, first + r, column] = missed[r]
-            for j in range(k + 1, width):
+            for j in range(k):
                 weight = f[e, k, j]
                 ahead = target[j]
                 for r in range(TILE):
@@ -126,10 +126,10 @@ def gptq_block(
     error_EOI: Tensor,
     loss_EO: Tensor,
 ) -> None:
-    """Round the columns [start, start + B) one after the other, each seeing the errors of those before it.
+    """Round the columns [start, start + B) one after the other, the last first, each seeing the errors of those before it.
 
     Args:
-        w_EOI: weights, columns in solving order; `carried_EOB`: what earlier blocks ask of these columns.
+        w_EOI: weights, columns in reverse solving order; `carried_EOB`: what later columns, solved before, ask of these.
         f_EBB: the block of F on its diagonal; d_EI: D; group_EI: each column's scale; qmax_E: largest code.
         codes_EOI, error_EOI (w - q): written in these columns; loss_EO: added to.
     """

@@ -9,36 +9,75 @@ import torch
 from torch import Tensor
 
 
+SYRK_BLOCKS, SYRK_MIN = 8, 256  # how finely half of a symmetric product is cut out; blocks smaller than this are slow
+CHOLESKY_BLOCK = 256
+
+
 def second_moment(x_TN: Tensor, weight_T: Tensor | None = None) -> Tensor:
     """`sum_t weight_t x_t x_t^T`, [N, N] float32 (float64 for float64 inputs).
-
-    Always accumulated in float32: the rounding of accumulated bf16 products makes Hessians indefinite. A plain product, because
-    torch's is faster than BLAS's symmetric update (half the operations) at every size tried on an AVX-512 CPU.
 
     Raises:
         ValueError: `x_TN` is not a matrix (a collapsed token axis must never pass for features).
     """
+    size = x_TN.shape[-1]
+    h = torch.zeros(size, size, dtype=_work_type(x_TN), device=x_TN.device)
+    add_second_moment(h, x_TN, weight_T)
+    return mirror_(h)
+
+
+def add_second_moment(h_NN: Tensor, x_TN: Tensor, weight_T: Tensor | None = None) -> None:
+    """Add `sum_t weight_t x_t x_t^T` to the upper blocks of `h_NN`; `mirror_` completes the matrix when all pieces are in.
+
+    Always accumulated in float32: the rounding of accumulated bf16 products makes Hessians indefinite. Only blocks on and above the
+    diagonal are computed, as plain products, which at these sizes are faster than BLAS's own symmetric update.
+
+    Raises:
+        ValueError: `x_TN` is not a matrix.
+    """
     if x_TN.ndim != 2:
         raise ValueError(f"inputs must be [tokens, features], got shape {tuple(x_TN.shape)}")
-    work = torch.float64 if x_TN.dtype == torch.float64 else torch.float32
-    x = x_TN.to(work)
+    if not len(x_TN):
+        return
+    x = x_TN.to(h_NN.dtype)
     if weight_T is not None:
-        x = x * weight_T.to(work).clamp(min=0).sqrt().unsqueeze(1)
-    return x.T @ x
+        x = x * weight_T.to(h_NN.dtype).clamp(min=0).sqrt().unsqueeze(1)
+    for low, high in _blocks(h_NN.shape[0]):
+        part = h_NN[low:high, low:]
+        torch.addmm(part, x[:, low:high].T, x[:, low:], out=part)
 
 
-def fill_dead(h_ENN: Tensor) -> Tensor:
-    """Inputs that never fire (zero diagonal) get the mean of the live diagonal: no data is no reason to erase a weight.
+def mirror_(h_NN: Tensor) -> Tensor:
+    """Copy what stands above the diagonal below it, in place: [..., N, N]."""
+    for low, high in _blocks(h_NN.shape[-1]):
+        corner = h_NN[..., low:high, low:high]
+        corner.copy_(corner.triu() + corner.triu(1).mT)
+        h_NN[..., high:, low:high] = h_NN[..., low:high, high:].mT
+    return h_NN
 
-    An expert without any live input gets the identity, for which every solver rounds to nearest.
+
+def _work_type(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _blocks(size: int) -> list[tuple[int, int]]:
+    width = max(SYRK_MIN, -(-size // SYRK_BLOCKS))
+    return [(low, min(low + width, size)) for low in range(0, size, width)]
+
+
+def live_mean(h_ENN: Tensor) -> Tensor:
+    """[E] mean of the diagonal over inputs that fire; 1 where none does."""
+    diagonal = h_ENN.diagonal(dim1=-2, dim2=-1)
+    live = (diagonal != 0).sum(-1)
+    return torch.where(live > 0, diagonal.sum(-1) / live.clamp(min=1), torch.ones_like(diagonal[:, 0]))
+
+
+def filled_diagonal(h_ENN: Tensor) -> Tensor:
+    """[E, N] diagonal in which inputs that never fire (zero) have the mean of the live ones: no data is no reason to erase a weight.
+
+    An expert without any live input gets ones; with a zero matrix around them every solver rounds to nearest.
     """
     diagonal = h_ENN.diagonal(dim1=-2, dim2=-1)
-    dead = diagonal == 0
-    if not bool(dead.any()):
-        return h_ENN
-    live = (~dead).sum(-1)
-    mean = torch.where(live > 0, diagonal.sum(-1) / live.clamp(min=1), torch.ones_like(diagonal[:, 0]))
-    return h_ENN + torch.diag_embed(dead.to(h_ENN.dtype) * mean[:, None])
+    return torch.where(diagonal == 0, live_mean(h_ENN)[:, None], diagonal)
 
 
 def damp(h_ENN: Tensor, damping: float | Tensor) -> Tensor:
@@ -47,34 +86,45 @@ def damp(h_ENN: Tensor, damping: float | Tensor) -> Tensor:
     Args:
         damping: one share for all matrices or [E].
     """
+    return damp_(h_ENN.clone(), damping)
+
+
+def damp_(h_ENN: Tensor, damping: float | Tensor) -> Tensor:
+    """`damp` in place: a Hessian of a wide layer takes gigabytes."""
     diagonal = h_ENN.diagonal(dim1=-2, dim2=-1)
-    live = (diagonal != 0).sum(-1)
-    mean = torch.where(live > 0, diagonal.sum(-1) / live.clamp(min=1), torch.ones_like(diagonal[:, 0]))
-    filled = fill_dead(h_ENN)
-    result = filled.clone() if filled is h_ENN else filled
-    result.diagonal(dim1=-2, dim2=-1).add_((damping * mean)[:, None])
-    return result
+    diagonal.copy_(filled_diagonal(h_ENN) + (damping * live_mean(h_ENN))[:, None])
+    return h_ENN
 
 
-def factor(h_ENN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`H = F D F^T` with F unit upper triangular, by one Cholesky of the matrix with rows and columns reversed.
+def factor_(h_ENN: Tensor) -> tuple[Tensor, Tensor]:
+    """`H = F D F^T`, F unit lower triangular, by one Cholesky in place: F's part below the diagonal replaces H's.
 
-    This is all that GPTQ needs (LDL form; QuIP, 2307.13304): no inverse is ever formed.
+    What stands on and above the diagonal afterwards has no meaning. Blocks of columns from left to right: one product with all
+    earlier columns each, so that nearly everything is a matrix product; a batch of small factorisations on the diagonal.
+    With rows and columns in reverse this is all that GPTQ needs (LDL form; QuIP, 2307.13304): no inverse is ever formed.
 
     Returns:
-        (F [E, N, N], D [E, N], ok bool [E]). Where the matrix is not positive definite, ok is False, F the identity
-        (with which GPTQ *is* round-to-nearest) and D zero; the others in the batch are not affected.
+        (D [E, N], ok bool [E]). Where the matrix is not positive definite ok is False, F the identity (with which GPTQ *is*
+        round-to-nearest) and D zero; the others in the batch are not affected.
     """
-    lower, info = torch.linalg.cholesky_ex(h_ENN.flip(-2, -1))
-    upper = lower.flip(-2, -1)
-    diagonal = upper.diagonal(dim1=-2, dim2=-1)
-    ok = (info == 0) & torch.isfinite(diagonal).all(-1) & (diagonal > 0).all(-1)
-    f = upper / torch.where(ok[:, None], diagonal, torch.ones_like(diagonal)).unsqueeze(-2)
-    d = diagonal.square()
+    experts, size, _ = h_ENN.shape
+    ok = torch.ones(experts, dtype=torch.bool, device=h_ENN.device)
+    for low in range(0, size, CHOLESKY_BLOCK):
+        high = min(low + CHOLESKY_BLOCK, size)
+        if low:
+            h_ENN[:, low:, low:high] -= torch.bmm(h_ENN[:, low:, :low], h_ENN[:, low:high, :low].mT)
+        corner, info = torch.linalg.cholesky_ex(h_ENN[:, low:high, low:high])
+        ok &= info == 0
+        h_ENN[:, low:high, low:high] = corner
+        if high < size:
+            below = h_ENN[:, high:, low:high]
+            below.copy_(torch.linalg.solve_triangular(corner.mT, below, upper=True, left=False))
+    diagonal = h_ENN.diagonal(dim1=-2, dim2=-1).clone()
+    ok &= torch.isfinite(diagonal).all(-1) & (diagonal > 0).all(-1)
+    h_ENN /= torch.where(ok[:, None], diagonal, torch.ones_like(diagonal)).unsqueeze(-2)
     if not bool(ok.all()):
-        f[~ok] = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
-        d = torch.where(ok[:, None], d, torch.zeros_like(d))
-    return f, d, ok
+        h_ENN[~ok] = 0
+    return torch.where(ok[:, None], diagonal.square(), torch.zeros_like(diagonal)), ok
 
 
 def shrink(h_sum_ENN: Tensor, weight_sum_E: Tensor, weight_sq_sum_E: Tensor, h_layer: Tensor) -> Tensor:

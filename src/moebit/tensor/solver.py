@@ -4,10 +4,14 @@ GPTQ (2210.17323) in the LDL form: with `H = F D F^T`, F unit upper triangular,
     q_k = Q( w_k + sum_{i<k} (w_i - q_i) F_ik ),
 column by column, is the textbook's algorithm without its inverse (QuIP, 2307.13304). The sum over earlier blocks is one matrix
 product; inside a block a compiled kernel runs over experts x rows.
+
+Columns are kept in reverse solving order throughout, the last one is solved first: then F is the plain lower triangular factor of the
+reordered Hessian, which is made in place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,9 +20,11 @@ from torch import Tensor
 
 from moebit.tensor import kernels
 from moebit.tensor.grid import QTensor, QuantScheme, as_bits, minmax_grid, round_to_grid, search_grid
-from moebit.tensor.linalg import damp, factor, fill_dead
+from moebit.tensor.linalg import damp_, factor_, filled_diagonal, live_mean
 
 MIN_RAISED_DAMPING, MAX_DAMPING = 0.01, 1.0
+REORDER_ROWS = 1024
+ROW_BYTES = 64 * 2**20  # rows are independent of each other: so many bytes of them are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,12 @@ def solve_rtn(
         bits: one width, or int64 [E].
         importance_EI: weighs the clipping error per input channel.
     """
-    w = _work(w_EOI)
-    bits_E = as_bits(bits, w.shape[0], w.device)
-    scale, zero = search_grid(w, bits_E, scheme, importance_EI) if clip_search else minmax_grid(w, bits_E, scheme)
-    return _qtensor(round_to_grid(w, scale, zero, bits_E, scheme), scale, zero, bits_E, scheme)
+    bits_E = as_bits(bits, _experts(w_EOI), w_EOI.device)
+    parts = []
+    for w in _rows_of(w_EOI):
+        scale, zero = search_grid(w, bits_E, scheme, importance_EI) if clip_search else minmax_grid(w, bits_E, scheme)
+        parts.append((round_to_grid(w, scale, zero, bits_E, scheme), scale.to(scheme.scale_dtype), zero.to(torch.uint8)))
+    return _joined(parts, bits_E, scheme)
 
 
 def solve_gptq(
@@ -82,55 +90,97 @@ def solve_gptq(
         ValueError: dynamic scales together with act_order (would need a group index per column), shapes that don't fit,
             a group size that doesn't divide.
     """
-    w = _work(w_EOI)
-    experts, _, inputs = w.shape
+    experts, inputs = _experts(w_EOI), w_EOI.shape[-1]
     if h_EII.shape != (experts, inputs, inputs):
-        raise ValueError(f"Hessians {tuple(h_EII.shape)} do not belong to weights {tuple(w.shape)}")
+        raise ValueError(f"Hessians {tuple(h_EII.shape)} do not belong to weights {tuple(w_EOI.shape)}")
     if scales == "dynamic" and act_order:
         raise ValueError("dynamic scales and act_order exclude each other: the groups would need an index per column; use static scales")
-    bits_E = as_bits(bits, experts, w.device)
-    compiled = (backend or ("numba" if w.device.type == "cpu" else "torch")) == "numba"
-
-    h = h_EII.to(w.dtype)
-    importance = fill_dead(h).diagonal(dim1=-2, dim2=-1).nan_to_num().clamp(min=0)
-    order = importance.argsort(dim=-1, descending=True, stable=True) if act_order else None
-    h = _reordered(h, order)
-    f, d, used, ok = _factor(h, damping)
-
+    work = torch.float64 if w_EOI.dtype == torch.float64 else torch.float32
+    bits_E = as_bits(bits, experts, w_EOI.device)
     group_width = scheme.group_width(inputs)
-    whole_row = group_width == inputs
-    search = search_grid if clip_search else _minmax
-    columns = torch.arange(inputs, device=w.device).expand(experts, -1) if order is None else order
-    group_EI = (columns // group_width).contiguous()
-    if scales == "static" or whole_row:
-        scale, zero = search(w, bits_E, scheme, importance)
-        grid_of_block = None
+    h = h_EII.to(work)
+    importance = filled_diagonal(h).nan_to_num().clamp(min=0)
+    order = _reverse_order(importance, act_order)
+    f, d, used, ok = _factor(h, order, damping)
+    problem = _Problem(
+        f,
+        d,
+        order,
+        (order // group_width).contiguous(),
+        importance,
+        bits_E,
+        torch.exp2(bits_E.to(work)) - 1,
+        scheme,
+        scales == "dynamic" and group_width != inputs,
+        search_grid if clip_search else _minmax,
+        block,
+        kernels.gptq_block if (backend or ("numba" if w_EOI.device.type == "cpu" else "torch")) == "numba" else gptq_block,
+    )
+    parts, damped_loss, squared = [], torch.zeros_like(d[:, 0]), torch.zeros_like(d)
+    failed_loss = torch.zeros_like(d[:, 0])
+    for w in _rows_of(w_EOI):
+        codes, scale, zero, loss, error = _solve_rows(problem, w)
+        parts.append((codes, scale.to(scheme.scale_dtype), zero.to(torch.uint8)))
+        damped_loss += loss.sum(1)
+        squared += error.square().sum(1)
+        failed_loss[~ok] += _direct_loss(error[~ok], h[~ok], order[~ok])
+    info = SolveInfo(torch.where(ok, _undamped(damped_loss, squared, h, order, used), failed_loss), used, ~ok)
+    return _joined(parts, bits_E, scheme), info
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What all rows of a stack of matrices have in common; columns in reverse solving order.
+
+    Attributes:
+        f, d: the factor below its diagonal, and D. order: int64 [E, N] original column of every position. group: [E, N] scale group.
+        importance: [E, N] diagonal of the Hessian by original column.
+        dynamic: scales of a group from its columns as updated when its turn comes.
+    """
+
+    f: Tensor
+    d: Tensor
+    order: Tensor
+    group: Tensor
+    importance: Tensor
+    bits: Tensor
+    qmax: Tensor
+    scheme: QuantScheme
+    dynamic: bool
+    search: Callable[[Tensor, Tensor, QuantScheme, Tensor], tuple[Tensor, Tensor]]
+    block: int
+    step: Callable[..., None]
+
+
+def _solve_rows(p: _Problem, w_EOI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(codes, scale, zero) in the original order of columns, (loss [E, O], error [E, O, N] in the solver's) of some rows."""
+    experts, rows, inputs = w_EOI.shape
+    groups = p.scheme.groups(inputs)
+    if p.dynamic:
+        scale, zero = (w_EOI.new_ones(experts, rows, groups) for _ in range(2))
     else:
-        scale, zero = (w.new_ones(experts, w.shape[1], inputs // group_width) for _ in range(2))
-        block, grid_of_block = group_width, search
-
-    ordered = w if order is None else w.gather(2, order.unsqueeze(1).expand_as(w))
-    codes = torch.empty(ordered.shape, dtype=torch.uint8, device=w.device)
-    error = torch.empty_like(ordered)
-    loss = w.new_zeros(w.shape[:2])
-    qmax = torch.exp2(bits_E.to(w.dtype)) - 1
-    step = kernels.gptq_block if compiled else gptq_block
-    for start in range(0, inputs, block):
-        stop = min(start + block, inputs)
-        carried = torch.bmm(error[:, :, :start], f[:, :start, start:stop]) if start else w.new_zeros(experts, w.shape[1], stop - start)
-        corner = f[:, start:stop, start:stop].contiguous()
-        if grid_of_block is not None:
+        scale, zero = p.search(w_EOI, p.bits, p.scheme, p.importance)
+    index = p.order.unsqueeze(1).expand_as(w_EOI)
+    w = w_EOI.gather(2, index)
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    error, loss = torch.empty_like(w), w.new_zeros(w.shape[:2])
+    block = inputs // groups if p.dynamic else p.block
+    for stop in range(inputs, 0, -block):
+        start = max(0, stop - block)
+        if stop < inputs:
+            carried = torch.bmm(error[:, :, stop:], p.f[:, stop:, start:stop])
+        else:
+            carried = w.new_zeros(experts, rows, stop - start)
+        corner = p.f[:, start:stop, start:stop].contiguous()
+        if p.dynamic:
             # METHODS §1: the columns as the textbook would have updated them by now are W_g + (carried) F_gg^-1.
-            updated = ordered[:, :, start:stop] + torch.linalg.solve_triangular(corner, carried, upper=True, left=False, unitriangular=True)
-            g = start // group_width
-            s, z = grid_of_block(updated.contiguous(), bits_E, scheme, importance[:, start:stop].contiguous())
+            updated = w[:, :, start:stop] + torch.linalg.solve_triangular(corner, carried, upper=False, left=False, unitriangular=True)
+            g = (inputs - stop) // block
+            importance = p.importance.gather(1, p.order[:, start:stop])
+            s, z = p.search(updated.contiguous(), p.bits, p.scheme, importance.contiguous())
             scale[:, :, g : g + 1], zero[:, :, g : g + 1] = s, z
-        step(ordered, carried, corner, d, scale, zero, group_EI, qmax, start, codes, error, loss)
-
-    info = SolveInfo(_undamped_loss(loss.sum(1), error, h, used, ok), used, ~ok)
-    if order is not None:
-        codes = torch.empty_like(codes).scatter_(2, order.unsqueeze(1).expand_as(codes), codes)
-    return _qtensor(codes, scale, zero, bits_E, scheme), info
+        p.step(w, carried, corner, p.d, scale, zero, p.group, p.qmax, start, codes, error, loss)
+    return torch.empty_like(codes).scatter_(2, index, codes), scale, zero, loss, error
 
 
 def gptq_block(
@@ -151,7 +201,7 @@ def gptq_block(
     width = carried_EOB.shape[2]
     target = carried_EOB + w_EOI[:, :, start : start + width]
     top = qmax_E[:, None]
-    for k in range(width):
+    for k in range(width - 1, -1, -1):
         column = start + k
         index = group_EI[:, column, None, None].expand(-1, w_EOI.shape[1], 1)
         s, z = scale_EOG.gather(2, index)[..., 0], zero_EOG.gather(2, index)[..., 0]
@@ -161,52 +211,75 @@ def gptq_block(
         missed = w_EOI[:, :, column] - value
         codes_EOI[:, :, column] = code.to(torch.uint8)
         error_EOI[:, :, column] = missed
-        target[:, :, k + 1 :] += missed.unsqueeze(-1) * f_EBB[:, k, None, k + 1 :]
+        target[:, :, :k] += missed.unsqueeze(-1) * f_EBB[:, k, None, :k]
 
 
-def _factor(h: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(F, D, damping used [E], ok [E]): damping rises tenfold, up to 1, for the matrices that fail; the others keep theirs."""
-    used = h.new_full((h.shape[0],), damping)
-    f, d, ok = factor(damp(h, used))
+def _reverse_order(importance_EN: Tensor, act_order: bool) -> Tensor:
+    """int64 [E, N]: the original column at every position; the column that is solved first stands last."""
+    if act_order:
+        return importance_EN.argsort(dim=-1, descending=True, stable=True).flip(-1)
+    return torch.arange(importance_EN.shape[1] - 1, -1, -1, device=importance_EN.device).expand_as(importance_EN).contiguous()
+
+
+def _factor(h_ENN: Tensor, order_EN: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(F, D, damping used [E], ok [E]) of the reordered Hessians: damping rises tenfold, up to 1, for those that fail."""
+    used = h_ENN.new_full((h_ENN.shape[0],), damping)
+    f = damp_(_reordered(h_ENN, order_EN), used)
+    d, ok = factor_(f)
     failed = (~ok).nonzero()[:, 0]
     while len(failed) and float(used[failed[0]]) < MAX_DAMPING:
         used[failed] = (used[failed] * 10).clamp(min=MIN_RAISED_DAMPING, max=MAX_DAMPING)
-        f_again, d_again, ok_again = factor(damp(h[failed], used[failed]))
-        f[failed], d[failed], ok[failed] = f_again, d_again, ok_again
+        again = damp_(_reordered(h_ENN[failed], order_EN[failed]), used[failed])
+        d_again, ok_again = factor_(again)
+        f[failed], d[failed], ok[failed] = again, d_again, ok_again
         failed = failed[~ok_again]
     return f, d, used, ok
 
 
-def _undamped_loss(damped: Tensor, error: Tensor, h: Tensor, used: Tensor, ok: Tensor) -> Tensor:
-    """tr(dW H dW^T) from the damped loss that the solver adds up on its way: what the damping added is known exactly."""
-    diagonal = h.diagonal(dim1=-2, dim2=-1)
-    live = diagonal != 0
-    mean = torch.where(live.any(-1), diagonal.sum(-1) / live.sum(-1).clamp(min=1), torch.ones_like(diagonal[:, 0]))
-    squared = error.square().sum(1)
-    added = mean * (used * squared.sum(-1) + (squared * ~live).sum(-1))
-    loss = (damped - added).clamp(min=0)
-    if not bool(ok.all()):
-        bad = ~ok
-        loss[bad] = torch.einsum("eoi,eij,eoj->e", error[bad], h[bad], error[bad])
-    return loss
+def _reordered(h_ENN: Tensor, order_EN: Tensor) -> Tensor:
+    """A copy with rows and columns in another order, made without a second full-size copy."""
+    result = torch.empty_like(h_ENN)
+    for h, order, target in zip(h_ENN, order_EN, result, strict=True):
+        for low in range(0, len(order), REORDER_ROWS):
+            torch.index_select(h[order[low : low + REORDER_ROWS]], 1, order, out=target[low : low + REORDER_ROWS])
+    return result
+
+
+def _undamped(damped_E: Tensor, squared_EN: Tensor, h_ENN: Tensor, order_EN: Tensor, used_E: Tensor) -> Tensor:
+    """tr(dW H dW^T) from the damped loss that the solver adds up on its way: what the damping added is known exactly.
+
+    Args:
+        squared_EN: sum of squared errors by column, in the solver's order.
+    """
+    dead = h_ENN.diagonal(dim1=-2, dim2=-1).gather(1, order_EN) == 0
+    added = live_mean(h_ENN) * (used_E * squared_EN.sum(-1) + (squared_EN * dead).sum(-1))
+    return (damped_E - added).clamp(min=0)
+
+
+def _direct_loss(error_EON: Tensor, h_ENN: Tensor, order_EN: Tensor) -> Tensor:
+    """The same for matrices without a factorisation, by its definition."""
+    h = _reordered(h_ENN, order_EN)
+    return torch.einsum("eoi,eij,eoj->e", error_EON, h, error_EON)
 
 
 def _minmax(w: Tensor, bits: Tensor, scheme: QuantScheme, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return minmax_grid(w, bits, scheme)
 
 
-def _reordered(h: Tensor, order: Tensor | None) -> Tensor:
-    if order is None:
-        return h
-    rows = h.gather(1, order.unsqueeze(2).expand_as(h))
-    return rows.gather(2, order.unsqueeze(1).expand_as(h))
+def _experts(w_EOI: Tensor) -> int:
+    if w_EOI.ndim != 3:
+        raise ValueError(f"weights must be a stack [E, out, in], got shape {tuple(w_EOI.shape)}")
+    return w_EOI.shape[0]
 
 
-def _work(w: Tensor) -> Tensor:
-    if w.ndim != 3:
-        raise ValueError(f"weights must be a stack [E, out, in], got shape {tuple(w.shape)}")
-    return (w if w.dtype in (torch.float32, torch.float64) else w.float()).contiguous()
+def _rows_of(w_EOI: Tensor) -> Iterator[Tensor]:
+    """All rows, in the type that solvers compute in, as many at a time as `ROW_BYTES` holds."""
+    work = torch.float64 if w_EOI.dtype == torch.float64 else torch.float32
+    step = max(1, ROW_BYTES // (w_EOI.shape[0] * w_EOI.shape[2] * work.itemsize))
+    for start in range(0, w_EOI.shape[1], step):
+        yield w_EOI[:, start : start + step].to(work).contiguous()
 
 
-def _qtensor(codes: Tensor, scale: Tensor, zero: Tensor, bits: Tensor, scheme: QuantScheme) -> QTensor:
-    return QTensor(codes, scale.to(scheme.scale_dtype), zero.to(torch.uint8), bits, scheme)
+def _joined(parts: list[tuple[Tensor, Tensor, Tensor]], bits: Tensor, scheme: QuantScheme) -> QTensor:
+    codes, scale, zero = (torch.cat(part, 1) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True))
+    return QTensor(codes, scale, zero, bits, scheme)
