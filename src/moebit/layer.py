@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moebit.calibration.statistics import down_layer_hessians, expert_hessians, layer_sample
+from moebit.calibration.statistics import ExpertMoments, down_layer_hessians, layer_sample
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
 from moebit.formats.sink import Sink
-from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, dispatch, finish, intermediate
+from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slots, dispatch, finish, intermediate
 from moebit.model.files import ShardFile
-from moebit.model.stream import Stream, allocate, read_experts
+from moebit.model.stream import Stream, experts_names, read_experts
 from moebit.model.structure import LayerSites, LinearGroup
 from moebit.planning import Plan
 from moebit.recipe import Recipe
-from moebit.tensor import QTensor, QuantScheme, SolveInfo, second_moment, solve_gptq, solve_rtn
+from moebit.tensor import QTensor, QuantScheme, SolveInfo, add_second_moment, mirror_, solve_gptq, solve_rtn
 
 Progress = Callable[[str, int, int], None]
+ROWS = 4096  # tokens, or rows of a matrix, that are looked at together where nothing else sets a limit
 
 
 @dataclass
@@ -133,7 +134,7 @@ class LayerJob:
         if self.stream is None or not self._quantized(group):
             return None
         if routed is not None and group.moe_input:
-            return second_moment(routed.x)
+            return self._moment(routed.x)
         if group.replay is not None:
             origin = self.sites.groups[group.replay_of] if group.replay_of is not None else None
             if routed is not None and (origin is None or origin.moe_input):
@@ -141,38 +142,57 @@ class LayerJob:
             if group.replay_of in inputs:
                 return self._replayed_hessian(group, inputs[group.replay_of])
         total = torch.zeros(group.in_features, group.in_features)
+        stream, seen = self.stream, 0
         keep = any(other.replay_of == number for other in self.sites.groups)
-        rows: list[Tensor] = []
+        kept = stream.store.allocate((stream.windows.numel(), group.in_features), stream.dtype) if keep else None
 
         def on_input(x: Tensor) -> None:
-            flat = x.reshape(-1, x.shape[-1]).float()
-            total.add_(second_moment(flat))
-            if keep:
-                rows.append(flat)
+            nonlocal seen
+            flat = x.reshape(-1, x.shape[-1])
+            add_second_moment(total, flat)
+            if kept is not None:
+                kept[seen : seen + len(flat)] = flat
+                seen += len(flat)
 
-        experts = self.stream.replay(outputs) if outputs is not None else lambda rows: _no_experts(self.sites)
-        self.stream.run(self.sites.index, inputs={group.names[0]: on_input}, experts=experts)
-        if keep:
-            inputs[number] = torch.cat(rows)
-        return total
+        experts = stream.replay(outputs) if outputs is not None else lambda rows: _no_experts(self.sites)
+        stream.run(self.sites.index, inputs={group.names[0]: on_input}, experts=experts)
+        if kept is not None:
+            inputs[number] = kept
+        return mirror_(total)
+
+    def _moment(self, x_TN: Tensor) -> Tensor:
+        """[N, N] second moment of stored inputs, which may lie in a file."""
+        assert self.stream is not None
+        total = torch.zeros(x_TN.shape[1], x_TN.shape[1])
+        for piece in x_TN.split(ROWS):
+            add_second_moment(total, piece)
+            self.stream.store.release()
+        return mirror_(total)
 
     def _replayed_hessian(self, group: LinearGroup, x_TN: Tensor) -> Tensor:
         """The same for a group behind an already quantized one, by running only the module around it (a shared expert, a dense MLP)."""
+        assert self.stream is not None
         assert self.layer is not None
         assert group.replay is not None
         module, total = self.layer.get_submodule(group.replay), torch.zeros(group.in_features, group.in_features)
 
         def on_call(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-            total.add_(second_moment(args[0].reshape(-1, args[0].shape[-1])))
+            add_second_moment(total, args[0].reshape(-1, args[0].shape[-1]))
 
         hook = self.layer.get_submodule(group.names[0]).register_forward_pre_hook(on_call)
         try:
             with torch.no_grad():
-                for piece in x_TN.split(4096):
+                for piece in x_TN.split(self.stream.batch_tokens):
                     module(piece.unsqueeze(0))
+                    self.stream.store.release()
         finally:
             hook.remove()
-        return total
+        return mirror_(total)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What the layer is computed in; without a stream nothing is."""
+        return self.stream.dtype if self.stream is not None else torch.float32
 
     def _solve(self, w: Tensor, h: Tensor | None, bits: Tensor, scale_dtype: torch.dtype) -> tuple[QTensor, SolveInfo | None]:
         return solve(self.plan.recipe, w, h, bits, scale_dtype, self.device)
@@ -189,10 +209,11 @@ class LayerJob:
         for name in self._quantized(group):
             by_width.setdefault(self.plan.linears[f"{self.sites.name}.{name}"].bits, []).append(name)
         for bits, names in by_width.items():
-            matrices = [self.sink.weights.parameter(f"{self.sites.name}.{name}.weight").float() for name in names]
+            matrices = [self.sink.weights.parameter(f"{self.sites.name}.{name}.weight") for name in names]
             scale_dtype = self.plan.linears[f"{self.sites.name}.{names[0]}"].scale_dtype
             h = None if hessian is None else hessian.unsqueeze(0)
-            q, info = self._solve(torch.cat(matrices).unsqueeze(0), h, torch.tensor(bits), scale_dtype)
+            together = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+            q, info = self._solve(together.unsqueeze(0), h, torch.tensor(bits), scale_dtype)
             begin = 0
             for name, matrix in zip(names, matrices, strict=True):
                 self._put_linear(name, matrix, _rows(q, slice(begin, begin + len(matrix))), info)
@@ -201,10 +222,10 @@ class LayerJob:
     def _put_linear(self, name: str, matrix: Tensor, q: QTensor, info: SolveInfo | None) -> None:
         """Write one quantized linear, report it, and put it in place for what runs after it."""
         self.sink.put_linear(self.shard, f"{self.sites.name}.{name}", q)
-        value = self.sink.used(q)[0]
+        value = self.sink.used(q, self._dtype)[0]
         self.report.linears[name] = {
             "bits": int(q.bits[0]),
-            "weight_error": float((value - matrix).square().sum() / matrix.square().sum().clamp(min=1e-30)),
+            "weight_error": relative_error(value.unsqueeze(0), matrix.unsqueeze(0))[0],
             "damping": float(info.damping[0]) if info else None,
             "fallback": bool(info.fallback[0]) if info else False,
         }
@@ -219,54 +240,60 @@ class LayerJob:
         name = f"{self.sites.name}.{moe.experts}"
         layout, step = moe.layout, self.plan.chunk[self.sites.index]
         module = self.sink.weights.model.get_submodule(name)
-        if routed is None:
-            for start in range(0, layout.experts, step):
-                self._solve_chunk(name, layout, module, start, min(start + step, layout.experts), None)
-            return None
-        assert self.stream is not None
-        counts = routed.counts(layout.experts)
-        self.report.tokens_per_expert = counts.tolist()
-        slots = dispatch(routed.ids, routed.weights, layout.experts)
-        sample = routed.x[layer_sample(len(routed.x))]
-        h_layer = second_moment(routed.x) / len(routed.x)
-        outputs = allocate(tuple(routed.x.shape), torch.float32, self.stream.directory).zero_()
+        wanted = experts_names(name, layout)
+        inputs = self._chunk_inputs(routed, layout) if routed is not None else None
         for start in range(0, layout.experts, step):
             stop = min(start + step, layout.experts)
-            tokens, affinity, bounds = slots.chunk(start, stop)
-            inputs = _ChunkInputs(routed.x[tokens], affinity, bounds, sample, h_layer)
-            y = self._solve_chunk(name, layout, module, start, stop, inputs)
-            outputs.index_add_(0, tokens, y)
+            self.sink.weights.expect(wanted, stop, min(stop + step, layout.experts))
+            self._solve_chunk(name, layout, module, start, stop, inputs)
             self.progress("experts", stop, layout.experts)
-        return outputs
+        return inputs.outputs if inputs else None
+
+    def _chunk_inputs(self, routed: RoutedTokens, layout: ExpertsLayout) -> _ExpertInputs:
+        assert self.stream is not None
+        self.report.tokens_per_expert = routed.counts(layout.experts).tolist()
+        sample = routed.x[layer_sample(len(routed.x))]
+        h_layer = self._moment(routed.x).div_(len(routed.x))
+        slots = dispatch(routed.ids, routed.weights, layout.experts)
+        return _ExpertInputs(self.stream, routed.x, slots, sample, h_layer, self.stream.new_outputs(routed))
 
     def _solve_chunk(
-        self, name: str, layout: ExpertsLayout, module: nn.Module, start: int, stop: int, inputs: _ChunkInputs | None
-    ) -> Tensor:
+        self, name: str, layout: ExpertsLayout, module: nn.Module, start: int, stop: int, inputs: _ExpertInputs | None
+    ) -> None:
         """Experts [start, stop): gate and up from their shared Hessian, then down from what the quantized gate and up deliver.
 
-        Returns [S, H] outputs of the routed slots (empty without inputs).
+        Their outputs are added to those of the layer.
         """
         parts = self.plan.experts.get(name)
-        weights = read_experts(self.sink.weights, name, layout, start, stop)
-        power = self.plan.recipe.solver.affinity_power
+        weights = read_experts(self.sink.weights, name, layout, start, stop, self._stored_dtype(name, layout))
         quantized: dict[str, QTensor] = {}
+        power = self.plan.recipe.solver.affinity_power
         if parts:
-            hessian = expert_hessians(inputs.x, inputs.affinity, inputs.bounds, power, inputs.h_layer) if inputs else None
+            hessian = inputs.hessians(start, stop, power) if inputs else None
             first = self._solve_first(layout, weights.first, hessian, parts, start, stop, quantized)
             weights = ExpertWeights(first, weights.down, weights.first_bias, weights.down_bias)
-        h = intermediate(module, inputs.x, weights, inputs.bounds) if inputs else None
-        if parts:
+            del hessian
+        stored_down, weights = weights.down, weights.to(self._dtype)
+        if inputs is None or parts is None:
+            h = inputs.through_first(module, weights, start, stop, None) if inputs else None
             hessian = None
-            if inputs and h is not None:
-                hessian = expert_hessians(h, inputs.affinity, inputs.bounds, power, down_layer_hessians(module, inputs.sample, weights))
-            q, info = self._solve(weights.down, hessian, torch.tensor(parts["down_proj"].bits[start:stop]), parts["down_proj"].scale_dtype)
-            down = self._note("down_proj", q, info, weights.down)
+        else:
+            moments = ExpertMoments.zeros(stop - start, layout.intermediate, power)
+            h = inputs.through_first(module, weights, start, stop, moments)
+            hessian = moments.shrunk(down_layer_hessians(module, inputs.sample, weights, inputs.stream.slots))
+        if parts:
+            spec = parts["down_proj"]
+            q, info = self._solve(stored_down, hessian, torch.tensor(spec.bits[start:stop]), spec.scale_dtype)
+            down = self._note("down_proj", q, info, stored_down)
             quantized["down_proj"] = q
             weights = ExpertWeights(weights.first, down, weights.first_bias, weights.down_bias)
             self.sink.put_experts(self.shard, name, layout, start, quantized)
-        if h is None or inputs is None:
-            return torch.empty(0, layout.hidden)
-        return finish(module, h, inputs.affinity, weights, inputs.bounds)
+        if inputs and h is not None:
+            inputs.through_down(module, weights, start, stop, h)
+
+    def _stored_dtype(self, name: str, layout: ExpertsLayout) -> torch.dtype:
+        """Experts are solved from the values that are stored, not from what they are rounded to for computing."""
+        return self.sink.weights.specs[f"{name}.{layout.first}"].dtype
 
     def _solve_first(
         self,
@@ -284,7 +311,7 @@ class LayerJob:
         """
         projections = [p for p in layout.projections if p != "down_proj"]
         widths = {p: torch.tensor(parts[p].bits[start:stop]) for p in projections}
-        result = torch.empty_like(w)
+        result = torch.empty(w.shape, dtype=self._dtype)
         same = all(torch.equal(widths[p], widths[projections[0]]) for p in projections)
         if same:
             together, info = self._solve(w, hessian, widths[projections[0]], parts[projections[0]].scale_dtype)
@@ -299,10 +326,10 @@ class LayerJob:
 
     def _note(self, projection: str, q: QTensor, info: SolveInfo | None, w: Tensor) -> Tensor:
         """Report a chunk of one projection; returns its weights as they will be used."""
-        value = self.sink.used(q)
+        value = self.sink.used(q, self._dtype)
         rows = self.report.experts.setdefault(projection, {"bits": [], "weight_error": [], "damping": [], "fallback": []})
         rows["bits"] += q.bits.tolist()
-        rows["weight_error"] += ((value - w).square().sum((1, 2)) / w.square().sum((1, 2)).clamp(min=1e-30)).tolist()
+        rows["weight_error"] += relative_error(value, w)
         rows["damping"] += info.damping.tolist() if info else [None] * len(q.bits)
         rows["fallback"] += info.fallback.tolist() if info else [False] * len(q.bits)
         return value
@@ -316,14 +343,59 @@ class LayerJob:
 
 
 @dataclass(frozen=True)
-class _ChunkInputs:
-    """What the experts of one chunk are calibrated on: routed slots sorted by expert, a sample of the layer's tokens and their moment."""
+class _ExpertInputs:
+    """What a layer's experts are calibrated on, a limited number of routed slots at a time.
 
+    Attributes:
+        x: [T, H] inputs of the block; slots: all routed slots. sample: some of the layer's tokens; h_layer: the moment of all, [H, H].
+        outputs: [T, H] float32, added to.
+    """
+
+    stream: Stream
     x: Tensor
-    affinity: Tensor
-    bounds: list[int]
+    slots: Slots
     sample: Tensor
     h_layer: Tensor
+    outputs: Tensor
+
+    def _pieces(self, start: int, stop: int) -> Iterator[Slots]:
+        for piece in self.slots.pieces(start, stop, self.stream.slots):
+            yield piece
+            self.stream.store.release()
+
+    def hessians(self, start: int, stop: int, power: float) -> Tensor:
+        """[C, H, H] of gate and up."""
+        moments = ExpertMoments.zeros(stop - start, self.x.shape[1], power)
+        for piece in self._pieces(start, stop):
+            moments.add(self.x[piece.tokens], piece.affinity, piece.bounds)
+        return moments.shrunk(self.h_layer)
+
+    def through_first(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int, moments: ExpertMoments | None) -> Tensor:
+        """[S, I] inputs of down, for all slots of these experts; their moments are added to `moments`."""
+        count = self.slots.bounds[stop] - self.slots.bounds[start]
+        h = self.stream.store.allocate((count, weights.down.shape[2]), self.stream.dtype)
+        for piece in self._pieces(start, stop):
+            h[piece.place] = inner = intermediate(module, self.x[piece.tokens], weights, piece.bounds)
+            if moments is not None:
+                moments.add(inner, piece.affinity, piece.bounds)
+        return h
+
+    def through_down(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int, h: Tensor) -> None:
+        """Add the experts' outputs."""
+        for piece in self._pieces(start, stop):
+            y = finish(module, h[piece.place], piece.affinity, weights, piece.bounds)
+            self.outputs.index_add_(0, piece.tokens, y.float())
+
+
+def relative_error(value_EOI: Tensor, w_EOI: Tensor) -> list[float]:
+    """|value - w|^2 / |w|^2 per matrix, a few rows at a time."""
+    missed, whole = torch.zeros(len(w_EOI)), torch.zeros(len(w_EOI))
+    step = max(1, ROWS * ROWS // (w_EOI.shape[0] * w_EOI.shape[2]))
+    for start in range(0, w_EOI.shape[1], step):
+        w = w_EOI[:, start : start + step].float()
+        missed += (value_EOI[:, start : start + step] - w).square().sum((1, 2))
+        whole += w.square().sum((1, 2))
+    return (missed / whole.clamp(min=1e-30)).tolist()
 
 
 def _no_experts(sites: LayerSites) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:

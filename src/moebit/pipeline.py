@@ -26,8 +26,9 @@ from moebit.errors import BadInputError
 from moebit.formats import native
 from moebit.formats.opening import open_checkpoint
 from moebit.formats.output import OutputDirectory, check_space, disk_error
-from moebit.formats.sink import SINKS, Sink
+from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress
+from moebit.model.activations import ActivationStore
 from moebit.model.checkpoint import Checkpoint, HubWeights
 from moebit.model.files import TensorSpec, check_finite, read_header
 from moebit.model.stream import Stream
@@ -118,7 +119,7 @@ def quantize(
     if device != "cpu" and not torch.cuda.is_available():
         raise BadInputError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
     out = Path(out)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, compute=None)
     if not isinstance(checkpoint.weights, HubWeights):
         raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
     _check_output(out, checkpoint.path)
@@ -184,6 +185,7 @@ def _identity(checkpoint: Checkpoint, recipe: Recipe, windows: Tensor | None, me
         "calibration": digest(windows) if windows is not None else None,
         "memory": memory,
         "seed": seed,
+        "compute": str(checkpoint.model.dtype).removeprefix("torch."),
     }
 
 
@@ -227,9 +229,15 @@ class _Work:
 
     def _stream(self, windows: Tensor, done: int) -> Stream:
         """The calibration windows behind the layers that are done."""
-        stream = Stream(self.checkpoint, self.plan.structure, windows, self.output.partial if self.plan.spill else None)
+        budget = self.plan.budget
+        store = ActivationStore(self.output.partial, budget.activation_allowance)
+        stream = Stream(self.checkpoint, self.plan.structure, windows, store, budget.batch_tokens, budget.slots)
         if done:
-            stream.hidden.copy_(read_header(self.output.partial / _stream_file(done - 1))["hidden"].read())
+            saved = read_header(self.output.partial / _stream_file(done - 1))["hidden"]
+            row = saved.spec.nbytes // saved.shape[0]
+            for begin, piece in saved.pieces():
+                stream.hidden[begin // row : begin // row + len(piece)] = piece
+            store.release()
         return stream
 
     def _layer(self, sites: LayerSites, stream: Stream | None) -> LayerReport:
@@ -244,8 +252,10 @@ class _Work:
         report.seconds = round(time.perf_counter() - began, 3)
         if stream:
             files.append(_stream_file(sites.index))
-            with self.output.shard(files[1], {"hidden": TensorSpec(torch.float32, tuple(stream.hidden.shape))}) as saved:
-                saved.write("hidden", stream.hidden)
+            with self.output.shard(files[1], {"hidden": TensorSpec(stream.dtype, tuple(stream.hidden.shape))}) as saved:
+                for rows in stream.batches():
+                    saved.write("hidden", stream.hidden[rows], skip=rows.start * stream.hidden[0].nbytes)
+                    stream.store.release()
         self.output.record("layer", files, index=sites.index, report=asdict(report))
         if sites.index:
             self.output.remove(_stream_file(sites.index - 1))
@@ -264,7 +274,7 @@ class _Work:
         with self.output.shard(name, specs) as shard:
             self.sink.put_plain(shard, names)
             for stored in weights.unused:
-                shard.write(stored, weights.entries[stored].read())
+                put_stored(shard, weights.entries[stored])
         self.output.record("rest", [name])
 
 

@@ -16,8 +16,9 @@ import torch
 
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec, average_bits
+from moebit.model.budget import Budget, make_budget
 from moebit.model.checkpoint import Checkpoint, HubWeights
-from moebit.model.structure import LayerSites, MoESite, Structure
+from moebit.model.structure import LayerSites, Structure
 from moebit.recipe import BIT_WIDTHS, Recipe
 
 FLOPS_PER_THREAD = 50e9  # float32 products on an AVX-512 core, cautiously; only for the time estimate
@@ -96,8 +97,7 @@ class Plan:
         linears: quantized linears by full name.
         experts: quantized experts modules by full name, each projection's spec.
         kept: full names of what stays in full precision though it is a matrix of a decoder layer, with the reason.
-        size_bytes: of the output's tensors. peak_bytes, seconds: estimates.
-        chunk: experts of a layer that are in memory at a time, by layer index.
+        size_bytes: of the output's tensors. budget: the pieces in which the work is done. seconds: an estimate.
     """
 
     recipe: Recipe
@@ -106,10 +106,16 @@ class Plan:
     experts: dict[str, dict[str, PackedSpec]]
     kept: dict[str, str]
     size_bytes: int
-    peak_bytes: int
+    budget: Budget
     seconds: float
-    chunk: dict[int, int]
-    spill: bool
+
+    @property
+    def chunk(self) -> dict[int, int]:
+        return self.budget.chunk
+
+    @property
+    def spill(self) -> bool:
+        return self.budget.spill
 
     @property
     def modules(self) -> dict[str, dict[str, PackedSpec]]:
@@ -125,7 +131,7 @@ class Plan:
         return {
             "size_bytes": self.size_bytes,
             "average_bits": self.average_bits,
-            "peak_memory_bytes": self.peak_bytes,
+            "peak_memory_bytes": self.budget.peak_bytes,
             "seconds": round(self.seconds, 1),
             "quantized_linears": len(self.linears),
             "quantized_experts_modules": len(self.experts),
@@ -193,13 +199,7 @@ def make_plan(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memo
         )
     if not linears and not experts:
         raise BadInputError("this recipe quantizes nothing in this model: everything is ignored")
-    chunk = {layer.index: chunk_size(layer.moe, recipe, memory) for layer in structure.layers if layer.moe}
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if recipe.needs_calibration else 0
-    width = int(checkpoint.config.get_text_config().hidden_size)
-    activations = 3 * tokens * width * 4  # hidden states, captured inputs, expert outputs
-    spill = activations > memory // 2
-    peak = _layer_bytes(checkpoint, structure) + (0 if spill else activations)
-    peak += max((chunk[layer.index] * bytes_per_expert(layer.moe, recipe) for layer in structure.layers if layer.moe), default=0)
     return Plan(
         recipe,
         structure,
@@ -207,10 +207,8 @@ def make_plan(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memo
         experts,
         kept,
         _output_size(checkpoint, linears, experts, recipe),
-        peak,
+        make_budget(checkpoint, structure, memory, tokens, solve=True, hessians=recipe.needs_calibration),
         _seconds(checkpoint, structure, recipe, tokens),
-        chunk,
-        spill,
     )
 
 
@@ -249,34 +247,6 @@ def _spec(recipe: Recipe, name: str, shape: tuple[int, int], bits: tuple[int, ..
 def _dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
     specs = getattr(checkpoint.weights, "specs", {})
     return specs[name].dtype if name in specs else torch.bfloat16
-
-
-def bytes_per_expert(moe: MoESite, recipe: Recipe) -> int:
-    """Memory that solving one expert takes: weights, their permuted and dequantized copies, errors and codes, Hessians and factors,
-    and its share of the routed slots (routing is uneven: a busy expert takes more)."""
-    weights = moe.layout.parameters_per_expert * 4
-    if not recipe.needs_calibration:
-        return 6 * weights
-    widest = max(moe.layout.hidden, moe.layout.intermediate)
-    slots = recipe.calibration.samples * recipe.calibration.seq_len * moe.top_k // moe.layout.experts
-    return 5 * weights + 7 * widest * widest * 4 + slots * moe.layout.slot_bytes
-
-
-def chunk_size(moe: MoESite, recipe: Recipe, memory: int) -> int:
-    """Experts at a time: a function of shapes, recipe and the memory limit alone, so that the bytes of the result are, too."""
-    return max(1, min(moe.layout.experts, (memory // 2) // bytes_per_expert(moe, recipe)))
-
-
-def _layer_bytes(checkpoint: Checkpoint, structure: Structure) -> int:
-    """The largest part outside of the experts that is in memory at once, in float32: a layer's, or embeddings and head."""
-    experts = [f"{layer.name}.{layer.moe.experts}." for layer in structure.layers if layer.moe]
-    sizes: dict[str, int] = {}
-    for name, parameter in checkpoint.model.named_parameters():
-        if any(name.startswith(prefix) for prefix in experts):
-            continue
-        owner = next((layer.name for layer in structure.layers if name.startswith(layer.name + ".")), "outside")
-        sizes[owner] = sizes.get(owner, 0) + parameter.numel() * 4
-    return max(sizes.values(), default=0)
 
 
 def _output_size(checkpoint: Checkpoint, linears: dict[str, PackedSpec], experts: dict[str, dict[str, PackedSpec]], recipe: Recipe) -> int:

@@ -152,12 +152,22 @@ def test_materialize_and_back(opened: Opened) -> None:
     finally:
         dematerialize(layer)
     assert {tensor.device.type for tensor in layer.state_dict().values()} == {"meta"}
-    materialize(layer, name, opened.weights, dtype=None)
-    try:
-        for key, tensor in layer.state_dict().items():
-            assert same(tensor, opened.weights.parameter(f"{name}.{key}")), key
-    finally:
-        dematerialize(layer)
+
+
+def test_layers_in_bf16_are_what_transformers_loads_in_bf16(opened: Opened) -> None:
+    """The types of all parameters and buffers, those kept in float32 among them, and their values."""
+    with quiet():
+        expected = AutoModelForCausalLM.from_pretrained(opened.checkpoint.path, dtype=torch.bfloat16)
+    checkpoint = open_hub_checkpoint(opened.checkpoint.path, torch.bfloat16)
+    name = f"{opened.reference.layers_name}.{opened.architecture.first_moe}"
+    layer, theirs = checkpoint.model.get_submodule(name), expected.get_submodule(name)
+    materialize(layer, name, checkpoint.weights)
+    mine = dict(layer.state_dict())
+    for key, tensor in theirs.state_dict().items():
+        assert mine[key].dtype == tensor.dtype, key
+        assert torch.equal(mine[key], tensor), key
+    for key, buffer in checkpoint.model.named_non_persistent_buffers():
+        assert buffer.dtype == expected.get_buffer(key).dtype, key
 
 
 # --- tied embeddings

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from moebit.model import replay, stream
+from moebit.model.activations import ActivationStore
 from moebit.model.checkpoint import open_hub_checkpoint
-from moebit.model.experts import ExpertWeights, dispatch, grouped_linear
+from moebit.model.experts import ExpertWeights, Slots, dispatch, grouped_linear
 from moebit.model.seam import ExpertsHandler, experts_handler, is_experts
-from moebit.model.stream import Stream, add_outputs, allocate, read_experts
+from moebit.model.stream import Stream, add_outputs, read_experts
 from tests.model.conftest import Opened
 from tests.models import ARCHITECTURES, EXPERTS, HIDDEN, LENGTH, TOP_K, VOCABULARY, WINDOWS, Checkpoints, windows
 
@@ -24,12 +25,12 @@ CHUNK = 3  # experts at a time: 3, 3 and 2 of the 8
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "BATCH_TOKENS", BATCH * LENGTH)
     monkeypatch.setattr(stream, "LOGIT_BYTES", BATCH * 4 * VOCABULARY * LENGTH)
 
 
 def stream_of(opened: Opened, tokens: Tensor | None = None, directory: Path | None = None) -> Stream:
-    return Stream(opened.checkpoint, opened.structure, windows() if tokens is None else tokens, directory)
+    store = ActivationStore(directory)
+    return Stream(opened.checkpoint, opened.structure, windows() if tokens is None else tokens, store, BATCH * LENGTH, slots=7)
 
 
 def run_through(
@@ -125,7 +126,7 @@ def test_inputs_of_linears(opened: Opened) -> None:
                 outputs = torch.zeros_like(routed.x)
                 weights = read_experts(opened.weights, f"{sites.name}.{sites.moe.experts}", sites.moe.layout, 0, EXPERTS)
                 slots = dispatch(routed.ids, routed.weights, EXPERTS)
-                add_outputs(layer.get_submodule(sites.moe.experts), routed.x, weights, slots, 0, EXPERTS, outputs)
+                add_outputs(layer.get_submodule(sites.moe.experts), routed.x, weights, slots.chunk(0, EXPERTS), outputs)
             hooks = {name: lambda x, parts=parts: parts.append(x.clone().reshape(-1, x.shape[-1])) for name, parts in seen.items()}
             through.run(sites.index, experts=None if outputs is None else through.replay(outputs), inputs=hooks)
             assert torch.equal(through.hidden, before), "a run that does not advance changes nothing"
@@ -238,10 +239,26 @@ def test_dispatch(ids: Tensor) -> None:
         assert list(zip(slots.tokens[span].tolist(), slots.affinity[span].tolist(), strict=True)) == expected[expert]
     for start in range(EXPERTS):
         for stop in range(start + 1, EXPERTS + 1):
-            tokens, affinity, bounds = slots.chunk(start, stop)
+            chunk = slots.chunk(start, stop)
             flat = [slot for expert in expected[start:stop] for slot in expert]
-            assert list(zip(tokens.tolist(), affinity.tolist(), strict=True)) == flat
-            assert bounds == [sum(map(len, expected[start:e])) for e in range(start, stop + 1)]
+            assert list(zip(chunk.tokens.tolist(), chunk.affinity.tolist(), strict=True)) == flat
+            assert chunk.bounds == [sum(map(len, expected[start:e])) for e in range(start, stop + 1)]
+            if stop - start == 3:
+                assert_pieces(slots, expected[start:stop], start, stop)
+
+
+def assert_pieces(slots: Slots, expected: list[list[tuple[int, float]]], start: int, stop: int) -> None:
+    """Pieces of at most five slots hold every slot once, in order, each with its own expert."""
+    found: list[list[tuple[int, float]]] = [[] for _ in expected]
+    at = 0
+    for piece in slots.pieces(start, stop, 5):
+        assert piece.place == slice(at, at + len(piece.tokens))
+        assert 0 < len(piece.tokens) <= 5
+        assert (piece.bounds[0], piece.bounds[-1], len(piece.bounds)) == (0, len(piece.tokens), len(expected) + 1)
+        at += len(piece.tokens)
+        for own, low, high in zip(found, piece.bounds, piece.bounds[1:], strict=False):
+            own += zip(piece.tokens[low:high].tolist(), piece.affinity[low:high].tolist(), strict=True)
+    assert found == expected
 
 
 @pytest.mark.parametrize("counts", [[0, 3, 1, 0, 2], [1], [0], [0, 0, 1], [4, 0, 0]])
@@ -282,7 +299,7 @@ def test_experts_equal_transformers_experts(opened: Opened) -> None:
         for start in range(0, EXPERTS, CHUNK):
             stop = min(start + CHUNK, EXPERTS)
             chunk = read_experts(opened.weights, f"{sites.name}.{sites.moe.experts}", sites.moe.layout, start, stop)
-            add_outputs(skeleton_module, x, chunk, slots, start, stop, outputs)
+            add_outputs(skeleton_module, x, chunk, slots.chunk(start, stop), outputs)
         torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-6, msg=what)
 
 
@@ -358,10 +375,12 @@ def test_layers_are_back_after_an_error_in_the_forward(checkpoints: Checkpoints,
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (1,), (3, 4, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
-def test_allocate(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_activations(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for directory in (None, tmp_path):
-        tensor = allocate(shape, dtype, directory)
+        store = ActivationStore(directory)
+        tensor = store.allocate(shape, dtype)
         assert (tensor.shape, tensor.dtype) == (shape, dtype)
         tensor.fill_(3)
+        store.release()
         assert bool((tensor == 3).all())
     assert os.listdir(tmp_path) == []

@@ -5,34 +5,63 @@ Shape suffixes: C experts of a chunk, S routed slots, T tokens, H hidden, I inte
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from moebit.model.experts import ExpertWeights, intermediate
-from moebit.tensor import second_moment, shrink
+from moebit.tensor import add_second_moment, mirror_, shrink_
 
 # Tokens of the layer that are pushed through every expert for the statistics it falls back on (METHODS §6: a sample is enough).
 LAYER_SAMPLE = 512
 
 
-def expert_hessians(x_SN: Tensor, affinity_S: Tensor, bounds: list[int], power: float, h_layer: Tensor) -> Tensor:
-    """[C, N, N] mean second moments of each expert's inputs, `sum g^p x x^T / sum g^p`, shrunk towards `h_layer` (MoEQuant's AGQ; p = 1).
+@dataclass
+class ExpertMoments:
+    """Weighted second moments of what the experts of a chunk see, added up piece by piece.
 
-    The groups are ragged: one symmetric product per expert, each at the machine's rank-k rate.
-
-    Args:
-        x_SN: inputs of the routed slots, sorted by expert; `bounds` says where each expert's begin.
-        affinity_S: the weight with which each slot's output enters the layer; power 0 weighs all alike.
-        h_layer: mean second moment of the layer's tokens, [N, N] or [C, N, N].
+    Attributes:
+        sums: [C, N, N], complete only above the diagonal until `shrunk`. total, squares: [C] sums of the weights and of their squares.
+        power: of the affinity in the weights, `sum g^p x x^T` (MoEQuant's AGQ; p = 1); 0 weighs all tokens alike.
     """
-    weights = affinity_S.abs().pow(power) if power else torch.ones_like(affinity_S)
-    spans = list(pairwise(bounds))
-    sums = torch.stack([second_moment(x_SN[low:high], weights[low:high] if power else None) for low, high in spans])
-    total = torch.stack([weights[low:high].sum() for low, high in spans])
-    squares = torch.stack([weights[low:high].square().sum() for low, high in spans])
-    return shrink(sums, total, squares, h_layer)
+
+    sums: Tensor
+    total: Tensor
+    squares: Tensor
+    power: float
+
+    @classmethod
+    def zeros(cls, experts: int, size: int, power: float) -> ExpertMoments:
+        return cls(torch.zeros(experts, size, size), torch.zeros(experts), torch.zeros(experts), power)
+
+    def add(self, x_SN: Tensor, affinity_S: Tensor, bounds: list[int]) -> None:
+        """Add routed slots, sorted by expert; `bounds` says where each expert's begin.
+
+        The groups are ragged: one symmetric product per expert that has any, each at the machine's rate.
+        """
+        weights = affinity_S.float().abs().pow(self.power) if self.power else torch.ones(len(affinity_S))
+        for c, (low, high) in enumerate(pairwise(bounds)):
+            if low < high:
+                add_second_moment(self.sums[c], x_SN[low:high], weights[low:high] if self.power else None)
+                self.total[c] += weights[low:high].sum()
+                self.squares[c] += weights[low:high].square().sum()
+
+    def shrunk(self, h_layer: Tensor) -> Tensor:
+        """[C, N, N] mean second moments `sum g^p x x^T / sum g^p`, drawn towards the layer's; takes the place of the sums.
+
+        Args:
+            h_layer: mean second moment of the layer's tokens, [N, N] or [C, N, N].
+        """
+        return shrink_(mirror_(self.sums), self.total, self.squares, h_layer)
+
+
+def expert_hessians(x_SN: Tensor, affinity_S: Tensor, bounds: list[int], power: float, h_layer: Tensor) -> Tensor:
+    """`ExpertMoments` of one piece: [C, N, N]."""
+    moments = ExpertMoments.zeros(len(bounds) - 1, x_SN.shape[1], power)
+    moments.add(x_SN, affinity_S, bounds)
+    return moments.shrunk(h_layer)
 
 
 def layer_sample(tokens: int) -> Tensor:
@@ -41,9 +70,17 @@ def layer_sample(tokens: int) -> Tensor:
     return (torch.arange(count) * tokens) // count
 
 
-def down_layer_hessians(module: nn.Module, x_MH: Tensor, weights: ExpertWeights) -> Tensor:
-    """[C, I, I] mean second moments of the down inputs if the sampled tokens went through each expert of the chunk."""
+def down_layer_hessians(module: nn.Module, x_MH: Tensor, weights: ExpertWeights, slots: int = 16384) -> Tensor:
+    """[C, I, I] mean second moments of the down inputs if the sampled tokens went through each expert of the chunk.
+
+    Args:
+        slots: rows that go through experts at a time.
+    """
     experts, count = weights.first.shape[0], x_MH.shape[0]
-    h = intermediate(module, x_MH.repeat(experts, 1), weights, [c * count for c in range(experts + 1)])
-    h = h.view(experts, count, -1)
-    return h.transpose(1, 2) @ h / count
+    step, parts = max(1, slots // max(1, count)), []
+    for start in range(0, experts, step):
+        some = weights.experts(start, min(start + step, experts))
+        c = len(some.first)
+        h = intermediate(module, x_MH.repeat(c, 1), some, [i * count for i in range(c + 1)]).view(c, count, -1).float()
+        parts.append(torch.bmm(h.mT, h) / count)
+    return torch.cat(parts)

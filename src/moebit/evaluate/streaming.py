@@ -21,6 +21,8 @@ from moebit.calibration.text import TokenText, consecutive_windows, load_tokeniz
 from moebit.errors import BadInputError
 from moebit.formats.native import METHOD, average_bits, packed_specs
 from moebit.formats.opening import open_checkpoint
+from moebit.model.activations import ActivationStore
+from moebit.model.budget import make_budget
 from moebit.model.checkpoint import Checkpoint
 from moebit.model.stream import Stream
 from moebit.model.structure import Structure, find_structure
@@ -135,11 +137,16 @@ class _Lockstep:
     def __init__(
         self, checkpoints: list[Checkpoint], structures: list[Structure], windows: Tensor, parts: list[_Part], memory: int, report: Progress
     ) -> None:
-        self.structures, self.windows, self.parts, self.memory, self.report = structures, windows, parts, memory, report
-        width = int(checkpoints[0].config.get_text_config().hidden_size)
-        spill = 4 * windows.numel() * width * 3 * len(checkpoints) > memory // 2
-        self.directory = Path(tempfile.gettempdir()) if spill else None
-        self.streams = [Stream(c, s, windows, self.directory) for c, s in zip(checkpoints, structures, strict=True)]
+        self.structures, self.windows, self.parts, self.report = structures, windows, parts, report
+        self.budgets = [
+            make_budget(c, s, memory, windows.numel(), solve=False, hessians=False, streams=len(checkpoints))
+            for c, s in zip(checkpoints, structures, strict=True)
+        ]
+        directory = Path(tempfile.gettempdir())
+        self.streams = [
+            Stream(c, s, windows, ActivationStore(directory, b.activation_allowance), b.batch_tokens, b.slots)
+            for c, s, b in zip(checkpoints, structures, self.budgets, strict=True)
+        ]
         # agreement[part][moe layer] = (exact, overlap)
         self.agreement: list[list[tuple[int, float, float]]] = [[] for _ in parts]
 
@@ -147,23 +154,11 @@ class _Lockstep:
         layers = len(self.structures[0].layers)
         for index in range(layers):
             self.report("layers", index, layers)
-            routed = [
-                stream.step(index, self._chunk(structure, index)) for stream, structure in zip(self.streams, self.structures, strict=True)
-            ]
+            routed = [stream.step(index, budget.chunk.get(index, 1)) for stream, budget in zip(self.streams, self.budgets, strict=True)]
             if len(routed) == 2 and routed[0] is not None and routed[1] is not None:
                 self._compare(index, routed[0], routed[1])
         self.report("layers", layers, layers)
         return self._score()
-
-    def _chunk(self, structure: Structure, index: int) -> int:
-        moe = structure.layers[index].moe
-        if moe is None:
-            return 1
-        share, weights = self.memory // 4, 8 * moe.layout.parameters_per_expert  # as stored and in float32
-        if moe.layout.experts * weights <= share:
-            return moe.layout.experts  # at once, a batch of windows at a time
-        slots = self.windows.numel() * moe.top_k // moe.layout.experts
-        return max(1, share // (weights + slots * moe.layout.slot_bytes))
 
     def _compare(self, index: int, mine_Tk: Tensor, theirs_Tk: Tensor) -> None:
         common = (mine_Tk.unsqueeze(2) == theirs_Tk.unsqueeze(1)).any(2).float().mean(1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from moebit.errors import BadInputError
 from moebit.formats.native import METHOD, NativeWeights, packed_specs
 from moebit.model.checkpoint import Checkpoint, load_config, open_hub_checkpoint, read_config, resolve, skeleton
@@ -12,8 +14,11 @@ from moebit.model.files import read_index
 from moebit.model.seam import is_experts
 
 
-def open_checkpoint(model: str | Path) -> Checkpoint:
+def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float32) -> Checkpoint:
     """A checkpoint directory or hub id; native outputs are dequantized as they are read.
+
+    Args:
+        compute: the type in which its layers are to be computed; None takes what is fastest here without losing accuracy that is stored.
 
     Raises:
         BadInputError: whatever is wrong with it, by name.
@@ -23,11 +28,11 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     path = resolve(model)
     quantization = read_config(path).get("quantization_config") or {}
     if quantization.get("quant_method") != METHOD:
-        return open_hub_checkpoint(path)
+        return open_hub_checkpoint(path, compute)
     import moebit.runtime  # noqa: F401 - registers the quantizer, so that transformers can read this configuration
 
     config = load_config(path)
-    skeleton_model = skeleton(config)
+    skeleton_model = skeleton(config, compute or torch.float32)
     entries = read_index(path)
     layouts = {name: layout_of(module, name) for name, module in skeleton_model.named_modules() if is_experts(module)}
     specs = packed_specs(quantization)

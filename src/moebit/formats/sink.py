@@ -12,7 +12,7 @@ from torch import Tensor
 from moebit.formats import native
 from moebit.model.checkpoint import HubWeights
 from moebit.model.experts import ExpertsLayout
-from moebit.model.files import ShardFile, TensorSpec
+from moebit.model.files import ShardFile, TensorEntry, TensorSpec
 from moebit.tensor import QTensor
 
 Modules = Mapping[str, Mapping[str, native.PackedSpec]]
@@ -57,8 +57,8 @@ class Sink(ABC):
         """Write experts [start, start + C) of an experts module: all projections."""
 
     @abstractmethod
-    def used(self, q: QTensor) -> Tensor:
-        """[E, out, in] float32: the weights as who loads this format will have them."""
+    def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[E, out, in] in `dtype`: the weights as who loads this format will have them."""
 
     @abstractmethod
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +79,8 @@ class NativeSink(Sink):
 
     def put_plain(self, shard: ShardFile, names: list[str]) -> None:
         for name in self.plain(names):
-            shard.write(name, self.weights.parameter(name))
+            for start, piece in self.weights.pieces(name):
+                shard.write(name, piece, skip=start)
 
     def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
         native.put(shard, name, self.modules[name][""], q)
@@ -88,8 +89,8 @@ class NativeSink(Sink):
         for projection, q in quantized.items():
             native.put(shard, f"{name}.{projection}", self.modules[name][projection], q, start)
 
-    def used(self, q: QTensor) -> Tensor:
-        return q.dequantize().cpu()
+    def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return q.dequantize(dtype).cpu()
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         # The second key makes a transformers without moebit refuse: an unknown quant_method alone is only a warning there.
@@ -104,7 +105,7 @@ class DenseSink(Sink):
 
     def put_plain(self, shard: ShardFile, names: list[str]) -> None:
         for stored in dict.fromkeys(stored for name in self.plain(names) for stored in self.weights.stored_names(name)):
-            shard.write(stored, self.weights.entries[stored].read())
+            put_stored(shard, self.weights.entries[stored])
 
     def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
         self._put(shard, f"{name}.weight", q.dequantize()[0])
@@ -124,11 +125,17 @@ class DenseSink(Sink):
             stacked = value.shape != spec.shape  # some of the experts of a tensor that is stored whole
             shard.write(stored, value.to(spec.dtype), skip=start * (spec.nbytes // spec.shape[0]) if stacked else 0)
 
-    def used(self, q: QTensor) -> Tensor:
-        return q.dequantize(q.scheme.scale_dtype).float().cpu()
+    def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return q.dequantize(q.scheme.scale_dtype).to(dtype).cpu()
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
+
+
+def put_stored(shard: ShardFile, entry: TensorEntry) -> None:
+    """Copy a stored tensor as it is, piece by piece."""
+    for start, piece in entry.pieces():
+        shard.write(entry.name, piece, skip=start)
 
 
 SINKS: dict[str, type[Sink]] = {"native": NativeSink, "dense": DenseSink}

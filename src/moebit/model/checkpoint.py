@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,13 @@ class Weights(ABC):
     @abstractmethod
     def expert_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a parameter whose first axis is the expert."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a parameter's first axis."""
+        return self.parameter(name)[start:stop]
+
+    def expect(self, names: Iterable[str], start: int, stop: int) -> None:  # noqa: B027 - a hint; nothing to do is an answer
+        """Experts [start, stop) of these parameters are wanted soon: let the system read them while something else is computed."""
 
     @abstractmethod
     def available(self) -> set[str]:
@@ -163,25 +171,49 @@ class HubWeights(Weights):
         source = self._of[name]
         return source.convert(self.model, ((pattern, entry.read()) for pattern, entry in source.parts))[name]
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """As `Weights.rows`; reads just these rows where the parameter is stored as it is."""
+        source = self._of.get(name) or self._of[tied_names(self.model)[name]]
+        if source.converter is not None:
+            return self.parameter(name)[start:stop]
+        return source.parts[0][1].read(start, stop)
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """(byte at which it begins, tensor) of a parameter's rows, some after the other where it is stored as it is."""
+        source = self._of[name]
+        if source.converter is None:
+            yield from source.parts[0][1].pieces()
+        else:
+            yield 0, self.parameter(name)
+
     def expert_rows(self, name: str, start: int, stop: int) -> Tensor:
         """As `Weights.expert_rows`; reads just these experts, be they stored one by one or stacked."""
-        source, experts = self._of[name], self.specs[name].shape[0]
-        by_pattern = self._parts_by_pattern(source)
-        if all(len(entries) == experts for entries in by_pattern.values()):
-            chosen = [(pattern, entry.read()) for pattern, entries in by_pattern.items() for entry in entries[start:stop]]
-        elif all(len(entries) == 1 and entries[0].shape[0] == experts for entries in by_pattern.values()):
-            chosen = [(pattern, entries[0].read(start, stop)) for pattern, entries in by_pattern.items()]
-        else:
-            raise BadInputError(
-                f"{name}: {len(source.parts)} stored tensors do not fall apart into {experts} experts; "
-                "moebit does not understand how this layer is stored"
-            )
+        source = self._of[name]
+        chosen = [(pattern, entry.read(*rows)) for pattern, entry, rows in self._stored_rows(name, start, stop)]
         rows = source.convert(self.model, chosen)[name]
         if rows.shape[0] != stop - start:
             raise BadInputError(
                 f"{name}: reading experts {start} to {stop} gave {tuple(rows.shape)}; moebit does not understand how this layer is stored"
             )
         return rows
+
+    def expect(self, names: Iterable[str], start: int, stop: int) -> None:
+        if start < stop:
+            for name in names:
+                for _, entry, rows in self._stored_rows(name, start, stop):
+                    entry.expect(*rows)
+
+    def _stored_rows(self, name: str, start: int, stop: int) -> list[tuple[str, TensorEntry, tuple[int, int | None]]]:
+        """(pattern, stored tensor, its rows) that hold experts [start, stop) of a parameter."""
+        experts, by_pattern = self.specs[name].shape[0], self._parts_by_pattern(self._of[name])
+        if all(len(entries) == experts for entries in by_pattern.values()):
+            return [(pattern, entry, (0, None)) for pattern, entries in by_pattern.items() for entry in entries[start:stop]]
+        if all(len(entries) == 1 and entries[0].shape[0] == experts for entries in by_pattern.values()):
+            return [(pattern, entries[0], (start, stop)) for pattern, entries in by_pattern.items()]
+        raise BadInputError(
+            f"{name}: {len(self._of[name].parts)} stored tensors do not fall apart into {experts} experts; "
+            "moebit does not understand how this layer is stored"
+        )
 
     def stored_form(self, name: str, tensor: Tensor, start: int = 0) -> dict[str, Tensor]:
         """A parameter, or its experts from `start` on, back under the checkpoint's own names and shapes (for `dense` output)."""
@@ -253,8 +285,11 @@ def load_config(path: Path) -> Any:
     return config
 
 
-def skeleton(config: Any) -> PreTrainedModel:
+def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The causal language model with every parameter on the meta device and its experts behind moebit's seam.
+
+    Args:
+        dtype: what layers will be computed in, whatever is stored. Parameters that the architecture insists on keeping in float32 stay so.
 
     Raises:
         BadInputError: no causal language model for this configuration; a computed buffer that stays undefined.
@@ -266,14 +301,28 @@ def skeleton(config: Any) -> PreTrainedModel:
     transformers_logging.set_verbosity_error()
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, experts_implementation=SEAM)
+            model = AutoModelForCausalLM.from_config(config, experts_implementation=SEAM, dtype=dtype)
     except ValueError as error:
         raise BadInputError(f"no causal language model for {config.model_type!r} in this transformers") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    model.float().eval().requires_grad_(False)  # the type in which moebit runs layers, whatever is stored
+    model.eval().requires_grad_(False)
+    _keep_in_float32(model)
     _compute_buffers(model)
     return model
+
+
+def _keep_in_float32(model: PreTrainedModel) -> None:
+    """The parameters and stored buffers for which transformers insists on float32, whatever the model is loaded in."""
+    kept = [re.compile(rf"(^|\.){pattern}(\.|$)".replace("*", ".*")) for pattern in model._keep_in_fp32_modules_strict or ()]
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if tensor.dtype == torch.float32 or not tensor.is_floating_point() or not any(pattern.search(name) for pattern in kept):
+            continue
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(tensor.float(), requires_grad=False)
+        else:
+            owner._buffers[leaf] = tensor.float()
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
@@ -314,8 +363,23 @@ class Checkpoint:
         return sum(file.stat().st_size for file in {entry.file for entry in self.entries.values()})
 
 
-def open_hub_checkpoint(path: Path) -> Checkpoint:
-    """A full-precision checkpoint directory.
+FAST_BF16_WIDTH = 512  # hidden size from which on bf16 products are faster than float32 ones on a CPU that has instructions for them
+
+
+def fast_compute_type(config: Any, entries: Mapping[str, TensorEntry]) -> torch.dtype:
+    """bf16 for checkpoints stored so, where the CPU multiplies bf16 matrices natively and they are wide enough to gain; else float32.
+
+    Depends on the model and the kind of CPU alone, not on a measurement, so that runs can be repeated.
+    """
+    stored = sum(e.spec.nbytes for e in entries.values() if e.dtype == torch.bfloat16)
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    wide = config.get_text_config().hidden_size >= FAST_BF16_WIDTH
+    mostly = 2 * stored > sum(e.spec.nbytes for e in entries.values())
+    return torch.bfloat16 if native and wide and mostly else torch.float32
+
+
+def open_hub_checkpoint(path: Path, dtype: torch.dtype | None = torch.float32) -> Checkpoint:
+    """A full-precision checkpoint directory, its layers to be computed in `dtype` (None: `fast_compute_type`).
 
     Raises:
         BadInputError: whatever is wrong with it, by name; one that is already quantized.
@@ -325,15 +389,13 @@ def open_hub_checkpoint(path: Path) -> Checkpoint:
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
         raise BadInputError(f"{path}: already quantized ({method}); give the full-precision checkpoint")
-    model = skeleton(config)
     entries = read_index(path)
+    model = skeleton(config, dtype or fast_compute_type(config, entries))
     return Checkpoint(path, config, model, HubWeights(model, entries), entries)
 
 
-def materialize(
-    module: nn.Module, prefix: str, weights: Weights, dtype: torch.dtype | None = torch.float32, skip: Iterable[nn.Module] = ()
-) -> None:
-    """Fill a skeleton module's parameters and buffers; floating-point ones are converted to `dtype` (None keeps the stored type).
+def materialize(module: nn.Module, prefix: str, weights: Weights, skip: Iterable[nn.Module] = ()) -> None:
+    """Fill a skeleton module's parameters and buffers, in the types that the skeleton has.
 
     Submodules in `skip` (the experts) stay on meta, except for their own submodules' parameters (a norm after the experts).
     """
@@ -345,7 +407,7 @@ def materialize(
                     continue
                 full = ".".join(part for part in (prefix, name, leaf) if part)
                 read = weights.parameter(full)
-                read = read.to(dtype) if dtype and read.is_floating_point() else read
+                read = read.to(value.dtype) if read.is_floating_point() else read
                 table[leaf] = nn.Parameter(read, requires_grad=False) if table is owner._parameters else read
 
 

@@ -5,6 +5,7 @@ Shape suffixes: E experts, C experts of a chunk, H hidden, I intermediate, T tok
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -63,8 +64,8 @@ class ExpertsLayout:
 
     @property
     def slot_bytes(self) -> int:
-        """Memory of one routed slot on its way through an expert, in float32: input, weighted input, gate and up, down's input, output."""
-        return 4 * (3 * self.hidden + 3 * self.intermediate)
+        """Memory of one routed slot on its way through an expert, at most: input, weighted input, gate and up, down's input, output."""
+        return 4 * (4 * self.hidden + 5 * self.intermediate)
 
     @property
     def parameters_per_expert(self) -> int:
@@ -113,6 +114,18 @@ class ExpertWeights:
     first_bias: Tensor | None = None
     down_bias: Tensor | None = None
 
+    def to(self, dtype: torch.dtype) -> ExpertWeights:
+        """The same in another type; what has it already is not copied."""
+        first_bias = None if self.first_bias is None else self.first_bias.to(dtype)
+        down_bias = None if self.down_bias is None else self.down_bias.to(dtype)
+        return ExpertWeights(self.first.to(dtype), self.down.to(dtype), first_bias, down_bias)
+
+    def experts(self, start: int, stop: int) -> ExpertWeights:
+        """Experts [start, stop) of these, as views."""
+        first_bias = None if self.first_bias is None else self.first_bias[start:stop]
+        down_bias = None if self.down_bias is None else self.down_bias[start:stop]
+        return ExpertWeights(self.first[start:stop], self.down[start:stop], first_bias, down_bias)
+
 
 @dataclass(frozen=True)
 class RoutedTokens:
@@ -134,30 +147,41 @@ class RoutedTokens:
 
 
 @dataclass(frozen=True)
-class Dispatch:
+class Slots:
     """Routed slots sorted by expert: expert e owns positions [bounds[e], bounds[e + 1]).
 
     Attributes:
         tokens: int64 [S] token of every slot; affinity: [S]; bounds: E + 1 positions.
+        place: where these slots lie among those they were cut from.
     """
 
     tokens: Tensor
     affinity: Tensor
     bounds: list[int]
+    place: slice
 
-    def chunk(self, start: int, stop: int) -> tuple[Tensor, Tensor, list[int]]:
-        """(tokens, affinity, bounds from 0) of experts [start, stop)."""
+    def chunk(self, start: int, stop: int) -> Slots:
+        """The slots of experts [start, stop), which count from 0 there."""
         low, high = self.bounds[start], self.bounds[stop]
-        return self.tokens[low:high], self.affinity[low:high], [b - low for b in self.bounds[start : stop + 1]]
+        return Slots(self.tokens[low:high], self.affinity[low:high], [b - low for b in self.bounds[start : stop + 1]], slice(low, high))
+
+    def pieces(self, start: int, stop: int, limit: int) -> Iterator[Slots]:
+        """The same, at most `limit` slots at a time, whosever they are: a busy expert's are cut, too. `place` counts within the chunk."""
+        chunk = self.chunk(start, stop)
+        for low in range(0, len(chunk.tokens), limit):
+            high = min(low + limit, len(chunk.tokens))
+            bounds = [min(max(b, low), high) - low for b in chunk.bounds]
+            yield Slots(chunk.tokens[low:high], chunk.affinity[low:high], bounds, slice(low, high))
 
 
-def dispatch(ids_Tk: Tensor, weights_Tk: Tensor, experts: int) -> Dispatch:
+def dispatch(ids_Tk: Tensor, weights_Tk: Tensor, experts: int) -> Slots:
     """Sort the routed slots by expert, tokens in order within each. Ids outside [0, E) (unused slots) are left out."""
     flat = ids_Tk.flatten()
     order = flat.argsort(stable=True)
     sorted_ids = flat[order]
     bounds = torch.searchsorted(sorted_ids, torch.arange(experts + 1, device=flat.device)).tolist()
-    return Dispatch(order // ids_Tk.shape[1], weights_Tk.flatten()[order], bounds)
+    order = order[: bounds[-1]]
+    return Slots(order // ids_Tk.shape[1], weights_Tk.flatten()[order], bounds, slice(0, len(order)))
 
 
 def grouped_linear(x_SI: Tensor, w_COI: Tensor, bias_CO: Tensor | None, bounds: list[int]) -> Tensor:

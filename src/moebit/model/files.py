@@ -79,6 +79,23 @@ class TensorEntry:
         raw = self._read_bytes(start * row, (stop - start) * row)
         return raw.view(self.dtype).view(stop - start, *self.shape[1:])
 
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """(byte at which it begins, tensor) of some rows after the other."""
+        row = max(1, math.prod(self.shape[1:]) * self.dtype.itemsize)
+        if not self.shape or row * self.shape[0] <= PIECE:
+            yield 0, self.read()
+            return
+        step = max(1, PIECE // row)
+        for start in range(0, self.shape[0], step):
+            yield start * row, self.read(start, min(start + step, self.shape[0]))
+
+    def expect(self, start: int = 0, stop: int | None = None) -> None:
+        """Ask the system to read these rows ahead."""
+        stop = (self.shape[0] if self.shape else 1) if stop is None else stop
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        with open(self.file, "rb", buffering=0) as f:
+            os.posix_fadvise(f.fileno(), self.offset + start * row, (stop - start) * row, os.POSIX_FADV_WILLNEED)
+
     def _read_bytes(self, skip: int, size: int) -> Tensor:
         buffer = torch.empty(size, dtype=torch.uint8)
         with open(self.file, "rb", buffering=0) as f:
@@ -178,19 +195,14 @@ def check_finite(entries: Mapping[str, TensorEntry]) -> None:
     for entry in entries.values():
         if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
             continue
-        if not entry.shape:
-            if not bool(torch.isfinite(entry.read())):
-                raise BadInputError(f"tensor {entry.name!r} holds {entry.read().item()} ({entry.file}); the checkpoint is damaged")
-            continue
-        row = max(1, math.prod(entry.shape[1:]) * entry.dtype.itemsize)
-        step = max(1, PIECE // row)
-        for start in range(0, entry.shape[0], step):
-            piece = entry.read(start, min(entry.shape[0], start + step))
+        for begin, piece in entry.pieces():
             if not bool(torch.isfinite(piece.sum(dtype=torch.float32))) and not bool(torch.isfinite(piece).all()):
                 place = (~torch.isfinite(piece)).nonzero()[0].tolist()
                 value = piece[tuple(place)].item()
-                place[0] += start
-                raise BadInputError(f"tensor {entry.name!r} holds {value} at {place} ({entry.file}); the checkpoint is damaged")
+                if place:
+                    place[0] += begin // (piece[:1].nbytes or 1)
+                where = f" at {place}" if place else ""
+                raise BadInputError(f"tensor {entry.name!r} holds {value}{where} ({entry.file}); the checkpoint is damaged")
 
 
 class ShardFile:

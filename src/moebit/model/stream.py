@@ -7,33 +7,24 @@ again with their stored outputs.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from moebit.model.activations import ActivationStore
 from moebit.model.checkpoint import Checkpoint, Weights, dematerialize, materialize
-from moebit.model.experts import Dispatch, ExpertsLayout, ExpertWeights, RoutedTokens, dispatch, finish, intermediate
+from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slots, dispatch, finish, intermediate
 from moebit.model.replay import LayerCall, StopForward, head, record
 from moebit.model.seam import ExpertsHandler, experts_handler
 from moebit.model.structure import Structure
 
 BATCH_TOKENS = 4096
+SLOTS = 16384
 LOGIT_BYTES = 64 * 2**20
 InputHook = Callable[[Tensor], None]
-
-
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None) -> Tensor:
-    """An uninitialised tensor, in memory or (with a directory) in a memory-mapped file that disappears with it."""
-    if directory is None:
-        return torch.empty(shape, dtype=dtype)
-    with tempfile.NamedTemporaryFile(dir=directory, prefix="activations-") as file:
-        size = torch.Size(shape).numel()
-        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
 
 
 @dataclass
@@ -43,14 +34,18 @@ class Stream:
     Attributes:
         checkpoint, structure: the model the windows run through.
         windows: int64 [N, L] token ids.
-        hidden: [N, L, H] float32 states before the next layer.
-        directory: where activations go when they should not stay in memory.
+        hidden: [N, L, H] states before the next layer, in the type that the skeleton computes in.
+        store: where activations live.
+        batch_tokens: tokens that run through a layer at a time (at least one window).
+        slots: routed slots that run through experts at a time.
     """
 
     checkpoint: Checkpoint
     structure: Structure
     windows: Tensor
-    directory: Path | None = None
+    store: ActivationStore = field(default_factory=ActivationStore)
+    batch_tokens: int = BATCH_TOKENS
+    slots: int = SLOTS
     hidden: Tensor = field(init=False)
     _calls: list[list[LayerCall]] = field(init=False, default_factory=list)
 
@@ -58,19 +53,26 @@ class Stream:
         model = self.checkpoint.model
         embeddings = model.get_input_embeddings()
         name = next(n for n, m in model.named_modules() if m is embeddings)
-        materialize(embeddings, name, self.checkpoint.weights)
-        self.hidden = allocate((*self.windows.shape, self._width()), torch.float32, self.directory)
+        materialize_embeddings(embeddings, name, self.checkpoint.weights, self.windows)
+        self.hidden = self.store.allocate((*self.windows.shape, self._width()), self.dtype)
         for rows in self.batches():
             first, calls = record(model, self.structure.list_name, input_ids=self.windows[rows])
             self.hidden[rows] = first
             self._calls.append(self._shared(calls))
+            self.store.release()
         dematerialize(embeddings)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What layers are computed in."""
+        dtype: torch.dtype = self.checkpoint.model.dtype
+        return dtype
 
     def _width(self) -> int:
         return int(self.checkpoint.config.get_text_config().hidden_size)
 
     def batches(self) -> Iterator[slice]:
-        step = max(1, BATCH_TOKENS // self.windows.shape[1])
+        step = max(1, self.batch_tokens // self.windows.shape[1])
         for start in range(0, len(self.windows), step):
             yield slice(start, min(start + step, len(self.windows)))
 
@@ -89,7 +91,7 @@ class Stream:
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
-        """One decoder layer with its non-expert weights in memory (float32), freed afterwards."""
+        """One decoder layer with its non-expert weights in memory, freed afterwards."""
         sites, layer = self.structure.layers[index], self.layer(index)
         experts = [layer.get_submodule(sites.moe.experts)] if sites.moe else []
         materialize(layer, sites.name, self.checkpoint.weights, skip=experts)
@@ -123,9 +125,11 @@ class Stream:
                 try:
                     output = calls[index].run(layer, self.hidden[rows])
                 except StopForward:
+                    self.store.release()
                     continue
             if advance:
                 self.hidden[rows] = output
+            self.store.release()
 
     @torch.no_grad()
     def capture_routing(self, index: int) -> RoutedTokens:
@@ -133,7 +137,7 @@ class Stream:
         moe = self.structure.layers[index].moe
         assert moe is not None
         total = self.windows.numel()
-        x = allocate((total, moe.layout.hidden), torch.float32, self.directory)
+        x = self.store.allocate((total, moe.layout.hidden), self.dtype)
         ids = torch.empty(total, moe.top_k, dtype=torch.int64)
         weights = torch.empty(total, moe.top_k, dtype=torch.float32)
 
@@ -169,16 +173,25 @@ class Stream:
                 return None
             name, module = f"{self.structure.layers[index].name}.{moe.experts}", layer.get_submodule(moe.experts)
             if chunk >= moe.layout.experts:
-                return self._step_at_once(index, read_experts(self.checkpoint.weights, name, moe.layout, 0, moe.layout.experts))
+                return self._step_at_once(index, read_experts(self.checkpoint.weights, name, moe.layout, 0, moe.layout.experts, self.dtype))
             routed = self.capture_routing(index)
-            outputs = allocate(tuple(routed.x.shape), torch.float32, self.directory).zero_()
+            outputs = self.new_outputs(routed)
             slots = dispatch(routed.ids, routed.weights, moe.layout.experts)
             for start in range(0, moe.layout.experts, chunk):
                 stop = min(start + chunk, moe.layout.experts)
-                weights = read_experts(self.checkpoint.weights, name, moe.layout, start, stop)
-                add_outputs(module, routed.x, weights, slots, start, stop, outputs)
+                self.checkpoint.weights.expect(experts_names(name, moe.layout), stop, min(stop + chunk, moe.layout.experts))
+                weights = read_experts(self.checkpoint.weights, name, moe.layout, start, stop, self.dtype)
+                for piece in slots.pieces(start, stop, self.slots):
+                    add_outputs(module, routed.x, weights, piece, outputs)
+                    self.store.release()
             self.run(index, experts=self.replay(outputs), advance=True)
             return routed.ids
+
+    def new_outputs(self, routed: RoutedTokens) -> Tensor:
+        """[T, H] float32 zeros for the experts' outputs to be added to."""
+        outputs = self.store.allocate(tuple(routed.x.shape), torch.float32).zero_()
+        self.store.release()
+        return outputs
 
     def _step_at_once(self, index: int, weights: ExpertWeights) -> Tensor:
         experts = weights.down.shape[0]
@@ -186,9 +199,10 @@ class Stream:
 
         def answer(module: nn.Module, states: Tensor, ids: Tensor, affinity: Tensor) -> Tensor:
             chosen.append(ids)
-            outputs = torch.zeros_like(states)
-            add_outputs(module, states, weights, dispatch(ids, affinity, experts), 0, experts, outputs)
-            return outputs
+            outputs = torch.zeros(states.shape, dtype=torch.float32)
+            for piece in dispatch(ids, affinity, experts).pieces(0, experts, self.slots):
+                add_outputs(module, states, weights, piece, outputs)
+            return outputs.to(states.dtype)
 
         self.run(index, experts=lambda rows: answer, advance=True)
         return torch.cat(chosen)
@@ -243,24 +257,47 @@ def _watch(stack: ExitStack, layer: nn.Module, inputs: Mapping[str, InputHook], 
         watch(name, hook)
 
 
+def experts_names(name: str, layout: ExpertsLayout) -> list[str]:
+    """The parameters of the experts module called `name`."""
+    leaves = [layout.first, "down_proj"]
+    return [f"{name}.{leaf}" for leaf in leaves + ([f"{layout.first}_bias", "down_proj_bias"] if layout.bias else [])]
+
+
 def read_experts(
     weights: Weights, name: str, layout: ExpertsLayout, start: int, stop: int, dtype: torch.dtype = torch.float32
 ) -> ExpertWeights:
     """Experts [start, stop) of the module called `name`, in `dtype`."""
-
-    def rows(leaf: str) -> Tensor:
-        return weights.expert_rows(f"{name}.{leaf}", start, stop).to(dtype)
-
-    biases = (rows(f"{layout.first}_bias"), rows("down_proj_bias")) if layout.bias else (None, None)
-    return ExpertWeights(layout.stacked(rows(layout.first)), layout.stacked(rows("down_proj")), *biases)
+    first, down, *biases = (weights.expert_rows(full, start, stop).to(dtype) for full in experts_names(name, layout))
+    return ExpertWeights(layout.stacked(first), layout.stacked(down), *biases)
 
 
 @torch.no_grad()
-def add_outputs(
-    module: nn.Module, x_TH: Tensor, weights: ExpertWeights, slots: Dispatch, start: int, stop: int, outputs_TH: Tensor
-) -> None:
-    """Add what experts [start, stop) contribute to every token's output."""
-    tokens, affinity, bounds = slots.chunk(start, stop)
-    if len(tokens):
-        h = intermediate(module, x_TH[tokens], weights, bounds)
-        outputs_TH.index_add_(0, tokens, finish(module, h, affinity, weights, bounds))
+def add_outputs(module: nn.Module, x_TH: Tensor, weights: ExpertWeights, slots: Slots, outputs_TH: Tensor) -> None:
+    """Add what some experts contribute to every token's output; `slots` are theirs, or a piece of them."""
+    h = intermediate(module, x_TH[slots.tokens], weights, slots.bounds)
+    y = finish(module, h, slots.affinity, weights, slots.bounds)
+    outputs_TH.index_add_(0, slots.tokens, y.to(outputs_TH.dtype))
+
+
+def materialize_embeddings(module: nn.Module, name: str, weights: Weights, ids: Tensor) -> None:
+    """Fill the input embeddings; of a plain table only the rows of tokens that occur.
+
+    The others are left untouched, and memory that is never touched is never taken: the tables of large vocabularies have gigabytes.
+    """
+    if not isinstance(module, nn.Embedding) or len(module._parameters) > 1:
+        materialize(module, name, weights)
+        return
+    used = ids.unique()
+    table = torch.empty(module.weight.shape, dtype=module.weight.dtype)
+    for low, high in _runs(used.tolist()):
+        table[low:high] = weights.rows(f"{name}.weight", low, high).to(table.dtype)
+    module.weight = nn.Parameter(table, requires_grad=False)
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Ranges [low, high) of consecutive numbers in a sorted list."""
+    start = 0
+    for position in range(1, len(numbers) + 1):
+        if position == len(numbers) or numbers[position] != numbers[position - 1] + 1:
+            yield numbers[start], numbers[position - 1] + 1
+            start = position

@@ -90,10 +90,10 @@ def packed_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tens
     output = hidden_states.new_zeros(hidden_states.shape, dtype=torch.float32)
     used = [e for e in range(layout.experts) if slots.bounds[e] < slots.bounds[e + 1]]
     for e in used:  # one at a time: what is dequantized at once is what is resident
-        tokens, affinity, bounds = slots.chunk(e, e + 1)
+        own = slots.chunk(e, e + 1)
         weights = weights_of(module, layout, e, hidden_states.dtype)
-        h = intermediate(module, hidden_states[tokens], weights, bounds)
-        output.index_add_(0, tokens, finish(module, h, affinity, weights, bounds).float())
+        h = intermediate(module, hidden_states[own.tokens], weights, own.bounds)
+        output.index_add_(0, own.tokens, finish(module, h, own.affinity, weights, own.bounds).float())
     return output.to(hidden_states.dtype)
 
 

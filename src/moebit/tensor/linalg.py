@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 SYRK_BLOCKS, SYRK_MIN = 8, 256  # how finely half of a symmetric product is cut out; blocks smaller than this are slow
 CHOLESKY_BLOCK = 256
 
@@ -138,9 +137,14 @@ def shrink(h_sum_ENN: Tensor, weight_sum_E: Tensor, weight_sq_sum_E: Tensor, h_l
         weight_sum_E, weight_sq_sum_E: sums of the token weights and of their squares.
         h_layer: mean x x^T over the layer's tokens, [N, N], or [E, N, N] where it differs by expert.
     """
+    return shrink_(h_sum_ENN.clone(), weight_sum_E, weight_sq_sum_E, h_layer)
+
+
+def shrink_(h_sum_ENN: Tensor, weight_sum_E: Tensor, weight_sq_sum_E: Tensor, h_layer: Tensor) -> Tensor:
+    """`shrink` in place."""
     n = h_sum_ENN.shape[-1]
     seen = weight_sq_sum_E > 0
     effective = torch.where(seen, weight_sum_E.square() / torch.where(seen, weight_sq_sum_E, 1), torch.zeros_like(weight_sum_E))
-    c = (n / (n + effective))[:, None, None].to(h_sum_ENN.dtype)
-    own = h_sum_ENN / torch.where(weight_sum_E > 0, weight_sum_E, torch.ones_like(weight_sum_E))[:, None, None].to(h_sum_ENN.dtype)
-    return (1 - c) * own + c * h_layer
+    c = (n / (n + effective)).to(h_sum_ENN.dtype)
+    own = ((1 - c) / torch.where(weight_sum_E > 0, weight_sum_E, torch.ones_like(weight_sum_E))).to(h_sum_ENN.dtype)
+    return h_sum_ENN.mul_(own[:, None, None]).addcmul_(c[:, None, None], h_layer)

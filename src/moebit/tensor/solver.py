@@ -24,7 +24,7 @@ from moebit.tensor.linalg import damp_, factor_, filled_diagonal, live_mean
 
 MIN_RAISED_DAMPING, MAX_DAMPING = 0.01, 1.0
 REORDER_ROWS = 1024
-ROW_BYTES = 64 * 2**20  # rows are independent of each other: so many bytes of them are worked on at a time
+ROW_BYTES, MIN_ROWS = 32 * 2**20, 128  # rows are independent of each other: so many are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ def _experts(w_EOI: Tensor) -> int:
 def _rows_of(w_EOI: Tensor) -> Iterator[Tensor]:
     """All rows, in the type that solvers compute in, as many at a time as `ROW_BYTES` holds."""
     work = torch.float64 if w_EOI.dtype == torch.float64 else torch.float32
-    step = max(1, ROW_BYTES // (w_EOI.shape[0] * w_EOI.shape[2] * work.itemsize))
+    step = max(MIN_ROWS, ROW_BYTES // (w_EOI.shape[0] * w_EOI.shape[2] * work.itemsize))
     for start in range(0, w_EOI.shape[1], step):
         yield w_EOI[:, start : start + step].to(work).contiguous()
 

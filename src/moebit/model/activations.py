@@ -1,0 +1,54 @@
+"""Activations of all calibration tokens: in memory, or past an allowance in memory-mapped files that leave no trace.
+
+Mapped pages count as resident as long as they are mapped in; `release` lets go of them between two pieces of work, and the system
+brings back from its cache or the disk what is touched again.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class ActivationStore:
+    """Where activations live.
+
+    Attributes:
+        directory: for the files; None keeps everything in memory.
+        allowance: bytes of a tensor from which on it goes to a file.
+    """
+
+    directory: Path | None = None
+    allowance: int = 0
+    _maps: list[weakref.ref[mmap.mmap]] = field(default_factory=list)
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor; its file, if it has one, has no name any more and disappears with it.
+
+        Raises:
+            OSError: the disk has no room for the file (found now, not when it is written to).
+        """
+        size = math.prod(shape) * dtype.itemsize
+        if self.directory is None or size <= self.allowance or not size:
+            return torch.empty(shape, dtype=dtype)
+        with tempfile.TemporaryFile(dir=self.directory, prefix="activations-") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            mapped = mmap.mmap(file.fileno(), size)
+        self._maps = [*(ref for ref in self._maps if ref() is not None), weakref.ref(mapped)]
+        return torch.frombuffer(mapped, dtype=dtype).view(shape)
+
+    def release(self) -> None:
+        """Unmap the pages of all files; their contents stay."""
+        for ref in self._maps:
+            mapped = ref()
+            if mapped is not None:
+                mapped.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,108 @@
+"""How much of a model is in memory at a time, from shapes and the memory limit alone: never from the memory that happens to be free,
+so that the same limit gives the same bytes.
+
+The limit is for the whole process. What is left beside the interpreter with its libraries and one layer's part outside of the experts is
+shared out between stored activations, a batch of tokens on its way through the layer, and a chunk of experts being solved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from moebit.model.checkpoint import Checkpoint
+from moebit.model.experts import ExpertsLayout
+from moebit.model.stream import BATCH_TOKENS, SLOTS
+from moebit.model.structure import LayerSites, Structure
+
+PROCESS_BYTES = 3 * 2**28  # python, torch, transformers and their thread pools, before any work
+SOLVER_BYTES = 5 * 2**25  # rows of weights on their way through the solver
+MIN_SLOTS = 64
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Sizes of the pieces in which the work is done.
+
+    Attributes:
+        batch_tokens: tokens that run through a layer at a time. slots: routed slots that run through experts at a time.
+        chunk: experts in memory at a time, by layer index.
+        activation_allowance: bytes of a stored tensor of activations from which on it goes to a file.
+        spill: whether the hidden states go to a file.
+        peak_bytes: estimate of the process's peak.
+    """
+
+    batch_tokens: int
+    slots: int
+    chunk: dict[int, int]
+    activation_allowance: int
+    spill: bool
+    peak_bytes: int
+
+
+def make_budget(
+    checkpoint: Checkpoint, structure: Structure, memory: int, tokens: int, *, solve: bool, hessians: bool, streams: int = 1
+) -> Budget:
+    """Share `memory` bytes out.
+
+    Args:
+        tokens: that stream through the layers; 0 for none.
+        solve: whether weights are solved, not only run. hessians: whether from second moments.
+        streams: models that run side by side.
+    """
+    item = checkpoint.model.dtype.itemsize
+    width = int(checkpoint.config.get_text_config().hidden_size)
+    layer = max((_outside_experts(checkpoint.model.get_submodule(sites.name), sites) for sites in structure.layers), default=0) * item
+    work = max(memory - PROCESS_BYTES, memory // 4)
+    rest = max(work - layer, work // 4) // streams
+    allowance = rest // 6
+    stored = [tokens * width * size * streams for size in (item, item, 4)]  # hidden states, inputs of the experts, their outputs
+    activations = sum(min(size, allowance) for size in stored)
+    per_token = max((_token_bytes(checkpoint.model.get_submodule(sites.name), width, item) for sites in structure.layers), default=1)
+    batch = max(1, min(BATCH_TOKENS, rest // 4 // per_token))
+    layouts = {sites.index: sites.moe.layout for sites in structure.layers if sites.moe}
+    per_slot = max((layout.slot_bytes for layout in layouts.values()), default=1)
+    slots = max(MIN_SLOTS, min(SLOTS, rest // 8 // per_slot))
+    room = max(rest // 2 - (SOLVER_BYTES if solve else 0), rest // 8)
+    each = {index: expert_bytes(layout, item, solve=solve, hessians=hessians) for index, layout in layouts.items()}
+    chunk = {index: max(1, min(layout.experts, room // each[index])) for index, layout in layouts.items()}
+    experts = max((chunk[index] * each[index] for index in chunk), default=0) + (slots * per_slot if tokens else 0)
+    linears = max((_linear_bytes(checkpoint.model, sites, item, hessians) for sites in structure.layers), default=0) if solve else 0
+    busiest = max(experts + (SOLVER_BYTES if solve else 0), linears + (SOLVER_BYTES if solve else 0), batch * per_token if tokens else 0)
+    return Budget(batch, slots, chunk, allowance, stored[0] > allowance, PROCESS_BYTES + (layer if tokens else 0) + activations + busiest)
+
+
+def expert_bytes(layout: ExpertsLayout, item: int, *, solve: bool, hessians: bool) -> int:
+    """Memory that one expert takes while it is read and, perhaps, solved."""
+    weights = layout.parameters_per_expert
+    reading = weights * (2 * 4 + item)  # as stored (at most four bytes), stacked, and in the type that is computed in
+    if not solve:
+        return reading
+    solving = weights * (4 + 2 * item + 1)  # as stored, as computed with before and after, codes
+    if hessians:
+        solving += max(8 * layout.hidden**2, 12 * layout.intermediate**2)  # with their factors, and what down's are drawn towards
+    return max(reading, solving)
+
+
+def _outside_experts(layer: nn.Module, sites: LayerSites) -> int:
+    """Parameters of a decoder layer apart from its experts'."""
+    experts = {id(p) for p in layer.get_submodule(sites.moe.experts).parameters(recurse=False)} if sites.moe else set()
+    return sum(p.numel() for p in layer.parameters() if id(p) not in experts)
+
+
+def _token_bytes(layer: nn.Module, width: int, item: int) -> int:
+    """Memory of a token on its way through a layer, cautiously: every linear's output twice, and a dozen states."""
+    outputs = sum(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))
+    return item * (2 * outputs + 12 * width)
+
+
+def _linear_bytes(model: nn.Module, sites: LayerSites, item: int, hessians: bool) -> int:
+    """The same for the largest group of linears that is solved together."""
+    largest = 0
+    for group in sites.groups:
+        modules: list[Any] = [model.get_submodule(f"{sites.name}.{name}") for name in group.names]
+        weights = sum(module.in_features * module.out_features for module in modules)
+        largest = max(largest, weights * (2 * 4 + item + 1) + (8 * group.in_features**2 if hessians else 0))
+    return largest
