@@ -28,7 +28,6 @@ from moebit.formats.opening import open_checkpoint
 from moebit.formats.output import OutputDirectory, check_space, disk_error
 from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress
-from moebit.model.activations import ActivationStore
 from moebit.model.checkpoint import Checkpoint, HubWeights
 from moebit.model.files import TensorSpec, check_finite, read_header
 from moebit.model.stream import Stream
@@ -230,7 +229,7 @@ class _Work:
     def _stream(self, windows: Tensor, done: int) -> Stream:
         """The calibration windows behind the layers that are done."""
         budget = self.plan.budget
-        store = ActivationStore(self.output.partial, budget.activation_allowance)
+        store = budget.store(self.output.partial)
         stream = Stream(self.checkpoint, self.plan.structure, windows, store, budget.batch_tokens, budget.slots)
         if done:
             saved = read_header(self.output.partial / _stream_file(done - 1))["hidden"]

@@ -21,7 +21,6 @@ from moebit.calibration.text import TokenText, consecutive_windows, load_tokeniz
 from moebit.errors import BadInputError
 from moebit.formats.native import METHOD, average_bits, packed_specs
 from moebit.formats.opening import open_checkpoint
-from moebit.model.activations import ActivationStore
 from moebit.model.budget import make_budget
 from moebit.model.checkpoint import Checkpoint
 from moebit.model.stream import Stream
@@ -144,7 +143,7 @@ class _Lockstep:
         ]
         directory = Path(tempfile.gettempdir())
         self.streams = [
-            Stream(c, s, windows, ActivationStore(directory, b.activation_allowance), b.batch_tokens, b.slots)
+            Stream(c, s, windows, b.store(directory), b.batch_tokens, b.slots)
             for c, s, b in zip(checkpoints, structures, self.budgets, strict=True)
         ]
         # agreement[part][moe layer] = (exact, overlap)

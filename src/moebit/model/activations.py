@@ -1,14 +1,16 @@
 """Activations of all calibration tokens: in memory, or past an allowance in memory-mapped files that leave no trace.
 
-Mapped pages count as resident as long as they are mapped in; `release` lets go of them between two pieces of work, and the system
-brings back from its cache or the disk what is touched again.
+Mapped pages count as resident as long as they are mapped in, and so does memory that was freed but that the allocator keeps; `release`
+lets go of both between two pieces of work. The system brings back from its cache or the disk what is touched again.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import os
+import sys
 import tempfile
 import weakref
 from dataclasses import dataclass, field
@@ -25,10 +27,12 @@ class ActivationStore:
     Attributes:
         directory: for the files; None keeps everything in memory.
         allowance: bytes of a tensor from which on it goes to a file.
+        limit: resident bytes of the process below which `release` has nothing to do; no result depends on it.
     """
 
     directory: Path | None = None
     allowance: int = 0
+    limit: int = 0
     _maps: list[weakref.ref[mmap.mmap]] = field(default_factory=list)
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -41,14 +45,28 @@ class ActivationStore:
         if self.directory is None or size <= self.allowance or not size:
             return torch.empty(shape, dtype=dtype)
         with tempfile.TemporaryFile(dir=self.directory, prefix="activations-") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
             mapped = mmap.mmap(file.fileno(), size)
         self._maps = [*(ref for ref in self._maps if ref() is not None), weakref.ref(mapped)]
         return torch.frombuffer(mapped, dtype=dtype).view(shape)
 
     def release(self) -> None:
-        """Unmap the pages of all files; their contents stay."""
+        """Unmap the pages of all files (their contents stay) and hand freed memory back, where the process is above its limit."""
+        if sys.platform != "linux" or resident_bytes() <= self.limit:
+            return
         for ref in self._maps:
             mapped = ref()
             if mapped is not None:
                 mapped.madvise(mmap.MADV_DONTNEED)
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others don't keep as much
+        if trim is not None:
+            trim(0)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process (Linux)."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * mmap.PAGESIZE

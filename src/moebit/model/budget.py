@@ -8,10 +8,12 @@ shared out between stored activations, a batch of tokens on its way through the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from moebit.model.activations import ActivationStore
 from moebit.model.checkpoint import Checkpoint
 from moebit.model.experts import ExpertsLayout
 from moebit.model.stream import BATCH_TOKENS, SLOTS
@@ -31,6 +33,7 @@ class Budget:
         chunk: experts in memory at a time, by layer index.
         activation_allowance: bytes of a stored tensor of activations from which on it goes to a file.
         spill: whether the hidden states go to a file.
+        limit: resident bytes from which on memory is handed back between two pieces of work.
         peak_bytes: estimate of the process's peak.
     """
 
@@ -39,7 +42,12 @@ class Budget:
     chunk: dict[int, int]
     activation_allowance: int
     spill: bool
+    limit: int
     peak_bytes: int
+
+    def store(self, directory: Path) -> ActivationStore:
+        """Where activations live, with files in `directory`."""
+        return ActivationStore(directory, self.activation_allowance, self.limit)
 
 
 def make_budget(
@@ -71,7 +79,8 @@ def make_budget(
     experts = max((chunk[index] * each[index] for index in chunk), default=0) + (slots * per_slot if tokens else 0)
     linears = max((_linear_bytes(checkpoint.model, sites, item, hessians) for sites in structure.layers), default=0) if solve else 0
     busiest = max(experts + (SOLVER_BYTES if solve else 0), linears + (SOLVER_BYTES if solve else 0), batch * per_token if tokens else 0)
-    return Budget(batch, slots, chunk, allowance, stored[0] > allowance, PROCESS_BYTES + (layer if tokens else 0) + activations + busiest)
+    peak = PROCESS_BYTES + (layer if tokens else 0) + activations + busiest
+    return Budget(batch, slots, chunk, allowance, stored[0] > allowance, memory * 6 // 10, peak)
 
 
 def expert_bytes(layout: ExpertsLayout, item: int, *, solve: bool, hessians: bool) -> int:

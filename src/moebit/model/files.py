@@ -90,7 +90,9 @@ class TensorEntry:
             yield start * row, self.read(start, min(start + step, self.shape[0]))
 
     def expect(self, start: int = 0, stop: int | None = None) -> None:
-        """Ask the system to read these rows ahead."""
+        """Ask the system to read these rows ahead, where it takes such hints."""
+        if not hasattr(os, "posix_fadvise"):
+            return
         stop = (self.shape[0] if self.shape else 1) if stop is None else stop
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         with open(self.file, "rb", buffering=0) as f:

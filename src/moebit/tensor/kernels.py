@@ -20,22 +20,36 @@ def _best_grid(w: Any, scales: Any, zeros: Any, importance: Any, qmax: Any, best
     experts, rows, inputs = w.shape
     ratios, _, _, groups = scales.shape
     width = inputs // groups
-    for flat in numba.prange(experts * rows):
-        e, o = flat // rows, flat % rows
+    tiles = (rows + TILE - 1) // TILE
+    for flat in numba.prange(experts * tiles):
+        e, first = flat // tiles, (flat % tiles) * TILE
+        count = min(TILE, rows - first)
         top = qmax[e]
+        nought = top * 0
+        # Columns of a tile lie side by side, so that the inner loop runs over rows and vectorizes; each row's sum keeps its order.
+        value = np.zeros((width, TILE), dtype=w.dtype)
+        s, z = np.ones(TILE, dtype=w.dtype), np.zeros(TILE, dtype=w.dtype)
+        error, least = np.zeros(TILE, dtype=w.dtype), np.zeros(TILE, dtype=w.dtype)
         for g in range(groups):
-            least = np.inf
-            for r in range(ratios):
-                scale, zero = scales[r, e, o, g], zeros[r, e, o, g]
-                error = scale * 0
-                for j in range(g * width, (g + 1) * width):
-                    value = w[e, o, j]
-                    code = min(max(np.rint(value / scale) + zero, scale * 0), top)
-                    gap = scale * (code - zero) - value
-                    error += gap * gap * importance[e, j]
-                if error < least:
-                    least = error
-                    best[e, o, g] = r
+            for r in range(count):
+                for j in range(width):
+                    value[j, r] = w[e, first + r, g * width + j]
+            least[:] = np.inf
+            for ratio in range(ratios):
+                for r in range(count):
+                    s[r], z[r] = scales[ratio, e, first + r, g], zeros[ratio, e, first + r, g]
+                error[:] = 0
+                for j in range(width):
+                    weight = importance[e, g * width + j]
+                    column = value[j]
+                    for r in range(TILE):
+                        code = min(max(np.rint(column[r] / s[r]) + z[r], nought), top)
+                        gap = s[r] * (code - z[r]) - column[r]
+                        error[r] += gap * gap * weight
+                for r in range(count):
+                    if error[r] < least[r]:
+                        least[r] = error[r]
+                        best[e, first + r, g] = ratio
 
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")

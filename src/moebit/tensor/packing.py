@@ -34,6 +34,12 @@ def pack(codes_RN: Tensor, bits: int) -> Tensor:
         raise ValueError(f"code {int(codes_RN.max())} does not fit into {bits} bits")
     if bits == 8:
         return torch.nn.functional.pad(codes_RN, (0, -n % 8)).contiguous()
+    if bits in (2, 4):  # whole codes per byte: no need for 64-bit words
+        whole = torch.nn.functional.pad(codes_RN, (0, -n % 8)).view(rows, packed_row_bytes(n, bits), 8 // bits)
+        packed = whole[..., 0].clone()
+        for position in range(1, 8 // bits):
+            packed |= whole[..., position] << (position * bits)
+        return packed
     eights = torch.nn.functional.pad(codes_RN, (0, -n % 8)).view(rows, -(-n // 8), 8).to(torch.int64)
     word: Tensor = (eights << (torch.arange(8, device=codes_RN.device) * bits)).sum(-1, keepdim=True)
     by: Tensor = (word >> (torch.arange(bits, device=codes_RN.device) * 8)) & 0xFF
