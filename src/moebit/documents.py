@@ -21,6 +21,7 @@ def documents(
         "format_version": native.FORMAT_VERSION,
         **identity,
         "format": plan.recipe.format,
+        **({"shipped": checkpoint.shipped.describe()} if checkpoint.shipped else {}),
         "plan": {k: v for k, v in plan.describe().items() if k != "seconds"},
     }
     report = {

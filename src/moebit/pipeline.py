@@ -30,6 +30,7 @@ from moebit.formats.sink import SINKS, Sink
 from moebit.layer import LayerJob, LayerReport, Progress
 from moebit.model.checkpoint import Checkpoint, HubWeights
 from moebit.model.files import TensorSpec, check_finite, read_header
+from moebit.model.shipped import check_shipped, plain_config
 from moebit.model.stream import Stream
 from moebit.model.structure import LayerSites, find_structure
 from moebit.planning import BitPlan, Plan, describe_structure, load_bit_plan, make_plan
@@ -130,6 +131,7 @@ def quantize(
         return decided
     check_space(out, decided.size_bytes + (windows.numel() * _width(checkpoint) * 4 * 2 if windows is not None else 0))
     check_finite(checkpoint.entries)
+    check_shipped(checkpoint.weights.entries.values())
     identity = _identity(checkpoint, chosen, windows, memory, seed) | ({"bit_plan": bits.digest()} if bits else {})
     output = OutputDirectory(out, {**identity, "device": device, "shards": _changed(checkpoint)}, resume=resume, overwrite=overwrite)
     try:
@@ -273,7 +275,8 @@ def _stream_file(index: int) -> str:
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    return dict(json.loads((checkpoint.path / "config.json").read_text()))
+    """config.json without what it says about how the checkpoint was shipped: the output is no longer stored like that."""
+    return plain_config(json.loads((checkpoint.path / "config.json").read_text()))
 
 
 def _quantization_config(path: Path) -> dict[str, Any]:

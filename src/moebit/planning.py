@@ -98,6 +98,7 @@ class Plan:
         kept: full names of what stays in full precision though it is a matrix of a decoder layer, with the reason.
         size_bytes: of the output's tensors. peak_bytes, seconds: estimates.
         chunk: experts of a layer that are in memory at a time, by layer index.
+        as_stored: stored tensors that the model class does not use; they are written as they are.
     """
 
     recipe: Recipe
@@ -110,6 +111,7 @@ class Plan:
     seconds: float
     chunk: dict[int, int]
     spill: bool
+    as_stored: tuple[str, ...] = ()
 
     @property
     def modules(self) -> dict[str, dict[str, PackedSpec]]:
@@ -130,6 +132,7 @@ class Plan:
             "quantized_linears": len(self.linears),
             "quantized_experts_modules": len(self.experts),
             "kept": self.kept,
+            "kept_as_stored": list(self.as_stored),
             "experts_per_chunk": self.chunk,
         }
 
@@ -211,6 +214,7 @@ def make_plan(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memo
         _seconds(checkpoint, structure, recipe, tokens),
         chunk,
         spill,
+        tuple(getattr(checkpoint.weights, "unused", ())),
     )
 
 
@@ -280,7 +284,7 @@ def _layer_bytes(checkpoint: Checkpoint, structure: Structure) -> int:
 
 
 def _output_size(checkpoint: Checkpoint, linears: dict[str, PackedSpec], experts: dict[str, dict[str, PackedSpec]], recipe: Recipe) -> int:
-    total = sum(entry.spec.nbytes for entry in checkpoint.entries.values())
+    total = checkpoint.plain_bytes
     if recipe.format == "dense":
         return total
     for name, spec in linears.items():
@@ -339,6 +343,7 @@ def describe_structure(checkpoint: Checkpoint, structure: Structure) -> dict[str
         "parameters": sum(part["parameters"] for part in parts.values()),
         "parts": parts,
         "size_bytes": checkpoint.size_bytes,
+        "shipped": checkpoint.shipped.describe() if checkpoint.shipped else None,
         "not_in_model": list(getattr(checkpoint.weights, "unused", [])),
         "per_layer": [_describe_layer(layer) for layer in structure.layers],
     }

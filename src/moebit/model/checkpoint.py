@@ -22,8 +22,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.utils import logging as transformers_logging
 
 from moebit.errors import BadInputError
-from moebit.model.files import TensorEntry, TensorSpec, read_index
+from moebit.model.files import Entry, TensorEntry, TensorSpec, read_index
 from moebit.model.seam import SEAM
+from moebit.model.shipped import Shipped, check_plain, read_shipped, shipped_config
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:
@@ -71,7 +72,7 @@ class _Source:
 
     converter: WeightConverter | None
     first_target: str
-    parts: list[tuple[str, TensorEntry]] = field(default_factory=list)
+    parts: list[tuple[str, Entry]] = field(default_factory=list)
 
     def convert(self, model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         if self.converter is None:
@@ -87,11 +88,18 @@ class _Source:
 
 
 class HubWeights(Weights):
-    """Full-precision weights as the model's authors stored them."""
+    """Full-precision weights as the model's authors stored them; what they stored quantized is dequantized as it is read.
 
-    def __init__(self, model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -> None:
+    Attributes:
+        entries: every tensor under its plain name. unused: those that the model class does not use, as they are stored.
+    """
+
+    def __init__(self, model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
         self.model, self.entries = model, dict(entries)
-        self._sources, self.unused = self._match()
+        self._sources, unused = self._match()
+        as_stored = [part for name in unused for part in self.entries.pop(name).stored]
+        self.entries |= {part.name: part for part in as_stored}
+        self.unused = [part.name for part in as_stored]
         self._of: dict[str, _Source] = {}
         self.specs: dict[str, TensorSpec] = {}
         for source in self._sources:
@@ -209,8 +217,8 @@ class HubWeights(Weights):
         raise BadInputError(f"{produced}: no stored tensor of this checkpoint goes by this name; write the `native` format instead")
 
     @staticmethod
-    def _parts_by_pattern(source: _Source) -> dict[str, list[TensorEntry]]:
-        result: dict[str, list[TensorEntry]] = defaultdict(list)
+    def _parts_by_pattern(source: _Source) -> dict[str, list[Entry]]:
+        result: dict[str, list[Entry]] = defaultdict(list)
         for pattern, entry in source.parts:
             result[pattern].append(entry)
         return result
@@ -301,33 +309,44 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk: its configuration, its skeleton and where its weights come from."""
+    """A model on disk: its configuration, its skeleton and where its weights come from.
+
+    Attributes:
+        entries: the tensors as they are stored. shipped: how, where the authors stored them quantized.
+    """
 
     path: Path
     config: Any
     model: PreTrainedModel
     weights: Weights
     entries: dict[str, TensorEntry]
+    shipped: Shipped | None = None
 
     @property
     def size_bytes(self) -> int:
         return sum(file.stat().st_size for file in {entry.file for entry in self.entries.values()})
 
+    @property
+    def plain_bytes(self) -> int:
+        """Bytes of the tensors as they are read: more than are stored where they are shipped quantized."""
+        entries: Iterable[Entry] = (self.weights if isinstance(self.weights, HubWeights) else self).entries.values()
+        return sum(entry.spec.nbytes for entry in entries)
+
 
 def open_hub_checkpoint(path: Path) -> Checkpoint:
-    """A full-precision checkpoint directory.
+    """A checkpoint directory in full precision, or shipped quantized in a way that moebit reads (model/shipped.py).
 
     Raises:
-        BadInputError: whatever is wrong with it, by name; one that is already quantized.
+        BadInputError: whatever is wrong with it, by name; one that is quantized in another way.
     """
     config = load_config(path)
-    quantized = getattr(config, "quantization_config", None)
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
-        raise BadInputError(f"{path}: already quantized ({method}); give the full-precision checkpoint")
+    quantization = shipped_config(read_config(path))
+    stored = read_index(path)
+    shipped = read_shipped(path, stored, quantization) if quantization else None
+    if shipped is None:
+        check_plain(path, stored)
     model = skeleton(config)
-    entries = read_index(path)
-    return Checkpoint(path, config, model, HubWeights(model, entries), entries)
+    return Checkpoint(path, config, model, HubWeights(model, shipped.entries if shipped else stored), stored, shipped)
 
 
 def materialize(
