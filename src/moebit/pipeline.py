@@ -100,7 +100,7 @@ def quantize(
     """Quantize a checkpoint into the directory `out`; the plan alone with `dry_run`.
 
     Args:
-        model: directory or hub id of a full-precision checkpoint.
+        model: directory or hub id of a checkpoint, full-precision or shipped quantized (docs/inputs.md).
         recipe: preset name, YAML file, dict; default `gptq-w4`. `overrides`: {"weights.bits": 3, ...} on top.
         plan: bit widths that differ from the recipe's, a file or `BitPlan`.
         text: calibration texts, `[NAME=]FILE` items or a mapping; needed unless the recipe rounds to nearest.

@@ -483,7 +483,8 @@ def _zero_points(entry: TensorEntry, shape: tuple[int, ...], block: tuple[int, i
 
     def decode(words: Tensor) -> Tensor:
         per_word = WORD // bits
-        return _unpack(words.T.contiguous(), bits=bits, width=len(words) * per_word).T.contiguous()
+        columns_first = words.T.clone(memory_format=torch.contiguous_format)  # contiguous() keeps odd strides of a single row
+        return _unpack(columns_first, bits=bits, width=len(words) * per_word).T.contiguous()
 
     return Grid(entry, (rows, columns), block, decode, per_row=WORD // bits)
 
@@ -576,7 +577,7 @@ def _e2m1(blocks: Tensor) -> Tensor:
 def _unpack(words: Tensor, *, bits: int, width: int) -> Tensor:
     """int32 [n, words] -> float32 [n, width], signed; codes lie from the lowest bit of the first word on, offset by 2^(bits-1)."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    codes = (words.contiguous().view(torch.uint8).unsqueeze(-1) >> shifts) & (2**bits - 1)
+    codes = (words.view(torch.uint8).unsqueeze(-1) >> shifts) & (2**bits - 1)
     return codes.flatten(1)[:, :width].float().sub_(2 ** (bits - 1))
 
 
