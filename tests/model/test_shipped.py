@@ -461,6 +461,8 @@ def test_what_the_class_does_not_use_is_kept_as_stored(blocks: tuple[Path, Path]
         "model.layers.2.eh_proj.weight": torch.randn(160, 320).to(torch.float8_e4m3fn),
         "model.layers.2.eh_proj.weight_scale_inv": torch.rand(2, 3),
         "model.layers.2.enorm.weight": torch.rand(160).bfloat16(),
+        "model.layers.2.gain": torch.rand(160).bfloat16(),  # no weight and its scale, though they are called so
+        "model.layers.2.gain_scale": torch.rand(160).bfloat16(),
     }
     path = write(blocks[0], tmp_path / "with-extra", tensors | extra, BLOCKS)
     plan = moebit.quantize(path, tmp_path / "out", recipe=small_recipe("rtn"), dry_run=True)

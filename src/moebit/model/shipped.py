@@ -241,7 +241,7 @@ def check_plain(path: object, stored: Mapping[str, TensorEntry]) -> None:
 
 
 def check_shipped(entries: Iterable[Entry]) -> None:
-    """Read every scale and zero point of what is quantized: no NaN, and no product that the plain type cannot hold.
+    """Read every scale of what is quantized: no NaN, and no product that the plain type cannot hold; and every copy of a shape.
 
     Raises:
         BadInputError: naming the tensor.
@@ -259,7 +259,9 @@ def check_shipped(entries: Iterable[Entry]) -> None:
             )
         for copy in filter(_is_shape, entry.further):
             if copy.read().tolist() != list(entry.shape):
-                raise BadInputError(f"tensor {copy.name!r} holds {copy.read().tolist()}, {entry.codes.name!r} is {list(entry.shape)}")
+                raise BadInputError(
+                    f"tensor {copy.name!r} holds {copy.read().tolist()}, {entry.codes.name!r} is {list(entry.shape)}; the checkpoint is damaged"
+                )
 
 
 # ---------------------------------------------------------------------------------------------------------------- adapters
@@ -274,7 +276,8 @@ def _fp8(stored: Mapping[str, TensorEntry], quantization: Mapping[str, Any]) -> 
     for name, codes in stored.items():
         scales = [stored[f"{name}{suffix}"] for suffix in ("_scale_inv", "_scale") if f"{name}{suffix}" in stored]
         if codes.dtype not in FLOAT8:
-            if scales:
+            # (a model may have a parameter of its own that is called like another's scale)
+            if scales and (name.endswith("weight") or scales[0].name.endswith("_scale_inv")):
                 raise BadInputError(
                     f"tensor {name!r} is {_short(codes.dtype)} and has scales in {scales[0].name!r}; moebit reads fp8 checkpoints whose "
                     "weights are 8-bit floats: give the full-precision checkpoint"
