@@ -258,9 +258,10 @@ def check_shipped(entries: Iterable[Entry]) -> None:
                 f"{_short(entry.dtype)}; the checkpoint is damaged"
             )
         for copy in filter(_is_shape, entry.further):
-            if copy.read().tolist() != list(entry.shape):
+            says = copy.read().tolist()
+            if says != list(entry.shape):
                 raise BadInputError(
-                    f"tensor {copy.name!r} holds {copy.read().tolist()}, {entry.codes.name!r} is {list(entry.shape)}; the checkpoint is damaged"
+                    f"tensor {copy.name!r} holds {says}, {entry.codes.name!r} is {list(entry.shape)}; the checkpoint is damaged"
                 )
 
 
