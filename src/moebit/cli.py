@@ -255,6 +255,8 @@ def _show_structure(result: dict[str, Any]) -> None:
     out.print(table)
     if "quantized" in result:
         out.print(f"quantized: {result['quantized']['format']}, {result['quantized']['average_bits']:.3f} bits per quantized weight")
+    if result["shipped"]:
+        out.print(f"shipped quantized: {result['shipped']['scheme']}, read as {result['shipped']['read_as']}")
     if result["not_in_model"]:
         out.print(
             f"{len(result['not_in_model'])} stored tensors that {result['architecture']} does not use are kept as they are, "
@@ -275,6 +277,10 @@ def _show_plan(plan: dict[str, Any], before: int | None) -> None:
         reasons[reason] = reasons.get(reason, 0) + 1
     if reasons:
         out.print("kept in full precision: " + ", ".join(f"{count} x {reason}" for reason, count in reasons.items()))
+    if plan["kept_as_stored"]:
+        out.print(
+            f"kept as stored: {len(plan['kept_as_stored'])} tensors that the model class does not use, first {plan['kept_as_stored'][0]}"
+        )
 
 
 def _duration(seconds: float) -> str:

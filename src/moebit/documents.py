@@ -21,6 +21,7 @@ def documents(
         "format_version": native.FORMAT_VERSION,
         **identity,
         "format": plan.recipe.format,
+        **({"shipped": checkpoint.shipped.describe()} if checkpoint.shipped else {}),
         "plan": {k: v for k, v in plan.describe().items() if k != "seconds"},
     }
     report = {
@@ -41,12 +42,15 @@ def documents(
 def _card(checkpoint: Checkpoint, plan: Plan) -> str:
     base = checkpoint.path.name
     w, s = plan.recipe.weights, plan.recipe.solver
+    shipped = (
+        f"The checkpoint itself is shipped quantized ({checkpoint.shipped.scheme}) and was read as it is.\n" if checkpoint.shipped else ""
+    )
     registered = "import moebit  # registers the packed format with transformers\n" if plan.recipe.format == "native" else ""
     load = f'{registered}from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("DIRECTORY")'
     return (
         f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [moebit, quantized, moe]\n---\n\n# {base}, quantized\n\n"
         f"{base}, quantized by moebit: {s.method}, {w.bits} bits, {'symmetric' if w.symmetric else 'asymmetric'}, "
         f"{'per channel' if w.group_size == -1 else f'groups of {w.group_size}'}, scope {w.scope}; "
-        f"{plan.average_bits:.3f} bits per quantized weight on disk.\n"
+        f"{plan.average_bits:.3f} bits per quantized weight on disk.\n{shipped}"
         f"`recipe.yaml` is the exact recipe, `report.json` says what happened in each layer.\n\n```python\n{load}\n```\n"
     )

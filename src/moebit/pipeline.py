@@ -29,7 +29,8 @@ from moebit.formats.output import OutputDirectory, check_space, disk_error
 from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress
 from moebit.model.checkpoint import Checkpoint, HubWeights
-from moebit.model.files import TensorSpec, check_finite, read_header
+from moebit.model.files import TensorSpec, check_finite, pieces, read_header
+from moebit.model.shipped import check_shipped, plain_config
 from moebit.model.stream import Stream
 from moebit.model.structure import LayerSites, find_structure
 from moebit.planning import BitPlan, Plan, describe_structure, load_bit_plan, make_plan
@@ -99,7 +100,7 @@ def quantize(
     """Quantize a checkpoint into the directory `out`; the plan alone with `dry_run`.
 
     Args:
-        model: directory or hub id of a full-precision checkpoint.
+        model: directory or hub id of a checkpoint, full-precision or shipped quantized (docs/inputs.md).
         recipe: preset name, YAML file, dict; default `gptq-w4`. `overrides`: {"weights.bits": 3, ...} on top.
         plan: bit widths that differ from the recipe's, a file or `BitPlan`.
         text: calibration texts, `[NAME=]FILE` items or a mapping; needed unless the recipe rounds to nearest.
@@ -130,6 +131,7 @@ def quantize(
         return decided
     check_space(out, decided.size_bytes + (windows.numel() * _width(checkpoint) * 4 * 2 if windows is not None else 0))
     check_finite(checkpoint.entries)
+    check_shipped(checkpoint.weights.entries.values())
     identity = _identity(checkpoint, chosen, windows, memory, seed) | ({"bit_plan": bits.digest()} if bits else {})
     output = OutputDirectory(out, {**identity, "device": device, "shards": _changed(checkpoint)}, resume=resume, overwrite=overwrite)
     try:
@@ -234,7 +236,7 @@ class _Work:
         if done:
             saved = read_header(self.output.partial / _stream_file(done - 1))["hidden"]
             row = saved.spec.nbytes // saved.shape[0]
-            for begin, piece in saved.pieces():
+            for begin, piece in pieces(saved):
                 stream.hidden[begin // row : begin // row + len(piece)] = piece
             store.release()
         return stream
@@ -282,7 +284,8 @@ def _stream_file(index: int) -> str:
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    return dict(json.loads((checkpoint.path / "config.json").read_text()))
+    """config.json without what it says about how the checkpoint was shipped: the output is no longer stored like that."""
+    return plain_config(json.loads((checkpoint.path / "config.json").read_text()))
 
 
 def _quantization_config(path: Path) -> dict[str, Any]:

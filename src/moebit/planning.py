@@ -98,6 +98,7 @@ class Plan:
         experts: quantized experts modules by full name, each projection's spec.
         kept: full names of what stays in full precision though it is a matrix of a decoder layer, with the reason.
         size_bytes: of the output's tensors. budget: the pieces in which the work is done. seconds: an estimate.
+        as_stored: stored tensors that the model class does not use; they are written as they are.
     """
 
     recipe: Recipe
@@ -108,6 +109,7 @@ class Plan:
     size_bytes: int
     budget: Budget
     seconds: float
+    as_stored: tuple[str, ...] = ()
 
     @property
     def chunk(self) -> dict[int, int]:
@@ -136,6 +138,7 @@ class Plan:
             "quantized_linears": len(self.linears),
             "quantized_experts_modules": len(self.experts),
             "kept": self.kept,
+            "kept_as_stored": list(self.as_stored),
             "experts_per_chunk": self.chunk,
         }
 
@@ -209,6 +212,7 @@ def make_plan(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memo
         _output_size(checkpoint, linears, experts, recipe),
         make_budget(checkpoint, structure, memory, tokens, solve=True, hessians=recipe.needs_calibration),
         _seconds(checkpoint, structure, recipe, tokens),
+        tuple(getattr(checkpoint.weights, "unused", ())),
     )
 
 
@@ -250,7 +254,7 @@ def _dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
 
 
 def _output_size(checkpoint: Checkpoint, linears: dict[str, PackedSpec], experts: dict[str, dict[str, PackedSpec]], recipe: Recipe) -> int:
-    total = sum(entry.spec.nbytes for entry in checkpoint.entries.values())
+    total = checkpoint.plain_bytes
     if recipe.format == "dense":
         return total
     for name, spec in linears.items():
@@ -309,6 +313,7 @@ def describe_structure(checkpoint: Checkpoint, structure: Structure) -> dict[str
         "parameters": sum(part["parameters"] for part in parts.values()),
         "parts": parts,
         "size_bytes": checkpoint.size_bytes,
+        "shipped": checkpoint.shipped.describe() if checkpoint.shipped else None,
         "not_in_model": list(getattr(checkpoint.weights, "unused", [])),
         "per_layer": [_describe_layer(layer) for layer in structure.layers],
     }

@@ -24,6 +24,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -367,3 +368,16 @@ def test_check_finite_looks_at_scalars(tmp_path: Path) -> None:
     save_file({"scale": torch.tensor(float("nan"))}, path)
     with pytest.raises(BadInputError, match=r"'scale' holds nan"):
         check_finite(read_header(path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu], ids=str)
+def test_check_finite_knows_every_8_bit_code(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = tmp_path / "a.safetensors"
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    save_file({str(code): codes[[0, code]].clone() for code in range(1, 256)} | {"scalar": codes[-1].clone()}, path)
+    for name, entry in read_header(path).items():
+        if name != "scalar" and torch.isfinite(codes[int(name)].float()):
+            check_finite({name: entry})
+        else:
+            with pytest.raises(BadInputError, match=rf"'{name}' holds"):
+                check_finite({name: entry})

@@ -215,7 +215,9 @@ def _row(scores: _Scores, part: _Part, agreement: list[tuple[int, float, float]]
 
 
 def _average_bits(checkpoint: Checkpoint) -> float:
-    """Bits per quantized weight of a native output; of every stored weight otherwise."""
+    """Bits per quantized weight of a native output or of what is shipped quantized; of every stored weight otherwise."""
+    if checkpoint.shipped:
+        return checkpoint.shipped.average_bits
     config = json.loads((checkpoint.path / "config.json").read_text()).get("quantization_config") or {}
     if config.get("quant_method") == METHOD:
         return average_bits(packed_specs(config))

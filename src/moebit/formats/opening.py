@@ -1,4 +1,4 @@
-"""Open any model that moebit can read: a full-precision checkpoint or one of its own outputs."""
+"""Open any model that moebit can read: a full-precision checkpoint, one that is shipped quantized, or one of its own outputs."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from moebit.formats import native
 from moebit.model.checkpoint import HubWeights
 from moebit.model.experts import ExpertsLayout
-from moebit.model.files import ShardFile, TensorEntry, TensorSpec
+from moebit.model.files import Entry, ShardFile, TensorSpec, pieces
 from moebit.tensor import QTensor
 
 Modules = Mapping[str, Mapping[str, native.PackedSpec]]
@@ -132,9 +132,9 @@ class DenseSink(Sink):
         return dict(config)
 
 
-def put_stored(shard: ShardFile, entry: TensorEntry) -> None:
+def put_stored(shard: ShardFile, entry: Entry) -> None:
     """Copy a stored tensor as it is, piece by piece."""
-    for start, piece in entry.pieces():
+    for start, piece in pieces(entry):
         shard.write(entry.name, piece, skip=start)
 
 

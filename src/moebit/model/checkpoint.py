@@ -23,8 +23,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.utils import logging as transformers_logging
 
 from moebit.errors import BadInputError
-from moebit.model.files import TensorEntry, TensorSpec, read_index
+from moebit.model.files import Entry, TensorEntry, TensorSpec, pieces, read_index
 from moebit.model.seam import SEAM
+from moebit.model.shipped import Shipped, check_plain, read_shipped, shipped_config
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:
@@ -79,7 +80,7 @@ class _Source:
 
     converter: WeightConverter | None
     first_target: str
-    parts: list[tuple[str, TensorEntry]] = field(default_factory=list)
+    parts: list[tuple[str, Entry]] = field(default_factory=list)
 
     def convert(self, model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         if self.converter is None:
@@ -95,11 +96,18 @@ class _Source:
 
 
 class HubWeights(Weights):
-    """Full-precision weights as the model's authors stored them."""
+    """Full-precision weights as the model's authors stored them; what they stored quantized is dequantized as it is read.
 
-    def __init__(self, model: PreTrainedModel, entries: Mapping[str, TensorEntry]) -> None:
+    Attributes:
+        entries: every tensor under its plain name. unused: those that the model class does not use, as they are stored.
+    """
+
+    def __init__(self, model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
         self.model, self.entries = model, dict(entries)
-        self._sources, self.unused = self._match()
+        self._sources, unused = self._match()
+        as_stored = [part for name in unused for part in self.entries.pop(name).stored]
+        self.entries |= {part.name: part for part in as_stored}
+        self.unused = [part.name for part in as_stored]
         self._of: dict[str, _Source] = {}
         self.specs: dict[str, TensorSpec] = {}
         for source in self._sources:
@@ -182,7 +190,7 @@ class HubWeights(Weights):
         """(byte at which it begins, tensor) of a parameter's rows, some after the other where it is stored as it is."""
         source = self._of[name]
         if source.converter is None:
-            yield from source.parts[0][1].pieces()
+            yield from pieces(source.parts[0][1])
         else:
             yield 0, self.parameter(name)
 
@@ -203,7 +211,7 @@ class HubWeights(Weights):
                 for _, entry, rows in self._stored_rows(name, start, stop):
                     entry.expect(*rows)
 
-    def _stored_rows(self, name: str, start: int, stop: int) -> list[tuple[str, TensorEntry, tuple[int, int | None]]]:
+    def _stored_rows(self, name: str, start: int, stop: int) -> list[tuple[str, Entry, tuple[int, int | None]]]:
         """(pattern, stored tensor, its rows) that hold experts [start, stop) of a parameter."""
         experts, by_pattern = self.specs[name].shape[0], self._parts_by_pattern(self._of[name])
         if all(len(entries) == experts for entries in by_pattern.values()):
@@ -241,8 +249,8 @@ class HubWeights(Weights):
         raise BadInputError(f"{produced}: no stored tensor of this checkpoint goes by this name; write the `native` format instead")
 
     @staticmethod
-    def _parts_by_pattern(source: _Source) -> dict[str, list[TensorEntry]]:
-        result: dict[str, list[TensorEntry]] = defaultdict(list)
+    def _parts_by_pattern(source: _Source) -> dict[str, list[Entry]]:
+        result: dict[str, list[Entry]] = defaultdict(list)
         for pattern, entry in source.parts:
             result[pattern].append(entry)
         return result
@@ -350,23 +358,34 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk: its configuration, its skeleton and where its weights come from."""
+    """A model on disk: its configuration, its skeleton and where its weights come from.
+
+    Attributes:
+        entries: the tensors as they are stored. shipped: how, where the authors stored them quantized.
+    """
 
     path: Path
     config: Any
     model: PreTrainedModel
     weights: Weights
     entries: dict[str, TensorEntry]
+    shipped: Shipped | None = None
 
     @property
     def size_bytes(self) -> int:
         return sum(file.stat().st_size for file in {entry.file for entry in self.entries.values()})
 
+    @property
+    def plain_bytes(self) -> int:
+        """Bytes of the tensors as they are read: more than are stored where they are shipped quantized."""
+        entries: Iterable[Entry] = (self.weights if isinstance(self.weights, HubWeights) else self).entries.values()
+        return sum(entry.spec.nbytes for entry in entries)
+
 
 FAST_BF16_WIDTH = 512  # hidden size from which on bf16 products are faster than float32 ones on a CPU that has instructions for them
 
 
-def fast_compute_type(config: Any, entries: Mapping[str, TensorEntry]) -> torch.dtype:
+def fast_compute_type(config: Any, entries: Mapping[str, Entry]) -> torch.dtype:
     """bf16 for checkpoints stored so, where the CPU multiplies bf16 matrices natively and they are wide enough to gain; else float32.
 
     Depends on the model and the kind of CPU alone, not on a measurement, so that runs can be repeated.
@@ -379,19 +398,23 @@ def fast_compute_type(config: Any, entries: Mapping[str, TensorEntry]) -> torch.
 
 
 def open_hub_checkpoint(path: Path, dtype: torch.dtype | None = torch.float32) -> Checkpoint:
-    """A full-precision checkpoint directory, its layers to be computed in `dtype` (None: `fast_compute_type`).
+    """A checkpoint directory in full precision, or shipped quantized in a way that moebit reads (model/shipped.py).
+
+    Args:
+        dtype: what its layers are computed in; None takes `fast_compute_type`.
 
     Raises:
-        BadInputError: whatever is wrong with it, by name; one that is already quantized.
+        BadInputError: whatever is wrong with it, by name; one that is quantized in another way.
     """
     config = load_config(path)
-    quantized = getattr(config, "quantization_config", None)
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
-        raise BadInputError(f"{path}: already quantized ({method}); give the full-precision checkpoint")
-    entries = read_index(path)
+    quantization = shipped_config(read_config(path))
+    stored = read_index(path)
+    shipped = read_shipped(path, stored, quantization) if quantization else None
+    if shipped is None:
+        check_plain(path, stored)
+    entries: Mapping[str, Entry] = shipped.entries if shipped else stored
     model = skeleton(config, dtype or fast_compute_type(config, entries))
-    return Checkpoint(path, config, model, HubWeights(model, entries), entries)
+    return Checkpoint(path, config, model, HubWeights(model, entries), stored, shipped)
 
 
 def materialize(module: nn.Module, prefix: str, weights: Weights, skip: Iterable[nn.Module] = ()) -> None:

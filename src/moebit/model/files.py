@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -36,6 +38,8 @@ DTYPES: dict[str, torch.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 PIECE = 64 * 2**20
+# 8-bit floats that are no finite numbers: code & mask == value
+NOT_FINITE = {torch.float8_e4m3fn: (0x7F, 0x7F), torch.float8_e5m2: (0x7C, 0x7C), torch.float8_e8m0fnu: (0xFF, 0xFF)}
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,25 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Entry(Protocol):
+    """A tensor of a checkpoint that can be read, whole or by rows of its first axis; stored like this or computed when it is read."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def spec(self) -> TensorSpec: ...
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        """The stored tensors behind it."""
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor: ...
+    def expect(self, start: int = 0, stop: int | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +87,10 @@ class TensorEntry:
     def spec(self) -> TensorSpec:
         return TensorSpec(self.dtype, self.shape)
 
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        return (self,)
+
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of the first axis (all by default), as a fresh tensor.
 
@@ -78,16 +105,6 @@ class TensorEntry:
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         raw = self._read_bytes(start * row, (stop - start) * row)
         return raw.view(self.dtype).view(stop - start, *self.shape[1:])
-
-    def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """(byte at which it begins, tensor) of some rows after the other."""
-        row = max(1, math.prod(self.shape[1:]) * self.dtype.itemsize)
-        if not self.shape or row * self.shape[0] <= PIECE:
-            yield 0, self.read()
-            return
-        step = max(1, PIECE // row)
-        for start in range(0, self.shape[0], step):
-            yield start * row, self.read(start, min(start + step, self.shape[0]))
 
     def expect(self, start: int = 0, stop: int | None = None) -> None:
         """Ask the system to read these rows ahead, where it takes such hints."""
@@ -109,6 +126,17 @@ class TensorEntry:
                     raise BadInputError(f"{self.file}: ended while tensor {self.name!r} was read; the file changed or is truncated")
                 done += count
         return buffer
+
+
+def pieces(entry: Entry) -> Iterator[tuple[int, Tensor]]:
+    """(byte at which it begins, tensor) of some rows of a stored tensor after the other."""
+    row = max(1, math.prod(entry.shape[1:]) * entry.dtype.itemsize)
+    if not entry.shape or row * entry.shape[0] <= PIECE:
+        yield 0, entry.read()
+        return
+    step = max(1, PIECE // row)
+    for start in range(0, entry.shape[0], step):
+        yield start * row, entry.read(start, min(start + step, entry.shape[0]))
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
@@ -195,16 +223,28 @@ def check_finite(entries: Mapping[str, TensorEntry]) -> None:
         BadInputError: naming the tensor and the place.
     """
     for entry in entries.values():
-        if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
+        if not entry.dtype.is_floating_point:
             continue
-        for begin, piece in entry.pieces():
-            if not bool(torch.isfinite(piece.sum(dtype=torch.float32))) and not bool(torch.isfinite(piece).all()):
-                place = (~torch.isfinite(piece)).nonzero()[0].tolist()
+        for begin, piece in pieces(entry):
+            if _suspicious(piece) and bool(_not_finite(piece).any()):
+                place = _not_finite(piece).nonzero()[0].tolist()
                 value = piece[tuple(place)].item()
                 if place:
                     place[0] += begin // (piece[:1].nbytes or 1)
                 where = f" at {place}" if place else ""
                 raise BadInputError(f"tensor {entry.name!r} holds {value}{where} ({entry.file}); the checkpoint is damaged")
+
+
+def _suspicious(piece: Tensor) -> bool:
+    """A quick look: a sum is finite where every term is (and seldom where one is not); 8-bit floats have no sums."""
+    return piece.dtype in NOT_FINITE or not bool(torch.isfinite(piece.sum(dtype=torch.float32)))
+
+
+def _not_finite(piece: Tensor) -> Tensor:
+    if piece.dtype not in NOT_FINITE:
+        return ~torch.isfinite(piece)
+    mask, value = NOT_FINITE[piece.dtype]
+    return (piece.view(torch.uint8) & mask) == value
 
 
 class ShardFile:
@@ -271,7 +311,7 @@ class ShardFile:
             self.abandon()
 
 
-def pieces(file: Path) -> Iterator[bytes]:
+def _bytes_of(file: Path) -> Iterator[bytes]:
     with open(file, "rb") as f:
         while piece := f.read(PIECE):
             yield piece
@@ -280,6 +320,6 @@ def pieces(file: Path) -> Iterator[bytes]:
 def sha256(file: Path) -> str:
     """Hex digest of a file's bytes."""
     digest = hashlib.sha256()
-    for piece in pieces(file):
+    for piece in _bytes_of(file):
         digest.update(piece)
     return digest.hexdigest()
