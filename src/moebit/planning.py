@@ -116,6 +116,10 @@ class Plan:
         return self.budget.chunk
 
     @property
+    def peak_bytes(self) -> int:
+        return self.budget.peak_bytes
+
+    @property
     def spill(self) -> bool:
         return self.budget.spill
 
@@ -133,7 +137,7 @@ class Plan:
         return {
             "size_bytes": self.size_bytes,
             "average_bits": self.average_bits,
-            "peak_memory_bytes": self.budget.peak_bytes,
+            "peak_memory_bytes": self.peak_bytes,
             "seconds": round(self.seconds, 1),
             "quantized_linears": len(self.linears),
             "quantized_experts_modules": len(self.experts),
