@@ -7,6 +7,7 @@ again with their stored outputs.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -33,6 +34,8 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None)
         return torch.empty(shape, dtype=dtype)
     with tempfile.NamedTemporaryFile(dir=directory, prefix="activations-") as file:
         size = torch.Size(shape).numel()
+        if size:  # reserved first: a mapped page that finds the disk full would kill the process without a word
+            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
         return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
 
 
