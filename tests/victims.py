@@ -2,12 +2,13 @@
 
 `python -m tests.victims` imports moebit once and then forks a process per job that it reads from standard input, so that a victim costs
 what its work costs and not the start-up. Inside, a victim counts what it does to files: every opening, syncing, renaming and removing
-below the watched directory is one moment, written to a trace *before* it happens. At the chosen moment it signals itself. The product
+below the watched directory is one moment, noted in a trace *before* it happens. At the chosen moment it signals itself. The product
 knows nothing of this.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -25,7 +26,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Moment:
-    """One event of a trace: what (open, sync, rename, remove, mkdir), and the names of the files below the watched directory."""
+    """One event of a trace.
+
+    Attributes:
+        what: open (to read), write (open to write), sync, rename, remove, mkdir, rmdir.
+        names: of the files, below the watched directory.
+    """
 
     what: str
     names: tuple[str, ...]
@@ -45,7 +51,7 @@ class Victims:
     """The process that forks them."""
 
     def __init__(self, directory: Path) -> None:
-        """`directory`: what is watched; also takes the traces."""
+        """`directory`: what is watched."""
         self.directory = directory
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
         self._server = subprocess.Popen(
@@ -70,11 +76,9 @@ class Victims:
             harm: `at`: number of the moment (from 0) at which it is sent `signal` (SIGKILL); `after`: the same, seconds after its first
                 moment; `file_size`: how large its files may become; `user`: who it runs as.
         """
-        trace, log = self.directory / "trace.jsonl", self.directory / "messages.txt"
-        job = {"arguments": list(map(str, arguments)), "watch": str(self.directory), "trace": str(trace), "log": str(log), **harm}
-        ended = self._ask(job)
-        moments = [json.loads(line) for line in trace.read_text().splitlines()]
-        return Fate(ended["code"], log.read_text(), [Moment(what, tuple(names)) for what, names in moments], ended["seconds"])
+        ended = self._ask({"arguments": list(map(str, arguments)), "watch": str(self.directory), **harm})
+        moments = [json.loads(line) for line in ended["trace"].splitlines()]
+        return Fate(ended["code"], ended["messages"], [Moment(what, tuple(names)) for what, names in moments], ended["seconds"])
 
     def close(self) -> None:
         assert self._server.stdin is not None
@@ -97,22 +101,34 @@ def serve() -> None:
             moebit.inspect(job["inspect"])
             os.write(1, b"{}\n")
             continue
+        log, trace = pipe(), pipe()  # a limit on files does not limit pipes
         child = os.fork()
         if child == 0:
-            suffer(job)
+            suffer(job, log[1], trace[1])
         _, status = os.waitpid(child, 0)
-        answer = {"code": os.waitstatus_to_exitcode(status), "seconds": time.perf_counter() - began}
-        os.write(1, (json.dumps(answer) + "\n").encode())
+        answer = {"code": os.waitstatus_to_exitcode(status), "messages": drained(log), "trace": drained(trace)}
+        os.write(1, (json.dumps({**answer, "seconds": time.perf_counter() - began}) + "\n").encode())
 
 
-def suffer(job: dict[str, Any]) -> None:
+def pipe() -> tuple[int, int]:
+    """(reading end, writing end) of a pipe that holds a whole trace."""
+    ends = os.pipe()
+    fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 2**20)
+    return ends
+
+
+def drained(ends: tuple[int, int]) -> str:
+    os.close(ends[1])
+    with open(ends[0], encoding="utf-8", errors="replace") as reader:
+        return reader.read()
+
+
+def suffer(job: dict[str, Any], log: int, trace: int) -> None:
     """The forked process: never returns."""
     from moebit import cli
 
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    trace = os.open(job["trace"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "user" in job:
         os.setgid(job["user"])
@@ -151,7 +167,7 @@ def watch(job: dict[str, Any], trace: int) -> None:
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
-            happens("open", arguments[0])
+            happens("write" if set("wax+") & set(arguments[1] or "") else "open", arguments[0])
         elif event == "os.rename":
             happens("rename", arguments[0], arguments[1])
         elif event in ("os.remove", "os.mkdir", "os.rmdir"):

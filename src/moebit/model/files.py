@@ -98,11 +98,11 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     """Every tensor of a safetensors file.
 
     Raises:
-        BadInputError: not a safetensors file, or shorter than its header says.
+        BadInputError: not a safetensors file, shorter than its header says, or not readable.
     """
-    size = file.stat().st_size
     entries = {}
     try:
+        size = file.stat().st_size
         with open(file, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if not 2 <= length <= size - 8:
@@ -114,6 +114,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             if not isinstance(item["shape"], list) or not 0 <= begin <= end or min(shape, default=0) < 0:
                 raise ValueError(f"impossible place or shape of tensor {name!r}")
             entries[name] = (item["dtype"], shape, begin, end)
+    except OSError as error:
+        raise BadInputError(f"{file}: cannot be read ({error.strerror}); mend the permissions or the disk") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadInputError(f"{file}: not a safetensors file or truncated ({error}); download or copy this shard again") from error
     return {name: _entry(file, size, 8 + length, name, *item) for name, item in entries.items()}
