@@ -60,7 +60,7 @@ def test_the_program_itself() -> None:
 def test_help_shows_every_verb_with_examples(moebit: Moebit) -> None:
     overview = moebit("--help")
     assert overview.returncode == 0
-    for verb in ("inspect", "quantize", "evaluate", "recipes"):
+    for verb in ("inspect", "quantize", "evaluate", "recipes", "verify"):
         assert verb in overview.stdout
         page = moebit(verb, "--help")
         assert page.returncode == 0

@@ -9,6 +9,7 @@ from importlib.metadata import version
 import moebit.runtime as _runtime  # noqa: F401 - the registration
 from moebit.errors import BadInputError, InterruptedWorkError, MoebitError
 from moebit.evaluate import evaluate
+from moebit.formats.verify import verify
 from moebit.pipeline import Result, inspect, quantize
 from moebit.recipe import Recipe, load_recipe, presets
 
@@ -24,4 +25,5 @@ __all__ = [
     "load_recipe",
     "presets",
     "quantize",
+    "verify",
 ]

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from moebit.errors import BadInputError, InterruptedWorkError
 
+SHOWN_FINDINGS = 30
 DONE, INTERNAL_ERROR, BAD_INPUT, INTERRUPTED, CTRL_C = 0, 1, 2, 3, 130
 
 app = typer.Typer(
@@ -40,12 +41,11 @@ JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=
 def main() -> None:
     """Entry point: maps errors to exit codes (0 done, 1 internal error, 2 bad input, 3 interrupted and resumable, 130 Ctrl-C)."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # the option parser returns the code of an Exit, and of Ctrl-C, instead of raising
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
-        err.print("[yellow]Stopped.[/yellow] Finished layers are kept; the same command with --resume goes on.")
-        sys.exit(CTRL_C)
+        code = CTRL_C
     except BadInputError as error:
         err.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(BAD_INPUT)
@@ -59,6 +59,10 @@ def main() -> None:
         err.print_exception()
         err.print("[red]Internal error:[/red] this is a bug in moebit; please report it with the lines above.")
         sys.exit(INTERNAL_ERROR)
+    if code == CTRL_C:
+        kept = " Finished layers are kept; the same command with --resume goes on." if sys.argv[1:2] == ["quantize"] else ""
+        err.print(f"[yellow]Stopped.[/yellow]{kept}")
+    sys.exit(code if isinstance(code, int) else DONE)
 
 
 @app.command(epilog="Examples:\n\n  moebit inspect reference/olmoe\n\n  moebit inspect reference/olmoe --recipe gptq-w3 --json plan.json")
@@ -162,6 +166,21 @@ def recipes(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="P
         summary = text.splitlines()[0].removeprefix("# ")
         table.add_row(key, str(recipe.weights.bits), str(recipe.weights.group_size), grid, recipe.solver.method, summary)
     out.print(table)
+
+
+@app.command(epilog="Examples:\n\n  moebit verify olmoe-w3\n\n  moebit verify olmoe-w3 --json findings.json")
+def verify(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="What `moebit quantize -o OUT` wrote, finished or not.")],
+    json_file: JsonOption = None,
+) -> None:
+    """Check that an output is whole: every file, every tensor. Exit code 0 fine, 2 damaged, 3 unfinished."""
+    import moebit
+
+    with _progress() as progress:
+        result = moebit.verify(output, progress=progress)
+    if not _write_json(json_file, result):
+        _show_verification(result)
+    raise typer.Exit({"fine": DONE, "damaged": BAD_INPUT, "unfinished": INTERRUPTED}[result["state"]])
 
 
 @app.callback(invoke_without_command=True)
@@ -302,6 +321,26 @@ def _show_result(result: Any) -> None:
         )
     if result.fallbacks:
         out.print(f"[yellow]{result.fallbacks} matrices fell back to round-to-nearest[/yellow] (report.json names them)")
+
+
+def _show_verification(result: dict[str, Any]) -> None:
+    findings = result["findings"]
+    out.print(
+        f"[bold]{escape(result['output'])}[/bold]: [{'red' if findings else 'green'}]{result['state']}[/], "
+        f"{result['files']} files, {result['tensors']} tensors, {size(result['bytes'])}"
+    )
+    if "durable" in result:
+        durable = result["durable"]
+        of = f" of {durable['of']}" if durable["of"] is not None else ""
+        rest = ", and the rest of the model" if durable["rest"] else ""
+        out.print(f"durable so far: {durable['layers']}{of} layers{rest}; the same `moebit quantize` with --resume goes on from there")
+    if findings:
+        table = Table("where", "what", "remedy", box=None, pad_edge=False)
+        for finding in findings[:SHOWN_FINDINGS]:
+            table.add_row(*(escape(finding[key]) for key in ("where", "what", "remedy")))
+        out.print(table)
+    if len(findings) > SHOWN_FINDINGS:
+        out.print(f"and {len(findings) - SHOWN_FINDINGS} more (--json has them all)")
 
 
 def _show_evaluation(result: dict[str, Any]) -> None:

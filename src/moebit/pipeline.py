@@ -25,7 +25,7 @@ from moebit.documents import documents
 from moebit.errors import BadInputError
 from moebit.formats import native
 from moebit.formats.opening import open_checkpoint
-from moebit.formats.output import OutputDirectory, check_space, disk_error
+from moebit.formats.output import OutputDirectory, check_space, disk_error, partial_of
 from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress
 from moebit.model.checkpoint import Checkpoint, HubWeights
@@ -120,6 +120,7 @@ def quantize(
         raise BadInputError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
     out = Path(out)
     checkpoint = open_checkpoint(model, compute=None)
+    seen = _changed(checkpoint)
     if not isinstance(checkpoint.weights, HubWeights):
         raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
     _check_output(out, checkpoint.path)
@@ -133,14 +134,15 @@ def quantize(
     check_finite(checkpoint.entries)
     check_shipped(checkpoint.weights.entries.values())
     identity = _identity(checkpoint, chosen, windows, memory, seed) | ({"bit_plan": bits.digest()} if bits else {})
-    output = OutputDirectory(out, {**identity, "device": device, "shards": _changed(checkpoint)}, resume=resume, overwrite=overwrite)
     try:
+        output = OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite)
         sink = SINKS[chosen.format](checkpoint.weights, decided.modules)
         reports = _Work(checkpoint, decided, output, sink, device, progress or (lambda what, done, total: None)).run(windows)
         written = documents(checkpoint, decided, identity, reports, time.perf_counter() - began)
+        _check_unchanged(checkpoint, seen)
         output.finish(checkpoint.path, sink.config(_config(checkpoint)), written)
     except OSError as error:
-        raise disk_error(error, output.partial) from error
+        raise disk_error(error, partial_of(out)) from error
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     return Result(out, decided, checkpoint.size_bytes, size, reports, time.perf_counter() - began)
 
@@ -200,8 +202,19 @@ def checkpoint_fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def _changed(checkpoint: Checkpoint) -> dict[str, int]:
-    """When each shard was last written: a run is not resumed over a shard that changed underneath."""
-    return {file.name: file.stat().st_mtime_ns for file in sorted({entry.file for entry in checkpoint.entries.values()})}
+    """When each shard was last written (0: it is gone): a run neither resumes nor finishes over a shard that changed underneath."""
+    files = sorted({entry.file for entry in checkpoint.entries.values()})
+    return {file.name: file.stat().st_mtime_ns if file.exists() else 0 for file in files}
+
+
+def _check_unchanged(checkpoint: Checkpoint, seen: Mapping[str, int]) -> None:
+    """Refuse to finish what was read from two versions of the input."""
+    changed = [name for name, when in _changed(checkpoint).items() if when != seen[name]]
+    if changed:
+        raise BadInputError(
+            f"{checkpoint.path}: {', '.join(changed)} changed while it was being read, the result would mix two versions of it; "
+            "--overwrite starts again"
+        )
 
 
 @dataclass

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -190,6 +191,52 @@ def test_writer_refuses_to_run_into_the_next_tensor(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a"):
         shard.write("a", torch.ones(2), skip=12)
     shard.abandon()
+
+
+def test_a_byte_written_twice_is_no_byte_of_another(tmp_path: Path) -> None:
+    """As many bytes as announced, but one of them twice: that would leave a hole."""
+    shard = ShardFile(tmp_path / "x", {"a": TensorSpec(torch.uint8, (6,))})
+    shard.write("a", torch.ones(2, dtype=torch.uint8), skip=2)
+    for skip, count in ((2, 2), (0, 3), (3, 3), (1, 4), (3, 1)):
+        with pytest.raises(ValueError, match="a: some of the bytes"):
+            shard.write("a", torch.ones(count, dtype=torch.uint8), skip=skip)
+    with pytest.raises(ValueError, match="incomplete"):
+        shard.finish()
+    shard.write("a", torch.zeros(2, dtype=torch.uint8))
+    shard.write("a", torch.zeros(2, dtype=torch.uint8), skip=4)
+    shard.finish()
+    assert load_file(tmp_path / "x")["a"].tolist() == [0, 0, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_order_of_pieces(seed: int, tmp_path: Path) -> None:
+    """Random pieces, some of them overlapping, against a list of bytes."""
+    random = np.random.default_rng(seed)
+    shard, size = ShardFile(tmp_path / "x", {"a": TensorSpec(torch.uint8, (40,))}), 40
+    wanted = np.zeros(size, dtype=int)  # 0: not written
+    while (wanted == 0).any():
+        start = int(random.integers(0, size))
+        stop = int(min(size, start + random.integers(0, 9)))
+        value = int(random.integers(1, 256))
+        piece = torch.full((stop - start,), value, dtype=torch.uint8)
+        if (wanted[start:stop] != 0).any():
+            with pytest.raises(ValueError, match="a: "):
+                shard.write("a", piece, skip=start)
+        else:
+            shard.write("a", piece, skip=start)
+            wanted[start:stop] = value
+    shard.finish()
+    assert load_file(tmp_path / "x")["a"].tolist() == wanted.tolist()
+
+
+def test_a_file_that_cannot_be_laid_out_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: ShardFile, position: int, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ShardFile, "_put", full)
+    with pytest.raises(OSError, match="No space left"):
+        ShardFile(tmp_path / "x", {"a": TensorSpec(torch.uint8, (6,))})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sha256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

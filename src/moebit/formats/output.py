@@ -1,7 +1,8 @@
 """An output directory that is either complete or visibly unfinished.
 
 Work goes on in OUT.partial: shards that have their final name are whole and synced, journal.jsonl says which there are. `finish` adds what
-belongs to the whole model and renames the directory.
+belongs to the whole model and renames the directory. The order is always the same: a file's content reaches the disk, then its name, then
+the journal entry that speaks of it, then what it replaces is removed.
 """
 
 from __future__ import annotations
@@ -14,20 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from moebit.errors import BadInputError, InterruptedWorkError
-from moebit.model.files import INDEX, ShardFile, TensorSpec, read_header, sha256
+from moebit.formats.seal import SEALED, is_report, seal
+from moebit.model.files import INDEX, ShardFile, TensorSpec, read_header, sha256, sync_directory
 
 JOURNAL = "journal.jsonl"
 # Everything beside the weights that makes a checkpoint usable is carried along; weights, code and papers are not.
 CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-NOT_CARRIED = {"config.json", INDEX, "training.json", "report.json", "moebit.json", "requirements.txt"}
+NOT_CARRIED = {"config.json", INDEX, "training.json", "report.json", SEALED, "requirements.txt"}
 
 
 class OutputDirectory:
     """The writer of one output."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.path, self.partial = path, partial_of(path)
         self.entries: list[dict[str, Any]] = []
+        if resume:
+            self._reopen(identity)
         if path.exists() and not overwrite:
             raise BadInputError(f"{path} exists; choose another -o, or --overwrite to replace it")
         if self.partial.exists() and not resume and not overwrite:
@@ -41,21 +45,25 @@ class OutputDirectory:
             self.partial.mkdir(parents=True)
         except OSError as error:
             raise BadInputError(f"cannot write {self.partial}: {error.strerror}; choose another -o") from error
-        self._append({"started": dict(identity)})
+        sync_directory(self.partial.parent)
+        self._write_journal([{"started": dict(identity)}])
+
+    def _reopen(self, identity: Mapping[str, Any]) -> None:
+        """A run that ended between the last rename and the tidying up left its journal in OUT: it is finished once more."""
+        records = read_journal(self.path / JOURNAL)
+        if records and records[0].get("started") == dict(identity) and not self.partial.exists():
+            os.replace(self.path, self.partial)
+            sync_directory(self.path.parent)
 
     def _take_up(self, identity: Mapping[str, Any]) -> None:
         """Go on with an interrupted run: every journaled shard is checked, what is not in the journal is removed."""
-        lines = (self.partial / JOURNAL).read_text().splitlines() if (self.partial / JOURNAL).exists() else []
-        records = []
-        for line in lines:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break  # the line that was being written when the run ended
-        if not records or records[0].get("started") != dict(identity):
-            known = records[0].get("started", {}) if records else {}
-            changed = sorted(key for key in {*identity, *known} if known.get(key) != identity.get(key))
-            raise BadInputError(f"{self.partial} was started with another {', '.join(changed) or 'moebit'}; --overwrite starts again")
+        records = read_journal(self.partial / JOURNAL)
+        if not records and not any(self.partial.glob("model-*.safetensors")):
+            records = [{"started": dict(identity)}]  # it ended before the first line: nothing is lost
+        if not records:
+            raise BadInputError(f"{self.partial / JOURNAL} is missing or damaged; --overwrite starts again")
+        if records[0].get("started") != dict(identity):
+            raise BadInputError(f"{self.partial} was started with another {_difference(records[0], identity)}; --overwrite starts again")
         self.entries = records[1:]
         keep = {JOURNAL}
         for entry in self.entries:
@@ -92,11 +100,13 @@ class OutputDirectory:
             os.fsync(journal.fileno())
 
     def _write_journal(self, records: list[dict[str, Any]]) -> None:
-        temporary = self.partial / f"{JOURNAL}.writing"
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-        os.replace(temporary, self.partial / JOURNAL)
+        temporary = f"{JOURNAL}.writing"
+        self._document(temporary, "".join(json.dumps(record) + "\n" for record in records))
+        os.replace(self.partial / temporary, self.partial / JOURNAL)
+        sync_directory(self.partial)
 
     def remove(self, name: str) -> None:
+        """Delete a file that a recorded one has replaced."""
         (self.partial / name).unlink(missing_ok=True)
 
     def finish(self, source: Path, config: Mapping[str, Any], documents: Mapping[str, str]) -> None:
@@ -104,38 +114,85 @@ class OutputDirectory:
 
         Args:
             source: the checkpoint, whose tokenizer, generation and template files are carried along.
-            documents: further files, name -> text.
+            documents: further files, name -> text; `moebit.json` gets the checksums of all the others.
         """
-        shards = [name for entry in self.entries for name in entry["files"] if name.startswith("model-")]
+        checksums = {name: digest for entry in self.entries for name, digest in entry["files"].items() if name.startswith("model-")}
+        self._index(list(checksums))
+        small = {INDEX, "config.json", *self._carry(source), *documents} - {SEALED}
+        self._document("config.json", json.dumps(config, indent=2) + "\n")
+        for name, text in documents.items():
+            if name != SEALED:
+                self._document(name, text)
+        checksums |= {name: sha256(self.partial / name) for name in small if not is_report(name)}
+        self._document(SEALED, seal(json.loads(documents[SEALED]), checksums))
+        for file in self.partial.glob("stream-*"):
+            file.unlink()
+        sync_directory(self.partial)
+        self._give_name()
+
+    def _carry(self, source: Path) -> list[str]:
+        """Copy tokenizer, generation and template files; their names."""
+        files = {file for pattern in CARRIED for file in source.glob(pattern)}
+        chosen = sorted(f for f in files if f.is_file() and f.name not in NOT_CARRIED and not f.name.startswith("model.safetensors"))
+        for file in chosen:
+            with open(file, "rb") as original, open(self.partial / file.name, "wb") as copy:
+                shutil.copyfileobj(original, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
+        return [file.name for file in chosen]
+
+    def _index(self, shards: list[str]) -> None:
         headers = {name: read_header(self.partial / name) for name in shards}
         weight_map = {tensor: name for name, header in headers.items() for tensor in header}
         total = sum(entry.spec.nbytes for header in headers.values() for entry in header.values())
         self._document(INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=1))
-        self._document("config.json", json.dumps(config, indent=2) + "\n")
-        for pattern in CARRIED:
-            for file in sorted(source.glob(pattern)):
-                if file.name not in NOT_CARRIED and not file.name.startswith("model.safetensors"):
-                    shutil.copyfile(file, self.partial / file.name)
-        for name, text in documents.items():
-            self._document(name, text)
-        for file in self.partial.glob("stream-*"):
-            file.unlink()
-        _sync(self.partial)
+
+    def _give_name(self) -> None:
         replaced = self.path.with_name(self.path.name + ".replaced")
         if self.path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(self.path, replaced)
         os.replace(self.partial, self.path)
-        _sync(self.path.parent)
-        # Until here a stop at any moment could be resumed; what follows only tidies up.
-        (self.path / JOURNAL).unlink()
+        sync_directory(self.path.parent)
+        # OUT is whole. What follows only tidies up; the journal goes last, because --resume takes OUT up again as long as it is there.
         shutil.rmtree(replaced, ignore_errors=True)
+        (self.path / JOURNAL).unlink()
 
     def _document(self, name: str, text: str) -> None:
         with open(self.partial / name, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+
+
+def partial_of(path: Path) -> Path:
+    """Where the work for an output goes on."""
+    return path.with_name(path.name + ".partial")
+
+
+def read_journal(file: Path) -> list[dict[str, Any]]:
+    """The lines of a journal up to the one that was being written when the run ended; none where there is no journal."""
+    records: list[dict[str, Any]] = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
+    return records
+
+
+def _difference(started: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    """What a journal's first line and this run disagree about."""
+    known = started.get("started", {})
+    changed = sorted(key for key in {*identity, *known} if known.get(key) != identity.get(key))
+    if changed == ["shards"]:
+        old, new = known.get("shards", {}), identity.get("shards", {})
+        written = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+        return f"state of the input ({', '.join(written)} changed since)"
+    return ", ".join(changed)
 
 
 def check_space(path: Path, needed: int) -> None:
@@ -157,12 +214,9 @@ def check_space(path: Path, needed: int) -> None:
 
 
 def disk_error(error: OSError, partial: Path) -> InterruptedWorkError:
-    return InterruptedWorkError(f"writing to {partial} failed: {error.strerror or error}; what is finished is kept, go on with --resume")
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """What to say when a file could not be read or written on the way."""
+    elsewhere = isinstance(error.filename, str) and not Path(error.filename).absolute().is_relative_to(partial.absolute())
+    failed = f"reading {error.filename} failed" if elsewhere else f"writing to {partial} failed"
+    return InterruptedWorkError(
+        f"{failed}: {error.strerror or error}; what is finished is kept in {partial}, go on with --resume when this is mended"
+    )

@@ -6,10 +6,12 @@ the whole file first, so that the experts of a layer can be put in place chunk b
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,11 +145,11 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     """Every tensor of a safetensors file.
 
     Raises:
-        BadInputError: not a safetensors file, or shorter than its header says.
+        BadInputError: not a safetensors file, shorter than its header says, or not readable.
     """
-    size = file.stat().st_size
     entries = {}
     try:
+        size = file.stat().st_size
         with open(file, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if not 2 <= length <= size - 8:
@@ -159,6 +161,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             if not isinstance(item["shape"], list) or not 0 <= begin <= end or min(shape, default=0) < 0:
                 raise ValueError(f"impossible place or shape of tensor {name!r}")
             entries[name] = (item["dtype"], shape, begin, end)
+    except OSError as error:
+        raise BadInputError(f"{file}: cannot be read ({error.strerror}); mend the permissions or the disk") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadInputError(f"{file}: not a safetensors file or truncated ({error}); download or copy this shard again") from error
     return {name: _entry(file, size, 8 + length, name, *item) for name, item in entries.items()}
@@ -169,7 +173,9 @@ def _entry(file: Path, size: int, data: int, name: str, dtype: str, shape: tuple
         raise BadInputError(f"{file}: tensor {name!r} has type {dtype}, which moebit cannot read")
     entry = TensorEntry(file, name, DTYPES[dtype], shape, data + begin)
     if entry.spec.nbytes != end - begin:
-        raise BadInputError(f"{file}: tensor {name!r} claims {end - begin} bytes for {shape} {dtype}; the shard is corrupt")
+        raise BadInputError(
+            f"{file}: tensor {name!r} claims {end - begin} bytes for {shape} {dtype}, it is corrupt; download or copy this shard again"
+        )
     if data + end > size:
         raise BadInputError(
             f"{file}: truncated: tensor {name!r} should end at byte {data + end}, the file has {size}; download or copy this shard again"
@@ -250,7 +256,8 @@ def _not_finite(piece: Tensor) -> Tensor:
 class ShardFile:
     """A safetensors file that is laid out first and filled piece by piece.
 
-    It is written under a temporary name and gets its own name, synced to disk, only when everything has been written.
+    It is written under a temporary name and gets its own name, synced to disk, only when everything has been written. No byte may
+    be written twice, so that a full count of bytes means that none is missing.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
@@ -266,26 +273,40 @@ class ShardFile:
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
         self._missing = {name: spec.nbytes for name, spec in specs.items()}
+        self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in specs}
         self._file = open(self._temporary, "wb", buffering=0)  # noqa: SIM115 - closed by finish() or abandon()
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.truncate(self._start + position)
+        try:
+            self._put(0, len(text).to_bytes(8, "little") + text)
+            self._file.truncate(self._start + position)
+        except BaseException:
+            self.abandon()
+            raise
 
     def write(self, name: str, tensor: Tensor, skip: int = 0) -> None:
-        """Put `tensor`'s bytes `skip` bytes into the stored tensor `name`."""
+        """Put `tensor`'s bytes `skip` bytes into the stored tensor `name`.
+
+        Raises:
+            TypeError: another type than announced. ValueError: outside of what was announced, or written before.
+        """
         spec = self.specs[name]
         if tensor.dtype != spec.dtype:
             raise TypeError(f"{name}: {tensor.dtype} written where {spec.dtype} was announced")
         if tensor.nbytes > self._missing[name] or skip + tensor.nbytes > spec.nbytes:
             raise ValueError(f"{name}: more bytes written than announced for {spec.shape}")
+        if not _claim(self._written[name], skip, skip + tensor.nbytes):
+            raise ValueError(f"{name}: some of the bytes {skip} to {skip + tensor.nbytes} have been written before")
         self._missing[name] -= tensor.nbytes
-        self._file.seek(self._start + self._offsets[name] + skip)
         data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._put(self._start + self._offsets[name] + skip, data)
+
+    def _put(self, position: int, data: bytes | memoryview) -> None:
+        self._file.seek(position)
         done = 0
         while done < len(data):
             done += self._file.write(data[done:])
 
     def finish(self) -> None:
-        """Sync and give the file its name.
+        """Sync, give the file its name and make the name durable: whatever is written afterwards may rely on it.
 
         Raises:
             ValueError: something announced was not written.
@@ -296,6 +317,7 @@ class ShardFile:
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self.path)
+        sync_directory(self.path.parent)
 
     def abandon(self) -> None:
         self._file.close()
@@ -305,10 +327,40 @@ class ShardFile:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.finish()
-        else:
+        if kind is not None:
             self.abandon()
+            return
+        try:
+            self.finish()
+        except BaseException:
+            self.abandon()
+            raise
+
+
+def _claim(written: list[tuple[int, int]], start: int, stop: int) -> bool:
+    """Add [start, stop) to sorted, merged ranges; False if some of it is there already."""
+    if start == stop:
+        return True
+    at = bisect_left(written, (start, stop))
+    before = written[at - 1] if at else (-1, -1)
+    after = written[at] if at < len(written) else (-1, -1)
+    if before[1] > start or (at < len(written) and after[0] < stop):
+        return False
+    left, right = before[1] == start, after[0] == stop
+    written[at - left : at + right] = [(before[0] if left else start, after[1] if right else stop)]
+    return True
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable: a rename is not on disk before its directory is."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a network file system without such a thing keeps its own order
+            raise
+    finally:
+        os.close(handle)
 
 
 def _bytes_of(file: Path) -> Iterator[bytes]:

@@ -1,0 +1,181 @@
+"""Whether the tensors of an output are what its configuration says: names, types, shapes, widths, padding, finite values.
+
+One function per format in `CHECKS`; what a format does not have a function for is checked by `finite` and the callers' own tables alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moebit.errors import BadInputError
+from moebit.formats.native import FORMAT_VERSION, METHOD, PackedSpec, packed_specs
+from moebit.formats.opening import open_checkpoint
+from moebit.model.files import PIECE, TensorEntry
+from moebit.recipe import BIT_WIDTHS
+from moebit.tensor import packed_row_bytes, unpack
+
+CONFIG = "config.json"
+CONFIG_REMEDY = "copy config.json and the shards again from where the output was made, or quantize again"
+AGAIN = "copy this file again from where the output was made, or quantize again"
+LEAVES = (".codes", ".scale", ".zero_point", ".bits")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: `what`, the file and tensor `where` it is, and the `remedy`."""
+
+    what: str
+    where: str
+    remedy: str
+
+    @classmethod
+    def of(cls, error: Exception, where: str) -> Finding:
+        """An error of ours, whose message ends with the remedy."""
+        what, _, remedy = str(error).rpartition("; ")
+        return cls(what or str(error), where, remedy if what else AGAIN)
+
+
+def place(entry: TensorEntry) -> str:
+    return f"{entry.file.name}: {entry.name}"
+
+
+def format_of(config: Mapping[str, Any]) -> str:
+    """The output format that a config.json speaks of."""
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return "dense" if quantization is None else "native" if method == METHOD else str(method)
+
+
+def native(config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> list[Finding]:
+    """Every quantized module against its tensors."""
+    quantization = config["quantization_config"]
+    found = []
+    if config.get("experts_implementation") != METHOD:
+        found.append(Finding(f"experts_implementation is {config.get('experts_implementation')!r}, not {METHOD!r}", CONFIG, CONFIG_REMEDY))
+    if quantization.get("format_version") != FORMAT_VERSION or not isinstance(quantization.get("modules"), dict):
+        version = quantization.get("format_version")
+        return [*found, Finding(f"quantization_config has format_version {version!r} or no modules", CONFIG, CONFIG_REMEDY)]
+    known: set[str] = set()
+    for name, entry in quantization["modules"].items():
+        try:
+            for stored, spec in native_specs(name, entry).items():
+                known |= spec.specs(stored).keys() | {f"{stored}.zero_point"}
+                found += _module(stored, spec, entries)
+        except (BadInputError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            found.append(Finding(f"module {name!r} cannot be understood ({type(error).__name__}: {error})", CONFIG, CONFIG_REMEDY))
+            known |= {stored for stored in entries if stored.startswith(f"{name}.")}
+        for leaf in ("weight", "gate_up_proj", "up_proj", "down_proj"):
+            if f"{name}.{leaf}" in entries:
+                found.append(Finding(f"{CONFIG} says that {name!r} is quantized", place(entries[f"{name}.{leaf}"]), CONFIG_REMEDY))
+    packed = [name for name, entry in entries.items() if name.endswith(LEAVES) and entry.dtype == torch.uint8 and name not in known]
+    found += [Finding(f"{CONFIG} says nothing of this packed tensor", place(entries[name]), CONFIG_REMEDY) for name in packed]
+    return found
+
+
+def native_specs(name: str, entry: Mapping[str, Any]) -> dict[str, PackedSpec]:
+    """The stacks of one quantized module, stored name -> spec.
+
+    Raises:
+        ValueError: a width that is none; KeyError and the like: something is missing or of another kind.
+    """
+    parts = packed_specs({"format_version": FORMAT_VERSION, "modules": {name: entry}})[name]
+    for projection, spec in parts.items():
+        strange = sorted({str(b) for b in spec.bits if b not in BIT_WIDTHS})
+        if strange:
+            raise ValueError(f"{projection or 'it'} has {', '.join(strange)} bits")
+    return {f"{name}.{projection}" if projection else name: spec for projection, spec in parts.items()}
+
+
+def _module(name: str, spec: PackedSpec, entries: Mapping[str, TensorEntry]) -> list[Finding]:
+    found, good = [], True
+    for stored, wanted in spec.specs(name).items():
+        entry = entries.get(stored)
+        if entry is None:
+            found.append(Finding(f"{CONFIG} asks for tensor {stored!r}, which no shard has", CONFIG, CONFIG_REMEDY))
+        elif entry.spec != wanted:
+            what = f"is {_said(entry.dtype, entry.shape)} where {CONFIG} says {_said(wanted.dtype, wanted.shape)}"
+            found.append(Finding(what, place(entry), CONFIG_REMEDY))
+        good = good and entry is not None and entry.spec == wanted
+    if spec.symmetric and f"{name}.zero_point" in entries:
+        found.append(
+            Finding(f"{CONFIG} says that {name!r} is symmetric: it has no zero points", place(entries[f"{name}.zero_point"]), CONFIG_REMEDY)
+        )
+    if good:
+        found += _contents(name, spec, entries)
+    return found
+
+
+def _contents(name: str, spec: PackedSpec, entries: Mapping[str, TensorEntry]) -> Iterator[Finding]:
+    """Widths as config.json has them, and padding bits that are zero."""
+    if spec.stacked and tuple(entries[f"{name}.bits"].read().tolist()) != spec.bits:
+        said = entries[f"{name}.bits"].read().tolist()
+        first = next(i for i, (stored, wanted) in enumerate(zip(said, spec.bits, strict=True)) if stored != wanted)
+        what = f"expert {first} has {said[first]} bits where {CONFIG} says {spec.bits[first]}"
+        yield Finding(what, place(entries[f"{name}.bits"]), CONFIG_REMEDY)
+        return
+    out, inputs = spec.shape
+    rows = {f"{name}.codes": (spec.code_offsets(), out, inputs)}
+    if not spec.symmetric:
+        rows[f"{name}.zero_point"] = (spec.zero_offsets(), 1, out * spec.groups)
+    for stored, (offsets, count, values) in rows.items():
+        if values % 8:
+            flat = _flat(entries[stored])
+            for matrix, bits in enumerate(spec.bits):
+                raw = flat.read(offsets[matrix], offsets[matrix + 1]).view(count, packed_row_bytes(values, bits))
+                if bool(unpack(raw[:, -bits:].contiguous(), bits, 8)[:, values % 8 :].any()):
+                    what = f"the padding of matrix {matrix} is not zero: these bytes are no rows of {values} values of {bits} bits"
+                    yield Finding(what, place(entries[stored]), AGAIN)
+                    break
+
+
+def dense(config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> list[Finding]:
+    """Nothing is packed."""
+    packed = [entry for name, entry in entries.items() if name.endswith(".codes") and entry.dtype == torch.uint8]
+    return [Finding(f"packed codes, but {CONFIG} has no quantization_config", place(entry), CONFIG_REMEDY) for entry in packed]
+
+
+CHECKS: dict[str, Callable[[Mapping[str, Any], Mapping[str, TensorEntry]], list[Finding]]] = {"native": native, "dense": dense}
+
+
+def against_model(path: Path) -> list[Finding]:
+    """The tensors against the model that transformers builds from config.json: none missing, none of another shape."""
+    try:
+        checkpoint = open_checkpoint(path)
+    except BadInputError as error:
+        return [Finding.of(error, CONFIG)]
+    except Exception as error:  # a damaged configuration can make a model's code fail in any way
+        return [Finding(f"transformers cannot build the model ({type(error).__name__}: {error})", CONFIG, AGAIN)]
+    return [
+        Finding(f"has shape {list(entry.shape)} where the model of {CONFIG} has {list(tensor.shape)}", place(entry), CONFIG_REMEDY)
+        for name, tensor in checkpoint.model.state_dict().items()
+        if (entry := checkpoint.entries.get(name)) is not None and entry.shape != tuple(tensor.shape)
+    ]
+
+
+def finite(entry: TensorEntry) -> Finding | None:
+    """The first value of a floating-point tensor that is not a number or infinite. Reads piece by piece."""
+    if not entry.dtype.is_floating_point:
+        return None
+    flat = _flat(entry)
+    step = PIECE // entry.dtype.itemsize
+    for start in range(0, flat.shape[0], step):
+        piece = flat.read(start, min(flat.shape[0], start + step)).float()
+        if not bool(torch.isfinite(piece).all()):
+            first = int((~torch.isfinite(piece)).nonzero()[0])
+            index = [int(i) for i in torch.unravel_index(torch.tensor(start + first), entry.shape)] if entry.shape else []
+            return Finding(f"holds {piece[first].item()} at {index}", place(entry), AGAIN)
+    return None
+
+
+def _flat(entry: TensorEntry) -> TensorEntry:
+    return replace(entry, shape=(math.prod(entry.shape),))
+
+
+def _said(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
