@@ -45,7 +45,9 @@ def svg(charts: Sequence[Chart], columns: int = 2) -> str:
 def _draw(chart: Chart) -> list[str]:
     points = [point for line in chart.lines.values() for point in line]
     step_x, step_y = _step(max(x for x, _ in points)), _step(max(y for _, y in points))
-    most_x, most_y = (step * -(-max(values) // step) for step, values in zip((step_x, step_y), zip(*points, strict=True), strict=True))
+    most_x, most_y = (
+        max(step, step * -(-max(values) // step)) for step, values in zip((step_x, step_y), zip(*points, strict=True), strict=True)
+    )
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (

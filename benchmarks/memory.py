@@ -212,7 +212,7 @@ def findings(results: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
             missed += [] if within else [lines[-1]]
     for kind, what in (("layers", "layers"), ("experts", "experts")):
         curve = [result for result in results if result["case"]["kind"] == kind]
-        if curve:
+        if len(curve) > 1:
             first, last = curve[0], curve[-1]
             lines.append(
                 f"From {first['case']['shape'][what]} to {last['case']['shape'][what]} {what}: peak {first['peak_bytes'] / GB:.2f} -> "
@@ -220,7 +220,7 @@ def findings(results: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
             )
     curve = [result for result in results if result["case"]["kind"] == "memory"]
     slower = [more for less, more in pairwise(curve) if per_layer(more) > (1 + NOISE) * per_layer(less)]
-    if curve:
+    if len(curve) > 1:
         times = ", ".join(f"{result['case']['memory']:g} GiB {per_layer(result):.1f} s" for result in curve)
         verdict = "**more memory was slower**" if slower else f"more memory is never slower (by more than {NOISE:.0%})"
         lines.append(f"Seconds a layer by --memory: {times}: {verdict}.")
@@ -237,7 +237,7 @@ def charts(results: list[dict[str, Any]]) -> list[Chart]:
             drawn.append(Chart(f"{result['case']['kind']}, --memory {result['case']['memory']:g}GiB", "seconds", "GB", lines, dots=False))
     for kind in CASES[2:]:
         curve = [result for result in results if result["case"]["kind"] == kind]
-        if curve:
+        if len(curve) > 1:
             across = [result["case"]["memory"] if kind == "memory" else result["case"]["shape"][kind] for result in curve]
             name = "--memory, GiB" if kind == "memory" else kind
             peaks = [(x, result["peak_bytes"] / GB) for x, result in zip(across, curve, strict=True)]
@@ -252,7 +252,7 @@ def document(results: list[dict[str, Any]], foot: str, options: argparse.Namespa
         [
             "# Resident memory",
             "",
-            "**Tiny shapes (--small): this only shows that the benchmark works.**\n" if options.small else "",
+            *(["**Tiny shapes (--small): this only shows that the benchmark works.**", ""] if options.small else []),
             f"Random checkpoints of real shapes, recipe {options.recipe}. `qwen3-30b` is 13 layers of Qwen3-30B-A3B, `deepseek-v3` one",
             "layer of DeepSeek-V3, both with embeddings and head of the real vocabulary; the curves are layers like Qwen3-30B-A3B's with",
             f"a small vocabulary. Calibrated on {options.qwen_windows}, {options.deepseek_windows} and {options.curve_windows} windows of "
@@ -287,7 +287,13 @@ def log(message: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="these cases alone; the table has what is measured")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=CASES,
+        default=list(CASES),
+        help="measure these cases alone; the table also has what was measured before",
+    )
     parser.add_argument("--recipe", default="gptq-w4")
     parser.add_argument("--qwen-windows", type=int, default=32, help="calibration windows of qwen3-30b")
     parser.add_argument("--deepseek-windows", type=int, default=16, help="calibration windows of deepseek-v3")
@@ -302,12 +308,18 @@ def main() -> int:
         raise SystemExit("this benchmark reads /proc, which only Linux has")
     kept = ROOT / "runs" / "memory"
     kept.mkdir(parents=True, exist_ok=True)
-    code, results = package_digest(), []
-    for case in (case for case in cases(arguments) if case.kind in arguments.only):
+    code, results, warm = package_digest(), [], False
+    scratch = arguments.scratch.resolve() / "moebit-bench-memory"
+    for case in cases(arguments):
         file = kept / f"{case.key(arguments.threads, code)}.json"
+        if case.kind not in arguments.only and not file.exists():
+            continue
         log(f"{case.title}{' (measured before)' if file.exists() else ''}")
         if not file.exists():
-            measured = measure(case, arguments.scratch.resolve() / "moebit-bench-memory", arguments.threads)
+            if not warm:  # what is compiled once per installation is compiled here and not in a measured layer
+                measure(Case("warm-up", SMALL_QWEN, 1, 4, 64, arguments.recipe), scratch, arguments.threads)
+                warm = True
+            measured = measure(case, scratch, arguments.threads)
             file.write_text(json.dumps(measured))
         results.append(json.loads(file.read_text()) | {"case": asdict(case)})
         log(f"  {results[-1]['peak_bytes'] / GB:.2f} GB, {per_layer(results[-1]):.1f} s a layer")

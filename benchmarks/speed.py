@@ -217,6 +217,7 @@ def document(shape: Shape, rows: list[dict[str, Any]], outcomes: list[Outcome], 
     lines = [
         "# From end to end",
         "",
+        *(["**Tiny shapes (--small): this only shows that the benchmark works.**", ""] if shape == SMALL else []),
         f"Qwen3-MoE of random weights: {shape.layers} layers, hidden {shape.hidden}, {shape.experts} experts of intermediate "
         f"{shape.intermediate}, top-{shape.top_k}, {shape.heads} heads of {shape.head_dim} ({shape.kv_heads} for keys and values), "
         f"vocabulary {shape.vocabulary}, bfloat16. GPTQ, 4 bits, symmetric, groups of {GROUP}, all linears of the decoder layers, "
@@ -292,12 +293,12 @@ def main() -> int:
     log("bare products")
     rows = bare_products(work / "inputs", work, arguments.threads)
     outcomes = []
+    tiny = {contender.name: contender for contender in contenders(arguments.peers.resolve(), SMALL)}
     for contender in contenders(arguments.peers.resolve(), shape):
-        log(f"{contender.name}: a tiny model, not counted")
-        warm = next(c for c in contenders(arguments.peers.resolve(), SMALL) if c.name == contender.name)
-        outcome = quantize(warm, work / "small", work, arguments.threads, arguments.limit)
-        if not outcome.error:
-            log(contender.name)
+        log(contender.name)
+        outcome = quantize(tiny[contender.name], work / "small", work, arguments.threads, arguments.limit)
+        if not outcome.error and not arguments.small:
+            log("  a tiny model went through and is not counted; now the real one")
             outcome = quantize(contender, work / "inputs", work, arguments.threads, arguments.limit)
         outcomes.append(outcome)
         log(outcome.error or f"  {outcome.facts['quantize_seconds']:.1f} s, {outcome.packed} of {shape.matrices} matrices packed")
