@@ -46,7 +46,8 @@ class Product:
     @property
     def flops(self) -> float:
         full = 2.0 * self.batch * self.m * self.k * self.n
-        return {"Cholesky": full / 6, "Hessian": full / 2, "solve": full / 2}.get(self.part, full)
+        between_blocks = max(0.0, 1 - BLOCK / self.n) / 2
+        return full * {"Cholesky": 1 / 6, "Hessian": 1 / 2, "solve": between_blocks}.get(self.part, 1.0)
 
 
 def products(shape: dict[str, int]) -> list[Product]:

@@ -71,12 +71,13 @@ SMALL = Shape(experts=4, top_k=2, hidden=128, intermediate=128, heads=4, kv_head
 
 @dataclass(frozen=True)
 class Contender:
-    """Somebody who quantizes: `python script MODEL TOKENS OUT RESULT [more]`."""
+    """Somebody who quantizes: `python script MODEL TOKENS OUT RESULT [more]`; `needs` is there once the environment is complete."""
 
     name: str
     python: str
     script: Path
     more: tuple[str, ...] = ()
+    needs: Path | None = None
 
     @property
     def key(self) -> str:
@@ -103,7 +104,7 @@ def contenders(peers: Path, shape: Shape) -> list[Contender]:
         Contender("moebit", sys.executable, runner, (json.dumps(ours),)),
         Contender("moebit, no clipping search", sys.executable, runner, (json.dumps(plain),)),
         *(
-            Contender(name, str(peers / folder / "bin" / "python"), HERE / "peers" / f"run_{folder}.py")
+            Contender(name, str(peers / folder / "bin" / "python"), HERE / "peers" / f"run_{folder}.py", (), peers / folder / "pinned.txt")
             for name, folder in (("llm-compressor", "llmcompressor"), ("GPTQModel", "gptqmodel"))
         ),
     ]
@@ -114,8 +115,8 @@ def quantize(contender: Contender, inputs: Path, work: Path, threads: int, limit
     out, result, log_file = work / f"{contender.key}.out", work / f"{contender.key}.json", work / f"{contender.key}.log"
     shutil.rmtree(out, ignore_errors=True)
     result.unlink(missing_ok=True)
-    if not Path(contender.python).exists():
-        return Outcome(contender, 0.0, error=f"not installed ({contender.python} is not there; benchmarks/peers/setup.sh says why)")
+    if contender.needs and not contender.needs.exists():
+        return Outcome(contender, 0.0, error=f"not installed: {contender.needs} is not there; benchmarks/peers/setup.sh makes it")
     command = [contender.python, str(contender.script), str(inputs / "model"), str(inputs / "tokens.jsonl"), str(out), str(result)]
     began = time.perf_counter()
     with log_file.open("w") as log_handle:
