@@ -97,12 +97,13 @@ class Outcome:
 
 
 def contenders(peers: Path, shape: Shape) -> list[Contender]:
-    ours = {"recipe": "gptq-w4", "overrides": {"calibration.samples": shape.windows, "calibration.seq_len": shape.length}}
-    plain = {**ours, "overrides": {**ours["overrides"], "solver.clip_search": False}}  # type: ignore[dict-item]
+    settings = {"calibration.samples": shape.windows, "calibration.seq_len": shape.length}
+    ours = json.dumps({"recipe": "gptq-w4", "overrides": settings})
+    plain = json.dumps({"recipe": "gptq-w4", "overrides": {**settings, "solver.clip_search": False}})
     runner = HERE / "run_moebit.py"
     return [
-        Contender("moebit", sys.executable, runner, (json.dumps(ours),)),
-        Contender("moebit, no clipping search", sys.executable, runner, (json.dumps(plain),)),
+        Contender("moebit", sys.executable, runner, (ours,)),
+        Contender("moebit, no clipping search", sys.executable, runner, (plain,)),
         *(
             Contender(name, str(peers / folder / "bin" / "python"), HERE / "peers" / f"run_{folder}.py", (), peers / folder / "pinned.txt")
             for name, folder in (("llm-compressor", "llmcompressor"), ("GPTQModel", "gptqmodel"))
