@@ -140,7 +140,7 @@ def last_words(log_file: Path) -> str:
 
 
 def tensors_of(directory: Path) -> dict[str, Path]:
-    result = {}
+    result: dict[str, Path] = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             result |= dict.fromkeys(tensors.keys(), file)

@@ -202,7 +202,7 @@ def _write_shard(model: Model, shapes: Shapes, path: Path, generator: torch.Gene
         for name, shape in shapes.items():
             for piece in _values(name, math.prod(shape), generator):
                 stored = piece if name in model.float32 else piece.bfloat16()
-                file.write(memoryview(stored.view(torch.uint8).numpy()))
+                file.write(stored.view(torch.uint8).numpy().data)
 
 
 def _values(name: str, count: int, generator: torch.Generator) -> Iterator[Tensor]:
