@@ -14,7 +14,7 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all demo bench-solver quality reference wheel-check
+.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory quality reference wheel-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,13 @@ demo: setup  ## quantize a shipped reference model and show what it cost
 
 bench-solver: setup  ## how fast the batched solver is, against the textbook form
 	$(BIN)/python benchmarks/solver.py
+
+bench-speed: setup  ## from end to end, beside the bare products and two other quantizers (tens of minutes; installs them into runs/peers)
+	-PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) benchmarks/peers/setup.sh
+	$(BIN)/python benchmarks/speed.py
+
+bench-memory: setup  ## resident memory on real shapes (hours, 40 GB of disk; goes on where it was interrupted)
+	$(BIN)/python benchmarks/memory.py
 
 quality: setup  ## the quality table: every preset on every reference model
 	$(BIN)/python benchmarks/quality.py
