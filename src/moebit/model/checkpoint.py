@@ -16,12 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 from transformers.utils import logging as transformers_logging
 
 from moebit.errors import BadInputError
+from moebit.model.adapters import adapt
 from moebit.model.files import TensorEntry, TensorSpec, read_index
 from moebit.model.seam import SEAM
 
@@ -253,25 +259,42 @@ def load_config(path: Path) -> Any:
     return config
 
 
-def skeleton(config: Any) -> PreTrainedModel:
-    """The causal language model with every parameter on the meta device and its experts behind moebit's seam.
+def model_class(config: Any) -> type[PreTrainedModel]:
+    """The transformers class that a configuration stands for: the one it names, if that is a language model; else the causal one.
+
+    A wrapper around a language model (with towers for pictures or sound) is taken whole, so that its other weights are carried along.
 
     Raises:
-        BadInputError: no causal language model for this configuration; a computed buffer that stays undefined.
+        BadInputError: no language model for this configuration.
+    """
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    known = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+    known = [entry for entries in known for entry in (entries if isinstance(entries, tuple) else (entries,))]
+    if not known:
+        raise BadInputError(f"no causal language model for {config.model_type!r} in this transformers")
+    named = getattr(config, "architectures", None) or []
+    return next((entry for entry in known if entry.__name__ in named), known[0])
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """The language model with every parameter on the meta device and its experts behind moebit's seam.
+
+    Raises:
+        BadInputError: no language model for this configuration; a computed buffer that stays undefined.
     """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    chosen = model_class(config)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, experts_implementation=SEAM)
-    except ValueError as error:
-        raise BadInputError(f"no causal language model for {config.model_type!r} in this transformers") from error
+            model = chosen._from_config(config, experts_implementation=SEAM)
     finally:
         transformers_logging.set_verbosity(verbosity)
     model.float().eval().requires_grad_(False)  # the type in which moebit runs layers, whatever is stored
+    adapt(model)
     _compute_buffers(model)
     return model
 
@@ -331,14 +354,20 @@ def open_hub_checkpoint(path: Path) -> Checkpoint:
 
 
 def materialize(
-    module: nn.Module, prefix: str, weights: Weights, dtype: torch.dtype | None = torch.float32, skip: Iterable[nn.Module] = ()
+    module: nn.Module,
+    prefix: str,
+    weights: Weights,
+    dtype: torch.dtype | None = torch.float32,
+    skip: Iterable[nn.Module] = (),
+    recurse: bool = True,
 ) -> None:
     """Fill a skeleton module's parameters and buffers; floating-point ones are converted to `dtype` (None keeps the stored type).
 
-    Submodules in `skip` (the experts) stay on meta, except for their own submodules' parameters (a norm after the experts).
+    Submodules in `skip` (the experts) stay on meta, except for their own submodules' parameters (a norm after the experts). Without
+    `recurse`, only the module's own tensors are filled.
     """
     skipped = {id(parameter) for other in skip for parameter in other.parameters(recurse=False)}
-    for name, owner in module.named_modules():
+    for name, owner in module.named_modules() if recurse else [("", module)]:
         for table in (owner._parameters, owner._buffers):
             for leaf, value in table.items():
                 if value is None or id(value) in skipped or value.device.type != "meta":
@@ -349,9 +378,9 @@ def materialize(
                 table[leaf] = nn.Parameter(read, requires_grad=False) if table is owner._parameters else read
 
 
-def dematerialize(module: nn.Module) -> None:
+def dematerialize(module: nn.Module, recurse: bool = True) -> None:
     """Free a module's parameters and persistent buffers: back to meta."""
-    for owner in module.modules():
+    for owner in module.modules() if recurse else [module]:
         for leaf, parameter in owner._parameters.items():
             if parameter is not None and parameter.device.type != "meta":
                 owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moebit.model.checkpoint import Checkpoint, Weights, dematerialize, materialize
 from moebit.model.experts import Dispatch, ExpertsLayout, ExpertWeights, RoutedTokens, dispatch, finish, intermediate
-from moebit.model.replay import LayerCall, StopForward, head, record
+from moebit.model.replay import LayerCall, StopForward, head, record, same_arguments
 from moebit.model.seam import ExpertsHandler, experts_handler
 from moebit.model.structure import Structure
 
@@ -43,7 +43,7 @@ class Stream:
     Attributes:
         checkpoint, structure: the model the windows run through.
         windows: int64 [N, L] token ids.
-        hidden: [N, L, H] float32 states before the next layer.
+        hidden: [N, L, ...] float32 states before the next layer.
         directory: where activations go when they should not stay in memory.
     """
 
@@ -56,18 +56,17 @@ class Stream:
 
     def __post_init__(self) -> None:
         model = self.checkpoint.model
-        embeddings = model.get_input_embeddings()
-        name = next(n for n, m in model.named_modules() if m is embeddings)
-        materialize(embeddings, name, self.checkpoint.weights)
-        self.hidden = allocate((*self.windows.shape, self._width()), torch.float32, self.directory)
+        front = [(name, model.get_submodule(name)) for name in self.structure.front]
+        for name, module in front:
+            materialize(module, name, self.checkpoint.weights, recurse=False)
         for rows in self.batches():
-            first, calls = record(model, self.structure.list_name, input_ids=self.windows[rows])
+            first, calls = record(model, self.structure.list_name, self.structure.returns, input_ids=self.windows[rows])
+            if not rows.start:  # some models stream several states per token: [N, L, streams, H]
+                self.hidden = allocate((len(self.windows), *first.shape[1:]), torch.float32, self.directory)
             self.hidden[rows] = first
             self._calls.append(self._shared(calls))
-        dematerialize(embeddings)
-
-    def _width(self) -> int:
-        return int(self.checkpoint.config.get_text_config().hidden_size)
+        for _, module in front:
+            dematerialize(module, recurse=False)
 
     def batches(self) -> Iterator[slice]:
         step = max(1, BATCH_TOKENS // self.windows.shape[1])
@@ -78,11 +77,7 @@ class Stream:
         """The same calls with tensors that equal the first batch's (masks, positions) stored once."""
         if not self._calls:
             return calls
-        result = []
-        for mine, known in zip(calls, self._calls[0], strict=True):
-            kwargs = {key: _same(value, known.kwargs.get(key)) for key, value in mine.kwargs.items()}
-            result.append(LayerCall(tuple(_same(a, b) for a, b in zip(mine.args, known.args, strict=True)), kwargs, mine.by_name))
-        return result
+        return [same_arguments(mine, known, _same) for mine, known in zip(calls, self._calls[0], strict=True)]
 
     def layer(self, index: int) -> nn.Module:
         return self.checkpoint.model.get_submodule(self.structure.layers[index].name)
@@ -121,7 +116,7 @@ class Stream:
                 if experts is not None:
                     stack.enter_context(experts_handler(experts(rows)))
                 try:
-                    output = calls[index].run(layer, self.hidden[rows])
+                    output = calls[index].run(layer, self.hidden[rows], keep=advance)
                 except StopForward:
                     continue
             if advance:
@@ -197,25 +192,19 @@ class Stream:
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, logits [B, L, V] float32) after the last layer, a few windows at a time."""
         model = self.checkpoint.model
-        layers = self.structure.list_name
-        unused = model.get_input_embeddings()  # the head gets hidden states; with tied weights it holds the matrix itself
-        leaves = [(name, module) for name, module in model.named_modules() if name and not list(module.children())]
-        outside = [(name, module) for name, module in leaves if not _inside(name, layers) and module is not unused]
+        layers, returns = self.structure.list_name, self.structure.returns
+        behind = [(name, model.get_submodule(name)) for name in self.structure.back]
         vocabulary = int(self.checkpoint.config.get_text_config().vocab_size)
         step = max(1, LOGIT_BYTES // (4 * vocabulary * self.windows.shape[1]))
         try:
-            for name, module in outside:
-                materialize(module, name, self.checkpoint.weights)
+            for name, module in behind:
+                materialize(module, name, self.checkpoint.weights, recurse=False)
             for start in range(0, len(self.windows), step):
                 rows = slice(start, min(start + step, len(self.windows)))
-                yield rows, head(model, layers, self.hidden[rows]).float()
+                yield rows, head(model, layers, self.hidden[rows], returns).float()
         finally:
-            for _, module in outside:
-                dematerialize(module)
-
-
-def _inside(name: str, layers: str) -> bool:
-    return name == layers or name.startswith(f"{layers}.") or layers.startswith(f"{name}.")
+            for _, module in behind:
+                dematerialize(module, recurse=False)
 
 
 def _same(value: object, known: object) -> object:

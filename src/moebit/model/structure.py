@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moebit.errors import BadInputError
 from moebit.model.experts import ExpertsLayout, layout_of
-from moebit.model.replay import record
+from moebit.model.replay import LayerReturn, check_arguments, trial, zeros_outside
 from moebit.model.seam import experts_handler, is_experts
 
 PROBE_TOKENS = 8
@@ -80,10 +80,19 @@ class LayerSites:
 
 @dataclass(frozen=True)
 class Structure:
-    """The decoder layers of a model, in order."""
+    """The decoder layers of a model, in order.
+
+    Attributes:
+        list_name: the module list that holds them.
+        returns: what each of them returns.
+        front, back: modules with tensors of their own that run before the first and after the last layer.
+    """
 
     layers: tuple[LayerSites, ...]
     list_name: str
+    returns: tuple[LayerReturn, ...] = ()
+    front: tuple[str, ...] = ()
+    back: tuple[str, ...] = ()
 
     @property
     def moe_layers(self) -> list[LayerSites]:
@@ -142,7 +151,6 @@ def find_structure(model: PreTrainedModel) -> Structure:
     """
     list_name = decoder_list(model)
     layers = model.get_submodule(list_name)
-    width = model.config.get_text_config().hidden_size
     calls: list[_Call] = []
     routed: dict[str, tuple[Tensor, Tensor, int]] = {}
     names = {module: name for name, module in model.named_modules()}
@@ -156,25 +164,24 @@ def find_structure(model: PreTrainedModel) -> Structure:
         routed[names[module]] = (x, ids, len(calls))
         return torch.zeros_like(x)
 
+    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)
     try:
-        # Masks and positions are computed on the CPU, where their values can be looked at; then everything goes to meta.
-        hidden, layer_calls = record(model, list_name, inputs_embeds=torch.zeros(1, PROBE_TOKENS, width))
         with ExitStack() as stack:
             for module in layers.modules():
                 stack.callback(module.register_forward_pre_hook(on_call, with_kwargs=True).remove)
             stack.enter_context(experts_handler(on_experts))
-            stack.enter_context(torch.no_grad())
             stack.enter_context(_buffers_on_meta(layers))
-            hidden = hidden.to("meta")
-            for layer, call in zip(layers, layer_calls, strict=True):
-                hidden = call.to("meta").run(layer, hidden)
+            seen = trial(model, list_name, tokens)
+        with zeros_outside(model, list_name):
+            check_arguments(model, list_name, seen.returns, tokens)
     except BadInputError:
         raise
     except Exception as error:
         raise BadInputError(
             f"{type(model).__name__}: a trial forward failed ({type(error).__name__}: {error}); moebit does not understand this model"
         ) from error
-    return Structure(tuple(_layer_sites(model, list_name, i, calls, routed) for i in range(len(layers))), list_name)
+    sites = tuple(_layer_sites(model, list_name, i, calls, routed) for i in range(len(layers)))
+    return Structure(sites, list_name, seen.returns, seen.front, seen.back)
 
 
 @contextmanager
