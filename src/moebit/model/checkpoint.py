@@ -73,14 +73,19 @@ class Weights(ABC):
 
 @dataclass
 class _Source:
-    """The stored tensors that make up one or more parameters: (pattern, entry) in transformers' order."""
+    """The stored tensors that make up one or more parameters: (pattern, entry) in transformers' order.
+
+    `unchanged`: one stored tensor is the parameter as it stands, although there is a converter. Some converters look at shapes to see
+    whether there is anything to do, which they could not tell from a part of the experts.
+    """
 
     converter: WeightConverter | None
     first_target: str
     parts: list[tuple[str, TensorEntry]] = field(default_factory=list)
+    unchanged: bool = False
 
     def convert(self, model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        if self.converter is None:
+        if self.converter is None or self.unchanged:
             return {self.first_target: next(iter(tensors))[1]}
         converter = copy.deepcopy(self.converter)
         for pattern, tensor in tensors:
@@ -89,7 +94,13 @@ class _Source:
         return {name: value[0] if isinstance(value, list) else value for name, value in result.items()}
 
     def on_meta(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        return self.convert(model, ((pattern, torch.empty(e.shape, dtype=e.dtype, device="meta")) for pattern, e in self.parts))
+        """What a conversion of tensors without values gives; finds out whether it does anything."""
+        tensors = [(pattern, torch.empty(e.shape, dtype=e.dtype, device="meta")) for pattern, e in self.parts]
+        result = self.convert(model, tensors)
+        if len(tensors) == len(result) == 1:
+            (_, before), (after,) = tensors[0], result.values()
+            self.unchanged = after.untyped_storage()._cdata == before.untyped_storage()._cdata and after.stride() == before.stride()
+        return result
 
 
 class HubWeights(Weights):
@@ -173,8 +184,14 @@ class HubWeights(Weights):
         """As `Weights.expert_rows`; reads just these experts, be they stored one by one or stacked."""
         source, experts = self._of[name], self.specs[name].shape[0]
         by_pattern = self._parts_by_pattern(source)
-        if all(len(entries) == experts for entries in by_pattern.values()):
-            chosen = [(pattern, entry.read()) for pattern, entries in by_pattern.items() for entry in entries[start:stop]]
+        if all(len(entries) % experts == 0 for entries in by_pattern.values()):
+            # More tensors than experts: several parameters lie in one numbering, one after the other.
+            chosen = [
+                (pattern, entry.read())
+                for pattern, entries in by_pattern.items()
+                for first in range(0, len(entries), experts)
+                for entry in entries[first + start : first + stop]
+            ]
         elif all(len(entries) == 1 and entries[0].shape[0] == experts for entries in by_pattern.values()):
             chosen = [(pattern, entries[0].read(start, stop)) for pattern, entries in by_pattern.items()]
         else:
@@ -192,7 +209,7 @@ class HubWeights(Weights):
     def stored_form(self, name: str, tensor: Tensor, start: int = 0) -> dict[str, Tensor]:
         """A parameter, or its experts from `start` on, back under the checkpoint's own names and shapes (for `dense` output)."""
         source = self._of[name]
-        if source.converter is None:
+        if source.converter is None or source.unchanged:
             return {source.parts[0][1].name: tensor}
         reverse = source.converter.reverse_transform()
         reverse.add_tensor(name, name, reverse.source_patterns[0], tensor)

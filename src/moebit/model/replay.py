@@ -8,7 +8,7 @@ router's memory, tokens that an indexer selected, shared keys and values) reache
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,7 @@ class LayerCall:
             BadInputError: a layer whose output is not what it was in the trial forward.
         """
         args, kwargs = swapped(self.args, self._taken), swapped(self.kwargs, self._taken)
-        out = layer(*args, hidden_states=hidden, **kwargs) if self.by_name else layer(hidden, *args, **kwargs)
+        out = LayerCall(args, kwargs, self.by_name).apply(layer, hidden)
         leaves, spec = tree_flatten(out)
         place = self.returns.hidden if self.returns else 0
         if len(leaves) <= place or not isinstance(leaves[place], Tensor) or (self.returns is not None and spec != self.returns.spec):
@@ -107,6 +107,12 @@ class LayerCall:
         if keep:
             self.handed.update({key: leaves[key.leaf] for key in self.wanted})
         return leaves[place]  # type: ignore[no-any-return]
+
+    def apply(self, layer: nn.Module, hidden: Tensor) -> Any:
+        """The layer's whole output."""
+        if self.by_name:
+            return layer(*self.args, hidden_states=hidden, **self.kwargs)
+        return layer(hidden, *self.args, **self.kwargs)
 
     def _taken(self, value: Any) -> Any:
         return self.handed[value] if isinstance(value, Handed) else value
@@ -170,8 +176,8 @@ def outside(model: nn.Module, list_name: str) -> list[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def zeros_outside(model: nn.Module, list_name: str) -> Iterator[Callable[[], None]]:
-    """Zeros that take no memory in place of the meta tensors outside the decoder layers, so that the model's own forward runs.
+def zeros_instead(modules: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
+    """Zeros that take no memory in place of the modules' meta tensors, so that they run on the CPU.
 
     Yields a function that puts the meta tensors back early.
     """
@@ -182,7 +188,7 @@ def zeros_outside(model: nn.Module, list_name: str) -> Iterator[Callable[[], Non
             table, leaf, value = saved.pop()
             table[leaf] = value
 
-    for _, module in outside(model, list_name):
+    for module in modules:
         tables: Iterable[dict[str, Any]] = (module._parameters, module._buffers)
         for table in tables:
             for leaf, value in list(table.items()):
@@ -194,6 +200,24 @@ def zeros_outside(model: nn.Module, list_name: str) -> Iterator[Callable[[], Non
         yield restore
     finally:
         restore()
+
+
+def zeros_outside(model: nn.Module, list_name: str) -> AbstractContextManager[Callable[[], None]]:
+    """`zeros_instead` for everything outside the decoder layers: the model's own forward runs up to them and behind them."""
+    return zeros_instead(module for _, module in outside(model, list_name))
+
+
+@contextmanager
+def _buffers_on_meta(module: nn.Module) -> Iterator[None]:
+    """Computed buffers go to meta and come back."""
+    saved = [(owner, leaf, buffer) for owner in module.modules() for leaf, buffer in owner._buffers.items() if buffer is not None]
+    try:
+        for owner, leaf, buffer in saved:
+            owner._buffers[leaf] = buffer.to("meta")
+        yield
+    finally:
+        for owner, leaf, buffer in saved:
+            owner._buffers[leaf] = buffer
 
 
 def record(
@@ -313,10 +337,14 @@ class Trial:
     back: tuple[str, ...]
 
 
-def trial(model: PreTrainedModel, list_name: str, tokens: Tensor) -> Trial:
+def trial(model: PreTrainedModel, list_name: str, tokens: Tensor, forget: Callable[[int], None]) -> Trial:
     """Run the skeleton's own forward once, its decoder layers on the meta device, the rest on zeros on the CPU.
 
-    Masks and positions are computed on the CPU, where their values can be looked at.
+    Masks and positions are computed on the CPU, where their values can be looked at. A layer whose course depends on values, which
+    meta tensors don't have, runs on zeros on the CPU too.
+
+    Args:
+        forget: called with a layer's index when the layer starts again.
 
     Raises:
         BadInputError: a layer whose output is not understood.
@@ -334,10 +362,15 @@ def trial(model: PreTrainedModel, list_name: str, tokens: Tensor) -> Trial:
     with zeros_outside(model, list_name) as restore, torch.no_grad():
 
         def on_call(index: int, hidden: Tensor, call: LayerCall) -> Any:
-            x = on_meta(hidden)
-            args, kwargs = on_meta(call.args), on_meta(call.kwargs)
-            layer = originals[index]
-            out = layer(*args, hidden_states=x, **kwargs) if call.by_name else layer(x, *args, **kwargs)
+            x, layer = on_meta(hidden), originals[index]
+            moved = LayerCall(on_meta(call.args), on_meta(call.kwargs), call.by_name)
+            try:
+                with _buffers_on_meta(layer):
+                    out = moved.apply(layer, x)
+            except NotImplementedError:
+                forget(index)
+                with zeros_instead(layer.modules()):
+                    out = call.apply(layer, hidden)
             returns.append(LayerReturn.of(layer, out, x))
             if index == count - 1:
                 restore()  # the head on meta: its product over the whole vocabulary costs nothing there

@@ -7,7 +7,7 @@ with the same tensor share an input; the router is the module that produced what
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,12 +111,16 @@ def decoder_list(model: PreTrainedModel) -> str:
             f"{type(model).__name__} has no routed experts behind transformers' experts interface: it is a dense model, "
             "or one whose experts moebit does not understand; a quantizer for dense models will serve you better"
         )
+    language_model = model.get_decoder()  # a wrapper's towers may have experts, too
+    inside = {id(module) for module in language_model.modules()} if isinstance(language_model, nn.Module) else set()
+    found = [name for name in found if not inside or id(model.get_submodule(name)) in inside]
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     for name in sorted(lists, key=len):
-        if all(path.startswith(f"{name}.") for path in found):
+        if found and all(path.startswith(f"{name}.") for path in found):
             return name
     raise BadInputError(
-        f"{type(model).__name__}: experts at {found[0]!r} are not inside one list of decoder layers; moebit does not understand this model"
+        f"{type(model).__name__}: its experts are not inside one list of decoder layers of its language model; "
+        "moebit does not understand this model"
     )
 
 
@@ -160,6 +164,12 @@ def find_structure(model: PreTrainedModel) -> Structure:
         if tensors:
             calls.append(_Call(names[module], _identity(tensors[0]), len(calls), len(args) + len(kwargs) == 1, tensors[0]))
 
+    def forget(index: int) -> None:
+        prefix = f"{list_name}.{index}."
+        calls[:] = [call for call in calls if not call.module.startswith(prefix)]
+        for name in [name for name in routed if name.startswith(prefix)]:
+            del routed[name]
+
     def on_experts(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         routed[names[module]] = (x, ids, len(calls))
         return torch.zeros_like(x)
@@ -170,8 +180,7 @@ def find_structure(model: PreTrainedModel) -> Structure:
             for module in layers.modules():
                 stack.callback(module.register_forward_pre_hook(on_call, with_kwargs=True).remove)
             stack.enter_context(experts_handler(on_experts))
-            stack.enter_context(_buffers_on_meta(layers))
-            seen = trial(model, list_name, tokens)
+            seen = trial(model, list_name, tokens, forget)
         with zeros_outside(model, list_name):
             check_arguments(model, list_name, seen.returns, tokens)
     except BadInputError:
@@ -182,19 +191,6 @@ def find_structure(model: PreTrainedModel) -> Structure:
         ) from error
     sites = tuple(_layer_sites(model, list_name, i, calls, routed) for i in range(len(layers)))
     return Structure(sites, list_name, seen.returns, seen.front, seen.back)
-
-
-@contextmanager
-def _buffers_on_meta(module: nn.Module) -> Iterator[None]:
-    """Computed buffers go to meta for the trial forward and come back."""
-    saved = [(owner, leaf, buffer) for owner in module.modules() for leaf, buffer in owner._buffers.items() if buffer is not None]
-    try:
-        for owner, leaf, buffer in saved:
-            owner._buffers[leaf] = buffer.to("meta")
-        yield
-    finally:
-        for owner, leaf, buffer in saved:
-            owner._buffers[leaf] = buffer
 
 
 def _layer_sites(
@@ -221,14 +217,20 @@ def _layer_sites(
         )
 
     groups: dict[Any, list[_Call]] = {}
+    grouped: set[str] = set()
     for call in own:
         name = call.module.removeprefix(prefix)
         module = layer.get_submodule(name)
-        if not isinstance(module, nn.Linear) or name in kept or (router and call.module.startswith(router + ".")):
+        # A linear that is called again (on a start state of zeros, say) belongs to what it was called with first.
+        if not isinstance(module, nn.Linear) or name in kept or name in grouped or (router and call.module.startswith(router + ".")):
+            continue
+        if type(module).forward is not nn.Linear.forward:
+            kept[name] = f"{type(module).__name__} computes something else than a linear"
             continue
         if module.out_features == 1 or (moe and module.out_features == moe.layout.experts and call.storage == moe_storage):
             kept[name] = "gate"  # scalar gates of shared experts, further routing heads
             continue
+        grouped.add(name)
         groups.setdefault(call.storage, []).append(call)
     never = [
         n for n, m in layer.named_modules() if isinstance(m, nn.Linear) and n not in kept and not any(prefix + n == c.module for c in own)

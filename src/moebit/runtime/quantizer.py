@@ -11,6 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moebit.formats.native import METHOD, packed_specs
+from moebit.model.adapters import adapt
 from moebit.model.seam import SEAM
 from moebit.runtime.packed import EXPERTS_IMPLEMENTATION, PackedLinear, pack_experts
 
@@ -41,12 +42,15 @@ class MoebitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if getattr(model.config, "_experts_implementation", None) not in (EXPERTS_IMPLEMENTATION, SEAM):
             model.set_experts_implementation(EXPERTS_IMPLEMENTATION)  # type: ignore[operator]
+        adapt(model)
         for name, parts in packed_specs(self.quantization_config.to_dict()).items():
-            module = model.get_submodule(name)
+            module, (parent, _, leaf) = model.get_submodule(name), name.rpartition(".")
             if "" not in parts:
                 pack_experts(module, name, parts)
+                block = model.get_submodule(parent)
+                if not block._parameters and not block._buffers:
+                    block._is_hf_initialized = True  # some blocks initialise their experts' weights, which are not there
                 continue
-            parent, _, leaf = name.rpartition(".")
             dtype = module.weight.dtype if isinstance(module.weight, torch.Tensor) else torch.bfloat16
             setattr(model.get_submodule(parent), leaf, PackedLinear(parts[""], module.bias is not None, dtype))
 
