@@ -340,8 +340,8 @@ class Trial:
 def trial(model: PreTrainedModel, list_name: str, tokens: Tensor, forget: Callable[[int], None]) -> Trial:
     """Run the skeleton's own forward once, its decoder layers on the meta device, the rest on zeros on the CPU.
 
-    Masks and positions are computed on the CPU, where their values can be looked at. A layer whose course depends on values, which
-    meta tensors don't have, runs on zeros on the CPU too.
+    Masks and positions are computed on the CPU, where their values can be looked at. A layer that meta tensors
+    don't get through (its course depends on values, or it makes tensors elsewhere) runs on zeros on the CPU too.
 
     Args:
         forget: called with a layer's index when the layer starts again.
@@ -367,14 +367,14 @@ def trial(model: PreTrainedModel, list_name: str, tokens: Tensor, forget: Callab
             try:
                 with _buffers_on_meta(layer):
                     out = moved.apply(layer, x)
-            except NotImplementedError:
+            except (NotImplementedError, RuntimeError):
                 forget(index)
                 with zeros_instead(layer.modules()):
                     out = call.apply(layer, hidden)
             returns.append(LayerReturn.of(layer, out, x))
             if index == count - 1:
                 restore()  # the head on meta: its product over the whole vocabulary costs nothing there
-                return out
+                return on_meta(out)
             return returns[-1].filled(torch.zeros(x.shape, dtype=x.dtype))
 
         with stubs(model, list_name, on_call):
