@@ -6,7 +6,7 @@ quirks that its real models have. A type without an entry is reported as not tri
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,13 +41,6 @@ class Tiny:
         """The keyword arguments of the configuration class."""
         text = {**COMMON, **self.config}
         return text if self.wrapper is None else {**self.wrapper, self.inside: text}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Why a type has no entry."""
-
-    reason: str
 
 
 MOE = {"intermediate_size": 48, "moe_intermediate_size": INTERMEDIATE}
@@ -311,5 +304,49 @@ _ALL = [
     Tiny("llama4", "the same; a vision tower", LLAMA4_TEXT, {"vision_config": {"hidden_size": 32, "intermediate_size": 64,
          "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4, "projector_input_dim": 32,
          "projector_output_dim": 32, "vision_output_dim": 32}, "image_token_index": 120, "boi_token_index": 121, "eoi_token_index": 122}),
+    Tiny("step3p7", "own gating with limits, correction bias, gated attention, sliding windows, dense first layer, shared expert; a vision tower",
+         {**MOE, **DENSE_FIRST, **SLIDING, "n_routed_experts": EXPERTS, "head_dim": 16, "moe_router_scaling_factor": 2.0,
+          "share_expert_dim": 40, "swiglu_limits": [0.0, 0.5], "swiglu_limits_shared": [0.0, 0.5], "num_sliding_attention_heads": 4,
+          "pad_token_id": 1, "num_experts_per_tok": 2},
+         {"vision_config": {"width": 32, "layers": 1, "heads": 2, "image_size": 16, "patch_size": 4, "mlp_ratio": 2.0,
+          "max_position_embeddings": 16}, "image_token_id": 120}),
+    # Experts that do not go through the interface, without an adapter.
+    Tiny("dbrx", "experts in flat matrices", {"d_model": HIDDEN, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
+         "ffn_config": {"ffn_hidden_size": INTERMEDIATE, "moe_num_experts": EXPERTS, "moe_top_k": 2},
+         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}}),
+    Tiny("doge", "experts as rows of embeddings, looked up by product keys",
+         {"intermediate_size": 48, "is_moe": True, "num_experts": 16, "num_experts_per_tok": 2}),
+    Tiny("jetmoe", "experts in attention, too", {"intermediate_size": INTERMEDIATE, "num_local_experts": EXPERTS, "kv_channels": 16}),
+    Tiny("longcat_flash", "experts that do nothing, two attentions and MLPs a layer, MLA",
+         {**MLA, "num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": INTERMEDIATE, "n_routed_experts": EXPERTS,
+          "zero_expert_num": 2, "q_lora_rank": 32, "moe_topk": 2, "num_hidden_layers": 4, "head_dim": 8, "routed_scaling_factor": 2.0}),
 ]  # fmt: skip
-TINY = {tiny.model_type: tiny for tiny in _ALL}
+
+QUIRKS = {
+    "mixtral": "jitter (off outside of training)",
+    "qwen2_moe": "gated shared expert, sliding windows, tied head",
+    "qwen3_moe": "renormalised top-k, dense layer in between",
+    "olmoe": "clipped queries, keys and values, no renormalisation",
+    "deepseek_v2": "MLA, grouped top-k, scaling, two shared experts, dense first layer, yarn",
+    "deepseek_v3": "MLA, groups of experts, correction bias, scaling, shared expert, dense first layer, yarn",
+    "gpt_oss": "experts stored [E, in, out], gate and up interleaved, biases, own gating with a limit, sinks, sliding windows",
+    "granitemoe": "fused storage, multipliers, tied head",
+    "phimoe": "sparsemixer routing, LayerNorms with biases, attention and head biases, long rope, sliding windows",
+    "qwen3_next": "linear attention, gated attention, gated shared expert, dense layer",
+    "glm4_moe": "groups of experts, correction bias, scaling, shared expert, dense first layer, biases, query and key norms",
+    "ernie4_5_moe": "correction bias, shared experts, dense first layer, biases, tied head",
+    "minimax": "lightning attention, residuals from the norms, multipliers",
+    "hunyuan_v1_moe": "shared MLP, query and key norms, dynamic rope",
+    "jamba": "Mamba and attention, dense layer in between",
+    "kimi_linear": "linear attention and MLA, groups of experts, shared expert, dense first layer",
+    "nemotron_h": "experts without gates, one block a layer (Mamba, experts, attention, MLP), groups of experts, shared expert",
+}
+_KNOWN = [
+    Tiny(name, quirks, ARCHITECTURES[name].config, dtype=ARCHITECTURES[name].dtype) for name, quirks in QUIRKS.items()
+]  # the detailed tests know more about these
+TINY = {tiny.model_type: tiny for tiny in [*_KNOWN, *_ALL]}
+# What has to work in full whenever anything changes: `make test` runs these, `make test-all` every one.
+ALWAYS = (
+    "mixtral qwen2_moe qwen3_moe qwen3_next olmoe deepseek_v2 deepseek_v3 gpt_oss glm4_moe granitemoe phimoe ernie4_5_moe minimax "
+    "hunyuan_v1_moe jamba llama4"
+).split()

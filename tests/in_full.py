@@ -54,8 +54,17 @@ class Outcome:
     changed: list[str]
 
     @property
+    def difference(self) -> float:
+        return max(self.logits, self.streamed)
+
+    @property
+    def exact(self) -> bool:
+        """What is quantized is right, and the rest is untouched."""
+        return self.difference <= TOLERANCE and not self.changed
+
+    @property
     def works(self) -> bool:
-        return self.share == 1.0 and max(self.logits, self.streamed) <= TOLERANCE and not self.changed
+        return self.exact and self.share == 1.0
 
 
 def auto_class(tiny: Tiny) -> Any:

@@ -94,6 +94,7 @@ def quantize(
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    accept_unquantized: bool = False,
     progress: Progress | None = None,
 ) -> Result | Plan:
     """Quantize a checkpoint into the directory `out`; the plan alone with `dry_run`.
@@ -107,6 +108,7 @@ def quantize(
         seed: chooses the calibration windows. The same input, recipe, seed and memory give the same bytes (on the same kind of
             machine, with as many threads: float sums differ between them).
         resume: go on with an interrupted run after its last whole layer.
+        accept_unquantized: go on even if more than 5% of the expert parameters would stay in full precision.
         progress: called with (what, done, total).
 
     Raises:
@@ -125,6 +127,7 @@ def quantize(
     structure = find_structure(checkpoint.model)
     bits = load_bit_plan(plan) if isinstance(plan, str | Path) else plan
     decided = make_plan(checkpoint, structure, chosen, memory, bits)
+    decided.coverage.check(accept_unquantized)
     windows = _calibration(checkpoint, chosen, text, seed)
     if dry_run:
         return decided

@@ -17,6 +17,7 @@ import torch
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec, average_bits
 from moebit.model.checkpoint import Checkpoint, HubWeights
+from moebit.model.coverage import Coverage, expert_coverage
 from moebit.model.structure import LayerSites, MoESite, Structure
 from moebit.recipe import BIT_WIDTHS, Recipe
 
@@ -95,7 +96,8 @@ class Plan:
     Attributes:
         linears: quantized linears by full name.
         experts: quantized experts modules by full name, each projection's spec.
-        kept: full names of what stays in full precision though it is a matrix of a decoder layer, with the reason.
+        kept: full names of what stays in full precision though it is a matrix of a decoder layer or an expert, with the reason.
+        coverage: which expert parameters of the files the structure covers. What the recipe ignores by name is the user's wish.
         size_bytes: of the output's tensors. peak_bytes, seconds: estimates.
         chunk: experts of a layer that are in memory at a time, by layer index.
     """
@@ -110,6 +112,7 @@ class Plan:
     seconds: float
     chunk: dict[int, int]
     spill: bool
+    coverage: Coverage
 
     @property
     def modules(self) -> dict[str, dict[str, PackedSpec]]:
@@ -130,6 +133,7 @@ class Plan:
             "quantized_linears": len(self.linears),
             "quantized_experts_modules": len(self.experts),
             "kept": self.kept,
+            "unquantized_expert_share": self.coverage.share,
             "experts_per_chunk": self.chunk,
         }
 
@@ -146,7 +150,8 @@ def make_plan(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memo
     bits = bits or BitPlan({}, {})
     linears: dict[str, PackedSpec] = {}
     experts: dict[str, dict[str, PackedSpec]] = {}
-    kept: dict[str, str] = {}
+    coverage = expert_coverage(checkpoint, structure)
+    kept: dict[str, str] = {name: why for name, (_, why) in coverage.left.items()}
     used: set[str] = set()
     for layer in structure.layers:
         kept |= {f"{layer.name}.{name}": reason for name, reason in layer.kept.items()}
@@ -211,6 +216,7 @@ def make_plan(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memo
         _seconds(checkpoint, structure, recipe, tokens),
         chunk,
         spill,
+        coverage,
     )
 
 
@@ -339,7 +345,8 @@ def describe_structure(checkpoint: Checkpoint, structure: Structure) -> dict[str
         "parameters": sum(part["parameters"] for part in parts.values()),
         "parts": parts,
         "size_bytes": checkpoint.size_bytes,
-        "not_in_model": list(getattr(checkpoint.weights, "unused", [])),
+        "not_in_model": (unused := list(getattr(checkpoint.weights, "unused", []))),
+        "not_in_model_bytes": sum(checkpoint.entries[stored].spec.nbytes for stored in unused),
         "per_layer": [_describe_layer(layer) for layer in structure.layers],
     }
 
