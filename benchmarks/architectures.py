@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from moebit.errors import BadInputError
-from tests.architectures import TINY
+from tests.architectures import TINY, UNTRIED
 from tests.in_full import Outcome, run
 from tests.models import quiet
 
@@ -38,6 +38,16 @@ TABLE = Path("docs/architectures.md")
 MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
 ON_SEAM = re.compile(r"^@use_experts_implementation", re.MULTILINE)
 EXPERTS_CLASS = re.compile(r"^class \w*(?:Experts?|MoE|Moe|Sparse)(?:GLU|MLP|Layer)?\b", re.MULTILINE)
+
+
+ABOUT = """\
+Every modelling module of this transformers that defines routed experts was tried with a tiny random model that has the quirks named below.
+*Works* means: saved by transformers, quantized by moebit (GPTQ on a text of tokens, 4 bits, all linears and all experts, layer by layer),
+written in the native format, loaded by transformers; every parameter of the routed experts is quantized, every other tensor is what it was,
+and the logits are those of the original model in plain transformers with the quantized weights put in as dense values, read from the files
+by other code than moebit's. The streaming that calibrates and evaluates gives transformers' logits, too. *Difference* is the largest of
+these comparisons in float32, as a share of the largest logit. *Partly*: as exact, but some experts stay in full precision; moebit says so
+before it starts, and wants `--accept-unquantized` where it is more than 5% of the expert parameters.""".splitlines()
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,7 @@ def attempt(module: Module, model_type: str) -> Row:
     with tempfile.TemporaryDirectory() as directory:
         try:
             if model_type not in TINY:
-                raise BadInputError("not tried: tests/architectures.py has no configuration for it")
+                raise BadInputError(UNTRIED.get(model_type, "not tried: tests/architectures.py has no configuration for it"))
             tiny = TINY[model_type]
             with quiet():
                 try:
@@ -126,17 +136,10 @@ def table(rows: list[Row], found: list[Module]) -> str:
         "Written by `make architectures`; do not edit. "
         f"transformers {transformers.__version__}, torch {torch.__version__}, moebit {version('moebit')}.",
         "",
-        "Every modelling module of this transformers that defines routed experts was tried with a tiny random model that has the quirks named",
-        "below. *Works* means: saved by transformers, quantized by moebit (GPTQ on a text of tokens, 4 bits, all linears and all experts,",
-        "layer by layer), written in the native format, loaded by transformers; every parameter of the routed experts is quantized, every",
-        "other tensor is what it was, and the logits are those of the original model in plain transformers with the quantized weights put in",
-        "as dense values, read from the files by other code than moebit's. The streaming that calibrates and evaluates gives transformers'",
-        "logits, too. *Difference* is the largest of these comparisons in float32, as a share of the largest logit. *Partly*: as exact, but",
-        "some experts stay in full precision; moebit says so before it starts and wants `--accept-unquantized` where it is more than 5% of",
-        "the expert parameters.",
+        *ABOUT,
         "",
-        f"**{len(whole)} modelling modules work in full**; of the {len(causal)} whose experts go through transformers' experts interface and",
-        f"that have a causal language model ({ids} model types with their text and alias forms), {sum(m in whole for m in causal)} do.",
+        f"**{len(whole)} modelling modules work in full**, in at least one of their forms. Of the {len(causal)} whose experts go through",
+        f"transformers' experts interface and that have a causal language model ({ids} model types), {sum(m in whole for m in causal)} do.",
         "",
     ]
     for title, chosen in (

@@ -89,7 +89,9 @@ def build(tiny: Tiny, directory: Path) -> Path:
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
             if name.endswith("tid2eid"):
                 buffer.copy_(torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(len(buffer))]))
-    return save(model.to(tiny.dtype).eval(), directory)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(tiny.dtype)
+    return save(model.eval(), directory)
 
 
 def _randomize(name: str, tensor: Tensor, generator: torch.Generator) -> None:

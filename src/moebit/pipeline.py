@@ -232,7 +232,8 @@ class _Work:
         """The calibration windows behind the layers that are done."""
         stream = Stream(self.checkpoint, self.plan.structure, windows, self.output.partial if self.plan.spill else None)
         if done:
-            stream.hidden.copy_(read_header(self.output.partial / _stream_file(done - 1))["hidden"].read())
+            saved = read_header(self.output.partial / _stream_file(done - 1))
+            stream.take_up({name: entry.read() for name, entry in saved.items()})
         return stream
 
     def _layer(self, sites: LayerSites, stream: Stream | None) -> LayerReport:
@@ -247,8 +248,10 @@ class _Work:
         report.seconds = round(time.perf_counter() - began, 3)
         if stream:
             files.append(_stream_file(sites.index))
-            with self.output.shard(files[1], {"hidden": TensorSpec(torch.float32, tuple(stream.hidden.shape))}) as saved:
-                saved.write("hidden", stream.hidden)
+            state = stream.state()
+            with self.output.shard(files[1], {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in state.items()}) as saved:
+                for name, value in state.items():
+                    saved.write(name, value.contiguous())
         self.output.record("layer", files, index=sites.index, report=asdict(report))
         if sites.index:
             self.output.remove(_stream_file(sites.index - 1))

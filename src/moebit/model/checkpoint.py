@@ -385,7 +385,8 @@ def materialize(
     """
     skipped = {id(parameter) for other in skip for parameter in other.parameters(recurse=False)}
     for name, owner in module.named_modules() if recurse else [("", module)]:
-        for table in (owner._parameters, owner._buffers):
+        tables: Iterable[dict[str, Any]] = (owner._parameters, owner._buffers)
+        for table in tables:
             for leaf, value in table.items():
                 if value is None or id(value) in skipped or value.device.type != "meta":
                     continue

@@ -7,6 +7,7 @@ router's memory, tokens that an indexer selected, shared keys and values) reache
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -68,13 +69,54 @@ class Handed:
     leaf: int
 
 
+@dataclass
+class Carried:
+    """What the layers of one batch hand to later ones beside the hidden states.
+
+    Attributes:
+        values: of layers that ran with `keep`, until the last layer that takes them has run. last_use: that layer.
+        written: dicts that the model passes empty to its layers, for them to write into and read from.
+    """
+
+    values: dict[Handed, Any] = field(default_factory=dict)
+    last_use: dict[Handed, int] = field(default_factory=dict)
+    written: list[dict[Any, Any]] = field(default_factory=list)
+
+    def note(self, value: Any) -> None:
+        """Remember an argument if it is a dict to be written into."""
+        if isinstance(value, dict) and not value and not any(value is known for known in self.written):
+            self.written.append(value)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors, for a file."""
+        result = {f"handed.{key.layer}.{key.leaf}": value for key, value in self.values.items() if isinstance(value, Tensor)}
+        for number, entries in enumerate(self.written):
+            for key, value in entries.items():
+                for place, item in enumerate(value if isinstance(value, tuple | list) else [value]):
+                    several = place if isinstance(value, tuple | list) else ""
+                    result[f"written.{number}.{several}.{json.dumps(key)}"] = item
+        return result
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `tensors`."""
+        for name, tensor in tensors.items():
+            kind, first, second, *key = name.split(".", 3)
+            if kind == "handed":
+                self.values[Handed(int(first), int(second))] = tensor
+            elif second == "":
+                self.written[int(first)][json.loads(key[0])] = tensor
+            else:
+                entries, entry = self.written[int(first)], json.loads(key[0])
+                entries[entry] = (*entries.get(entry, ()), tensor)
+
+
 @dataclass(frozen=True)
 class LayerCall:
     """The arguments of one decoder layer for one batch; the hidden states (first positional or `hidden_states`) are left out.
 
     Attributes:
         index: of the layer. returns: what it returns, None for one tensor.
-        handed: of this batch: what layers that ran with `keep` returned for later ones; shared by the calls of a batch.
+        carried: of this batch; shared by its calls.
         wanted: what later layers want of this one's output.
     """
 
@@ -83,7 +125,7 @@ class LayerCall:
     by_name: bool
     index: int = 0
     returns: LayerReturn | None = None
-    handed: dict[Handed, Any] = field(default_factory=dict)
+    carried: Carried = field(default_factory=Carried)
     wanted: set[Handed] = field(default_factory=set)
 
     def run(self, layer: nn.Module, hidden: Tensor, keep: bool = False) -> Tensor:
@@ -105,8 +147,10 @@ class LayerCall:
                 "moebit does not understand this layer"
             )
         if keep:
-            self.handed.update({key: leaves[key.leaf] for key in self.wanted})
-        return leaves[place]  # type: ignore[no-any-return]
+            self.carried.values.update({key: leaves[key.leaf] for key in self.wanted})
+            for key in [key for key in self.carried.values if self.carried.last_use[key] <= self.index]:
+                del self.carried.values[key]
+        return leaves[place]
 
     def apply(self, layer: nn.Module, hidden: Tensor) -> Any:
         """The layer's whole output."""
@@ -115,7 +159,7 @@ class LayerCall:
         return layer(hidden, *self.args, **self.kwargs)
 
     def _taken(self, value: Any) -> Any:
-        return self.handed[value] if isinstance(value, Handed) else value
+        return self.carried.values[value] if isinstance(value, Handed) else value
 
 
 def swapped(value: Any, swap: Callable[[Any], Any]) -> Any:
@@ -239,13 +283,14 @@ def record(
     calls: list[LayerCall] = []
     expected: list[Tensor] = []
     known: dict[int, tuple[Handed, Tensor]] = {}
-    handed: dict[Handed, Any] = {}
+    carried = Carried()
 
     def handed_on(value: Any) -> Any:
         if not isinstance(value, Tensor) or id(value) not in known:
             return value
         key = known[id(value)][0]
         calls[key.layer].wanted.add(key)
+        carried.last_use[key] = len(calls)  # the layer whose call is being noted
         return key
 
     def on_call(index: int, hidden: Tensor, call: LayerCall) -> Any:
@@ -258,8 +303,10 @@ def record(
             )
         first.append(hidden) if not first else None
         form = returns[index] if returns else None
+        for value in (*call.args, *call.kwargs.values()):
+            carried.note(value)
         args, kwargs = swapped(call.args, handed_on), swapped(call.kwargs, handed_on)
-        calls.append(LayerCall(args, kwargs, call.by_name, index, form, handed))
+        calls.append(LayerCall(args, kwargs, call.by_name, index, form, carried))
         if len(calls) == count:
             raise StopForward
         passed = torch.full((), fill, dtype=hidden.dtype).expand(hidden.shape)
@@ -320,71 +367,83 @@ def head(model: PreTrainedModel, list_name: str, hidden: Tensor, returns: Sequen
 
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64)
     with stubs(model, list_name, on_call), zeros_outside(model, list_name), torch.no_grad():
-        return model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+        return model(input_ids=tokens, use_cache=False).logits
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What one forward of the skeleton showed.
+def trial(
+    model: PreTrainedModel, list_name: str, tokens: Tensor, forget: Callable[[int], None]
+) -> tuple[tuple[LayerReturn, ...], tuple[str, ...]]:
+    """Run the skeleton's own forward up to its last layer: the decoder layers on the meta device, the rest on zeros on the CPU.
 
-    Attributes:
-        returns: what each decoder layer returns.
-        front, back: modules outside the layers, with tensors of their own, that run before the first and after the last layer.
-    """
-
-    returns: tuple[LayerReturn, ...]
-    front: tuple[str, ...]
-    back: tuple[str, ...]
-
-
-def trial(model: PreTrainedModel, list_name: str, tokens: Tensor, forget: Callable[[int], None]) -> Trial:
-    """Run the skeleton's own forward once, its decoder layers on the meta device, the rest on zeros on the CPU.
-
-    Masks and positions are computed on the CPU, where their values can be looked at. A layer that meta tensors
-    don't get through (its course depends on values, or it makes tensors elsewhere) runs on zeros on the CPU too.
+    Masks and positions are computed on the CPU, where their values can be looked at. A layer that meta tensors don't get through (its
+    course depends on values, or it makes tensors elsewhere) runs on zeros on the CPU too.
 
     Args:
         forget: called with a layer's index when the layer starts again.
+
+    Returns:
+        What each layer returns, and the modules outside the layers, with tensors of their own, that run before or among them.
 
     Raises:
         BadInputError: a layer whose output is not understood.
     """
     layers: Any = model.get_submodule(list_name)
-    originals, count = list(layers), len(layers)
+    originals = list(layers)
     returns: list[LayerReturn] = []
-    seen: dict[bool, list[str]] = {False: [], True: []}  # by whether the last layer has run
     on_meta = _MetaTwins()
-    ancestors = [name for name, _ in outside(model, list_name) if f"{list_name}.".startswith(f"{name}." if name else "")]
-    hooks = [
-        module.register_forward_pre_hook(lambda m, args, name=name: seen[len(returns) == count].append(name))  # type: ignore[misc]
-        for name, module in outside(model, list_name)
-    ]
-    with zeros_outside(model, list_name) as restore, torch.no_grad():
+
+    def on_call(index: int, hidden: Tensor, call: LayerCall) -> Any:
+        x, layer = on_meta(hidden), originals[index]
+        moved = LayerCall(on_meta(call.args), on_meta(call.kwargs), call.by_name)
+        try:
+            with _buffers_on_meta(layer):
+                out = moved.apply(layer, x)
+        except (NotImplementedError, RuntimeError):
+            forget(index)
+            with zeros_instead(layer.modules()):
+                out = call.apply(layer, hidden)
+        returns.append(LayerReturn.of(layer, out, x))
+        if len(returns) == len(originals):
+            raise StopForward
+        return returns[-1].filled(torch.zeros(x.shape, dtype=x.dtype))
+
+    with _names_of_called(model, list_name) as called, zeros_outside(model, list_name), stubs(model, list_name, on_call), torch.no_grad():
+        try:
+            model(input_ids=tokens, use_cache=False)
+        except StopForward:
+            return tuple(returns), tuple(dict.fromkeys(called))
+    raise BadInputError(
+        f"{type(model).__name__} called {len(returns)} of its {len(originals)} decoder layers; moebit does not understand this model"
+    )
+
+
+def behind_layers(model: PreTrainedModel, list_name: str, returns: Sequence[LayerReturn], tokens: Tensor) -> tuple[str, ...]:
+    """The modules outside the layers, with tensors of their own, that run after the last layer, or around all of them."""
+    around = [name for name, _ in outside(model, list_name) if f"{list_name}.".startswith(f"{name}." if name else "")]
+    with _names_of_called(model, list_name) as called, zeros_outside(model, list_name) as restore, torch.no_grad():
 
         def on_call(index: int, hidden: Tensor, call: LayerCall) -> Any:
-            x, layer = on_meta(hidden), originals[index]
-            moved = LayerCall(on_meta(call.args), on_meta(call.kwargs), call.by_name)
-            try:
-                with _buffers_on_meta(layer):
-                    out = moved.apply(layer, x)
-            except (NotImplementedError, RuntimeError):
-                forget(index)
-                with zeros_instead(layer.modules()):
-                    out = call.apply(layer, hidden)
-            returns.append(LayerReturn.of(layer, out, x))
-            if index == count - 1:
-                restore()  # the head on meta: its product over the whole vocabulary costs nothing there
-                return on_meta(out)
-            return returns[-1].filled(torch.zeros(x.shape, dtype=x.dtype))
+            if index < len(returns) - 1:
+                return returns[index].filled(torch.zeros(hidden.shape, dtype=hidden.dtype))
+            called.clear()
+            restore()  # the head on meta: its product over the whole vocabulary costs nothing there
+            return returns[index].filled(hidden.to("meta"))
 
         with stubs(model, list_name, on_call):
-            try:
-                model(input_ids=tokens, use_cache=False)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-    front, back = (tuple(dict.fromkeys([*ancestors, *seen[phase]])) for phase in (False, True))
-    return Trial(tuple(returns), front, back)
+            model(input_ids=tokens, use_cache=False)
+    return tuple(dict.fromkeys([*around, *called]))
+
+
+@contextmanager
+def _names_of_called(model: nn.Module, list_name: str) -> Iterator[list[str]]:
+    """The modules outside the layers with tensors of their own, as they are called."""
+    called: list[str] = []
+    hooks = [module.register_forward_pre_hook(lambda m, args, name=name: called.append(name)) for name, module in outside(model, list_name)]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _MetaTwins:
@@ -412,4 +471,4 @@ def same_arguments(call: LayerCall, known: LayerCall, same: Callable[[Any, Any],
     """The call with arguments that equal those of another batch's stored once."""
     kwargs: Mapping[str, Any] = {key: same(value, known.kwargs.get(key)) for key, value in call.kwargs.items()}
     args = tuple(same(a, b) for a, b in zip(call.args, known.args, strict=True))
-    return LayerCall(args, dict(kwargs), call.by_name, call.index, call.returns, call.handed, call.wanted)
+    return LayerCall(args, dict(kwargs), call.by_name, call.index, call.returns, call.carried, call.wanted)

@@ -68,6 +68,18 @@ class Stream:
         for _, module in front:
             dematerialize(module, recurse=False)
 
+    def state(self) -> dict[str, Tensor]:
+        """Everything that going on from here needs: the hidden states, and what layers handed on beside them."""
+        carried = {f"{b}.{name}": value for b, calls in enumerate(self._calls) for name, value in calls[0].carried.tensors().items()}
+        return {"hidden": self.hidden, **carried}
+
+    def take_up(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a saved state."""
+        self.hidden.copy_(state["hidden"])
+        for b, calls in enumerate(self._calls):
+            mine = {name.partition(".")[2]: value for name, value in state.items() if name.partition(".")[0] == str(b)}
+            calls[0].carried.restore(mine)
+
     def batches(self) -> Iterator[slice]:
         step = max(1, BATCH_TOKENS // self.windows.shape[1])
         for start in range(0, len(self.windows), step):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moebit.errors import BadInputError
 from moebit.model.experts import ExpertsLayout, layout_of
-from moebit.model.replay import LayerReturn, check_arguments, trial, zeros_outside
+from moebit.model.replay import LayerReturn, behind_layers, check_arguments, trial, zeros_outside
 from moebit.model.seam import experts_handler, is_experts
 
 PROBE_TOKENS = 8
@@ -180,9 +180,10 @@ def find_structure(model: PreTrainedModel) -> Structure:
             for module in layers.modules():
                 stack.callback(module.register_forward_pre_hook(on_call, with_kwargs=True).remove)
             stack.enter_context(experts_handler(on_experts))
-            seen = trial(model, list_name, tokens, forget)
+            returns, front = trial(model, list_name, tokens, forget)
         with zeros_outside(model, list_name):
-            check_arguments(model, list_name, seen.returns, tokens)
+            check_arguments(model, list_name, returns, tokens)
+        back = behind_layers(model, list_name, returns, tokens)
     except BadInputError:
         raise
     except Exception as error:
@@ -190,7 +191,7 @@ def find_structure(model: PreTrainedModel) -> Structure:
             f"{type(model).__name__}: a trial forward failed ({type(error).__name__}: {error}); moebit does not understand this model"
         ) from error
     sites = tuple(_layer_sites(model, list_name, i, calls, routed) for i in range(len(layers)))
-    return Structure(sites, list_name, seen.returns, seen.front, seen.back)
+    return Structure(sites, list_name, returns, front, back)
 
 
 def _layer_sites(

@@ -47,7 +47,7 @@ class MoebitQuantizer(HfQuantizer):
             module, (parent, _, leaf) = model.get_submodule(name), name.rpartition(".")
             if "" not in parts:
                 pack_experts(module, name, parts)
-                block = model.get_submodule(parent)
+                block: Any = model.get_submodule(parent)
                 if not block._parameters and not block._buffers:
                     block._is_hf_initialized = True  # some blocks initialise their experts' weights, which are not there
                 continue
