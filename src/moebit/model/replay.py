@@ -8,7 +8,7 @@ router's memory, tokens that an indexer selected, shared keys and values) reache
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,16 +75,16 @@ class Carried:
 
     Attributes:
         values: of layers that ran with `keep`, until the last layer that takes them has run. last_use: that layer.
-        written: dicts that the model passes empty to its layers, for them to write into and read from.
+        written: mappings that the model passes empty to its layers, for them to write into and read from.
     """
 
     values: dict[Handed, Any] = field(default_factory=dict)
     last_use: dict[Handed, int] = field(default_factory=dict)
-    written: list[dict[Any, Any]] = field(default_factory=list)
+    written: list[MutableMapping[Any, Any]] = field(default_factory=list)
 
     def note(self, value: Any) -> None:
-        """Remember an argument if it is a dict to be written into."""
-        if isinstance(value, dict) and not value and not any(value is known for known in self.written):
+        """Remember an argument if it is a mapping to be written into."""
+        if isinstance(value, MutableMapping) and not value and not any(value is known for known in self.written):
             self.written.append(value)
 
     def tensors(self) -> dict[str, Tensor]:
