@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import moebit
@@ -66,6 +67,18 @@ def test_resume_keeps_what_layers_hand_on(name: str, tmp_path: Path) -> None:
         moebit.quantize(source, tmp_path / "out", recipe=small_recipe(), text=text, progress=stop)
     moebit.quantize(source, tmp_path / "out", recipe=small_recipe(), text=text, resume=True)
     assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("name", ["llama4", pytest.param("qwen3_5_moe", marks=pytest.mark.slow)])
+def test_language_model_of_a_wrapper_by_itself(name: str, tmp_path: Path) -> None:
+    """AutoModelForCausalLM takes the language model out of a wrapper's checkpoint; out of a quantized one, too."""
+    source, out = build(TINY[name], tmp_path / "source"), tmp_path / "out"
+    moebit.quantize(source, out, recipe=small_recipe("rtn"))
+    whole = load(TINY[name], out)
+    with quiet():
+        alone = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    assert type(alone) is not type(whole)
+    assert torch.equal(logits_of(alone), logits_of(whole))
 
 
 class Stopped(Exception):

@@ -31,6 +31,8 @@ from moebit.model.adapters import adapt
 from moebit.model.files import TensorEntry, TensorSpec, read_index
 from moebit.model.seam import SEAM
 
+INSIDE = "language_model"  # what transformers calls the language model inside a wrapper
+
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:
     """The local directory of a checkpoint: a path, or a hub id that is downloaded (safetensors, configuration, tokenizer).
@@ -237,6 +239,11 @@ class HubWeights(Weights):
         for pattern, entry in source.parts:
             result[pattern].append(entry)
         return result
+
+
+def without_wrapper() -> WeightRenaming:
+    """The rule by which transformers loads a wrapper's language model by itself."""
+    return WeightRenaming(rf"(^|\.){INSIDE}\.", r"\1")
 
 
 def read_config(path: Path) -> dict[str, Any]:
