@@ -28,7 +28,7 @@ class Coverage:
 
     Attributes:
         covered: experts module in the structure -> parameters.
-        left: what is not -> (parameters, why).
+        left: what is not -> (parameters of routed experts, why).
     """
 
     covered: dict[str, int]
@@ -69,10 +69,11 @@ def expert_coverage(checkpoint: Checkpoint, structure: Structure) -> Coverage:
         in_layers = name.startswith(f"{structure.list_name}.")
         if is_experts(module):
             left[name] = (_parameters(model, name), "text does not reach them" if in_layers else "outside the language model's layers")
-        elif in_layers and not isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd) and "shared" not in name:
+        elif in_layers and not isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd):
             count = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim >= 3 and min(p.shape) > 1)
             if count:
-                left[name] = (count, f"{type(module).__name__} holds stacked matrices that do not go through the experts interface")
+                why = f"{type(module).__name__} holds stacked matrices that do not go through the experts interface"
+                left[name] = (0 if "shared" in name else count, why)  # shared experts are kept, too, but are not routed ones
     for stored in getattr(checkpoint.weights, "unused", []):
         found = STORED_EXPERT.search(stored)
         if found:
