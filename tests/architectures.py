@@ -169,7 +169,8 @@ _ALL = [
     Tiny("inkling2_text", "attention over blocks of layers, short convolutions, relative positions, own gating with soft caps",
          {"moe_intermediate_size": INTERMEDIATE, "n_routed_experts": EXPERTS, "head_dim": 16, "swa_num_attention_heads": 4,
           "swa_num_key_value_heads": 2, "swa_head_dim": 16, "sliding_window_size": 8, "d_rel": 4, "rel_extent": 16,
-          "layer_types": ["hybrid_sliding", "hybrid"], "n_layers_per_attn_res_block": 1, "unpadded_vocab_size": 120}),
+          "num_hidden_layers": 3,
+          "layer_types": ["hybrid_sliding", "hybrid", "hybrid"], "n_layers_per_attn_res_block": 1, "unpadded_vocab_size": 120}),
     Tiny("kolibri1", "shared expert, sliding windows, correction bias",
          {**SLIDING, "moe_intermediate_size": INTERMEDIATE, "num_local_experts": EXPERTS, "shared_expert_intermediate_size": 40,
           "head_dim": 16}),
@@ -254,7 +255,8 @@ _ALL = [
     Tiny("inkling2", "attention over blocks of layers, short convolutions; a vision tower",
          {"moe_intermediate_size": INTERMEDIATE, "n_routed_experts": EXPERTS, "head_dim": 16, "swa_num_attention_heads": 4,
           "swa_num_key_value_heads": 2, "swa_head_dim": 16, "sliding_window_size": 8, "d_rel": 4, "rel_extent": 16,
-          "layer_types": ["hybrid_sliding", "hybrid"], "n_layers_per_attn_res_block": 1, "unpadded_vocab_size": 120},
+          "num_hidden_layers": 3,
+          "layer_types": ["hybrid_sliding", "hybrid", "hybrid"], "n_layers_per_attn_res_block": 1, "unpadded_vocab_size": 120},
          {"vision_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4,
           "posemb_grid_size": 4, "projection_hidden_dim": 32, "text_hidden_size": HIDDEN}, "image_token_id": 120}),
     Tiny("minimax_m3_vl", "own gating with a limit, shared expert, dense first layer; a vision tower",
@@ -356,8 +358,8 @@ ALWAYS = [
 PARTLY = {"dots3_note": "outside the language model's layers", "ernie4_5_vl_moe": "text does not reach them"}
 # What moebit says no to, and a part of what it says.
 REFUSED = {
-    "inkling2": "computes 'argument 1' of layer 1 from what the layers before it return",
-    "inkling2_text": "computes 'argument 1' of layer 1 from what the layers before it return",
+    "inkling2": "computes 'argument 1' of layer 2 from what the layers before it return",
+    "inkling2_text": "computes 'argument 1' of layer 2 from what the layers before it return",
     "dbrx": "has no routed experts behind transformers' experts interface",
     "doge": "has no routed experts behind transformers' experts interface",
     "jetmoe": "has no routed experts behind transformers' experts interface",

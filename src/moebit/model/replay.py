@@ -418,7 +418,11 @@ def trial(
 
 
 def behind_layers(model: PreTrainedModel, list_name: str, returns: Sequence[LayerReturn], tokens: Tensor) -> tuple[str, ...]:
-    """The modules outside the layers, with tensors of their own, that run after the last layer, or around all of them."""
+    """The modules outside the layers, with tensors of their own, that run after the last layer, or around all of them.
+
+    Raises:
+        BadInputError: a head that takes more than what the last layer returns.
+    """
     around = [name for name, _ in outside(model, list_name) if f"{list_name}.".startswith(f"{name}." if name else "")]
     with _names_of_called(model, list_name) as called, zeros_outside(model, list_name) as restore, torch.no_grad():
 
@@ -430,7 +434,13 @@ def behind_layers(model: PreTrainedModel, list_name: str, returns: Sequence[Laye
             return returns[index].filled(hidden.to("meta"))
 
         with stubs(model, list_name, on_call):
-            model(input_ids=tokens, use_cache=False)
+            try:
+                model(input_ids=tokens, use_cache=False)
+            except RuntimeError as error:  # tensors of two devices met
+                raise BadInputError(
+                    f"{type(model).__name__}: what comes after the layers takes more than the last one's hidden states ({error}); "
+                    "moebit does not understand this model"
+                ) from error
     return tuple(dict.fromkeys([*around, *called]))
 
 
