@@ -14,10 +14,10 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory quality reference wheel-check
+.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory quality architectures reference wheel-check
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## create .venv with the pinned versions of constraints.txt and moebit, editable
 
@@ -55,6 +55,9 @@ bench-memory: setup  ## resident memory on real shapes (hours, 40 GB of disk; go
 
 quality: setup  ## the quality table: every preset on every reference model
 	$(BIN)/python benchmarks/quality.py
+
+architectures: setup  ## which model types of the installed transformers work: docs/architectures.md
+	$(BIN)/python -m benchmarks.architectures
 
 reference: setup runs/corpus  ## retrain the reference models (hours; goes on where it was interrupted)
 	set -e; for name in $(REFERENCES); do \

@@ -106,6 +106,9 @@ def quantize(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, or an interrupted run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan, then stop.")] = False,
+    accept_unquantized: Annotated[
+        bool, typer.Option("--accept-unquantized", help="Go on though more than 5% of the expert parameters stay in full precision.")
+    ] = False,
 ) -> None:
     """Quantize a checkpoint."""
     import moebit
@@ -115,7 +118,8 @@ def quantize(
     with _progress() as progress:
         result: Any = moebit.quantize(
             model, output, recipe=recipe, text=text or [], overrides=overrides, plan=plan_file, format=output_format, device=device,
-            memory=parse_size(memory), seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run, progress=progress,
+            memory=parse_size(memory), seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
+            accept_unquantized=accept_unquantized, progress=progress,
         )  # fmt: skip
     if dry_run:
         _show_plan(result.describe(), None)
@@ -278,8 +282,8 @@ def _show_structure(result: dict[str, Any]) -> None:
         out.print(f"shipped quantized: {result['shipped']['scheme']}, read as {result['shipped']['read_as']}")
     if result["not_in_model"]:
         out.print(
-            f"{len(result['not_in_model'])} stored tensors that {result['architecture']} does not use are kept as they are, "
-            f"first {result['not_in_model'][0]}"
+            f"{len(result['not_in_model'])} stored tensors ({size(result['not_in_model_bytes'])}) that {result['architecture']} does not "
+            f"use (multi-token prediction layers are like this) are kept byte for byte, first {result['not_in_model'][0]}"
         )
 
 
@@ -300,6 +304,8 @@ def _show_plan(plan: dict[str, Any], before: int | None) -> None:
         out.print(
             f"kept as stored: {len(plan['kept_as_stored'])} tensors that the model class does not use, first {plan['kept_as_stored'][0]}"
         )
+    if plan["unquantized_expert_share"]:
+        out.print(f"[yellow]{plan['unquantized_expert_share']:.1%} of the expert parameters[/yellow] stay in full precision")
 
 
 def _duration(seconds: float) -> str:

@@ -154,7 +154,8 @@ class LayerJob:
                 kept[seen : seen + len(flat)] = flat
                 seen += len(flat)
 
-        experts = stream.replay(outputs) if outputs is not None else lambda rows: _no_experts(self.sites)
+        before = _no_experts(self.sites) if group.behind_experts else _zeros  # what experts put out doesn't reach this group
+        experts = stream.replay(outputs) if outputs is not None else lambda rows: before
         stream.run(self.sites.index, inputs={group.names[0]: on_input}, experts=experts)
         if kept is not None:
             inputs[number] = kept
@@ -405,6 +406,10 @@ def _no_experts(sites: LayerSites) -> Callable[[nn.Module, Tensor, Tensor, Tenso
         )
 
     return handler
+
+
+def _zeros(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    return torch.zeros_like(x)
 
 
 def _rows(q: QTensor, rows: slice) -> QTensor:

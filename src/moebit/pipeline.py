@@ -29,7 +29,7 @@ from moebit.formats.output import OutputDirectory, check_space, disk_error, part
 from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress
 from moebit.model.checkpoint import Checkpoint, HubWeights
-from moebit.model.files import TensorSpec, check_finite, pieces, read_header
+from moebit.model.files import TensorSpec, check_finite, read_header
 from moebit.model.shipped import check_shipped, plain_config
 from moebit.model.stream import Stream
 from moebit.model.structure import LayerSites, find_structure
@@ -95,6 +95,7 @@ def quantize(
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    accept_unquantized: bool = False,
     progress: Progress | None = None,
 ) -> Result | Plan:
     """Quantize a checkpoint into the directory `out`; the plan alone with `dry_run`.
@@ -108,6 +109,7 @@ def quantize(
         seed: chooses the calibration windows. The same input, recipe, seed and memory give the same bytes (on the same kind of
             machine, with as many threads: float sums differ between them).
         resume: go on with an interrupted run after its last whole layer.
+        accept_unquantized: go on even if more than 5% of the expert parameters would stay in full precision.
         progress: called with (what, done, total).
 
     Raises:
@@ -127,6 +129,7 @@ def quantize(
     structure = find_structure(checkpoint.model)
     bits = load_bit_plan(plan) if isinstance(plan, str | Path) else plan
     decided = make_plan(checkpoint, structure, chosen, memory, bits)
+    decided.coverage.check(accept_unquantized)
     windows = _calibration(checkpoint, chosen, text, seed)
     if dry_run:
         return decided
@@ -247,11 +250,7 @@ class _Work:
         store = budget.store(self.output.partial)
         stream = Stream(self.checkpoint, self.plan.structure, windows, store, budget.batch_tokens, budget.slots)
         if done:
-            saved = read_header(self.output.partial / _stream_file(done - 1))["hidden"]
-            row = saved.spec.nbytes // saved.shape[0]
-            for begin, piece in pieces(saved):
-                stream.hidden[begin // row : begin // row + len(piece)] = piece
-            store.release()
+            stream.take_up(read_header(self.output.partial / _stream_file(done - 1)))
         return stream
 
     def _layer(self, sites: LayerSites, stream: Stream | None) -> LayerReport:
@@ -266,10 +265,11 @@ class _Work:
         report.seconds = round(time.perf_counter() - began, 3)
         if stream:
             files.append(_stream_file(sites.index))
-            with self.output.shard(files[1], {"hidden": TensorSpec(stream.dtype, tuple(stream.hidden.shape))}) as saved:
-                for rows in stream.batches():
-                    saved.write("hidden", stream.hidden[rows], skip=rows.start * stream.hidden[0].nbytes)
-                    stream.store.release()
+            state = stream.state()
+            with self.output.shard(files[1], {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in state.items()}) as saved:
+                for name, value in state.items():
+                    for start, piece in stream.store.pieces(value):
+                        saved.write(name, piece, skip=start)
         self.output.record("layer", files, index=sites.index, report=asdict(report))
         if sites.index:
             self.output.remove(_stream_file(sites.index - 1))

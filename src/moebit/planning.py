@@ -18,6 +18,7 @@ from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec, average_bits
 from moebit.model.budget import Budget, make_budget
 from moebit.model.checkpoint import Checkpoint, HubWeights
+from moebit.model.coverage import Coverage, expert_coverage
 from moebit.model.structure import LayerSites, Structure
 from moebit.recipe import BIT_WIDTHS, Recipe
 
@@ -96,7 +97,8 @@ class Plan:
     Attributes:
         linears: quantized linears by full name.
         experts: quantized experts modules by full name, each projection's spec.
-        kept: full names of what stays in full precision though it is a matrix of a decoder layer, with the reason.
+        kept: full names of what stays in full precision though it is a matrix of a decoder layer or an expert, with the reason.
+        coverage: which expert parameters of the files the structure covers. What the recipe ignores by name is the user's wish.
         size_bytes: of the output's tensors. budget: the pieces in which the work is done. seconds: an estimate.
         as_stored: stored tensors that the model class does not use; they are written as they are.
     """
@@ -109,6 +111,7 @@ class Plan:
     size_bytes: int
     budget: Budget
     seconds: float
+    coverage: Coverage
     as_stored: tuple[str, ...] = ()
 
     @property
@@ -143,6 +146,7 @@ class Plan:
             "quantized_experts_modules": len(self.experts),
             "kept": self.kept,
             "kept_as_stored": list(self.as_stored),
+            "unquantized_expert_share": self.coverage.share,
             "experts_per_chunk": self.chunk,
         }
 
@@ -159,7 +163,8 @@ def make_plan(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memo
     bits = bits or BitPlan({}, {})
     linears: dict[str, PackedSpec] = {}
     experts: dict[str, dict[str, PackedSpec]] = {}
-    kept: dict[str, str] = {}
+    coverage = expert_coverage(checkpoint, structure)
+    kept: dict[str, str] = {name: why for name, (_, why) in coverage.left.items()}
     used: set[str] = set()
     for layer in structure.layers:
         kept |= {f"{layer.name}.{name}": reason for name, reason in layer.kept.items()}
@@ -216,6 +221,7 @@ def make_plan(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memo
         _output_size(checkpoint, linears, experts, recipe),
         make_budget(checkpoint, structure, memory, tokens, solve=True, hessians=recipe.needs_calibration),
         _seconds(checkpoint, structure, recipe, tokens),
+        coverage,
         tuple(getattr(checkpoint.weights, "unused", ())),
     )
 
@@ -318,7 +324,8 @@ def describe_structure(checkpoint: Checkpoint, structure: Structure) -> dict[str
         "parts": parts,
         "size_bytes": checkpoint.size_bytes,
         "shipped": checkpoint.shipped.describe() if checkpoint.shipped else None,
-        "not_in_model": list(getattr(checkpoint.weights, "unused", [])),
+        "not_in_model": (unused := list(getattr(checkpoint.weights, "unused", []))),
+        "not_in_model_bytes": sum(checkpoint.entries[stored].spec.nbytes for stored in unused),
         "per_layer": [_describe_layer(layer) for layer in structure.layers],
     }
 

@@ -13,11 +13,14 @@ import os
 import sys
 import tempfile
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+PIECE = 64 * 2**20
 
 
 @dataclass
@@ -52,6 +55,17 @@ class ActivationStore:
             mapped = mmap.mmap(file.fileno(), size)
         self._maps = [*(ref for ref in self._maps if ref() is not None), weakref.ref(mapped)]
         return torch.frombuffer(mapped, dtype=dtype).view(shape)
+
+    def pieces(self, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(byte at which it begins, rows) of a tensor that may lie in a file, some rows after the other."""
+        row = tensor[:1].nbytes if tensor.ndim and len(tensor) else 1
+        step = max(1, PIECE // max(1, row))
+        if not tensor.ndim:
+            yield 0, tensor
+            return
+        for start in range(0, len(tensor), step):
+            yield start * row, tensor[start : start + step].contiguous()
+            self.release()
 
     def release(self) -> None:
         """Unmap the pages of all files (their contents stay) and hand freed memory back, where the process is above its limit."""

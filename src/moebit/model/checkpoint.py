@@ -17,15 +17,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 from transformers.utils import logging as transformers_logging
 
 from moebit.errors import BadInputError
+from moebit.model.adapters import adapt
 from moebit.model.files import Entry, TensorEntry, TensorSpec, pieces, read_index
 from moebit.model.seam import SEAM
 from moebit.model.shipped import Shipped, check_plain, read_shipped, shipped_config
+
+INSIDE = "language_model"  # what transformers calls the language model inside a wrapper
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:
@@ -76,14 +84,19 @@ class Weights(ABC):
 
 @dataclass
 class _Source:
-    """The stored tensors that make up one or more parameters: (pattern, entry) in transformers' order."""
+    """The stored tensors that make up one or more parameters: (pattern, entry) in transformers' order.
+
+    `unchanged`: one stored tensor is the parameter as it stands, although there is a converter. Some converters look at shapes to see
+    whether there is anything to do, which they could not tell from a part of the experts.
+    """
 
     converter: WeightConverter | None
     first_target: str
     parts: list[tuple[str, Entry]] = field(default_factory=list)
+    unchanged: bool = False
 
     def convert(self, model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        if self.converter is None:
+        if self.converter is None or self.unchanged:
             return {self.first_target: next(iter(tensors))[1]}
         converter = copy.deepcopy(self.converter)
         for pattern, tensor in tensors:
@@ -92,7 +105,13 @@ class _Source:
         return {name: value[0] if isinstance(value, list) else value for name, value in result.items()}
 
     def on_meta(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        return self.convert(model, ((pattern, torch.empty(e.shape, dtype=e.dtype, device="meta")) for pattern, e in self.parts))
+        """What a conversion of tensors without values gives; finds out whether it does anything."""
+        tensors = [(pattern, torch.empty(e.shape, dtype=e.dtype, device="meta")) for pattern, e in self.parts]
+        result = self.convert(model, tensors)
+        if len(tensors) == len(result) == 1:
+            (_, before), (after,) = tensors[0], result.values()
+            self.unchanged = after.untyped_storage()._cdata == before.untyped_storage()._cdata and after.stride() == before.stride()
+        return result
 
 
 class HubWeights(Weights):
@@ -214,8 +233,14 @@ class HubWeights(Weights):
     def _stored_rows(self, name: str, start: int, stop: int) -> list[tuple[str, Entry, tuple[int, int | None]]]:
         """(pattern, stored tensor, its rows) that hold experts [start, stop) of a parameter."""
         experts, by_pattern = self.specs[name].shape[0], self._parts_by_pattern(self._of[name])
-        if all(len(entries) == experts for entries in by_pattern.values()):
-            return [(pattern, entry, (0, None)) for pattern, entries in by_pattern.items() for entry in entries[start:stop]]
+        if all(len(entries) % experts == 0 for entries in by_pattern.values()):
+            # More tensors than experts: several parameters lie in one numbering, one after the other.
+            return [
+                (pattern, entry, (0, None))
+                for pattern, entries in by_pattern.items()
+                for first in range(0, len(entries), experts)
+                for entry in entries[first + start : first + stop]
+            ]
         if all(len(entries) == 1 and entries[0].shape[0] == experts for entries in by_pattern.values()):
             return [(pattern, entries[0], (start, stop)) for pattern, entries in by_pattern.items()]
         raise BadInputError(
@@ -226,7 +251,7 @@ class HubWeights(Weights):
     def stored_form(self, name: str, tensor: Tensor, start: int = 0) -> dict[str, Tensor]:
         """A parameter, or its experts from `start` on, back under the checkpoint's own names and shapes (for `dense` output)."""
         source = self._of[name]
-        if source.converter is None:
+        if source.converter is None or source.unchanged:
             return {source.parts[0][1].name: tensor}
         reverse = source.converter.reverse_transform()
         reverse.add_tensor(name, name, reverse.source_patterns[0], tensor)
@@ -254,6 +279,11 @@ class HubWeights(Weights):
         for pattern, entry in source.parts:
             result[pattern].append(entry)
         return result
+
+
+def without_wrapper() -> WeightRenaming:
+    """The rule by which transformers loads a wrapper's language model by itself."""
+    return WeightRenaming(rf"(^|\.){INSIDE}\.", r"\1")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -293,28 +323,48 @@ def load_config(path: Path) -> Any:
     return config
 
 
-def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The causal language model with every parameter on the meta device and its experts behind moebit's seam.
+def model_class(config: Any) -> type[PreTrainedModel]:
+    """The transformers class that a configuration stands for: the one it names, if that is a language model; else the causal one.
+
+    A wrapper around a language model (with towers for pictures or sound) is taken whole, so that its other weights are carried along.
 
     Args:
         dtype: what layers will be computed in, whatever is stored. Parameters that the architecture insists on keeping in float32 stay so.
 
     Raises:
-        BadInputError: no causal language model for this configuration; a computed buffer that stays undefined.
+        BadInputError: no language model for this configuration.
+    """
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    known = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+    known = [entry for entries in known for entry in (entries if isinstance(entries, tuple) else (entries,))]
+    if not known:
+        raise BadInputError(f"no causal language model for {config.model_type!r} in this transformers")
+    named = getattr(config, "architectures", None) or []
+    return next((entry for entry in known if entry.__name__ in named), known[0])
+
+
+def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The language model with every parameter on the meta device and its experts behind moebit's seam.
+
+    Args:
+        dtype: what layers will be computed in, whatever is stored. Parameters that the architecture insists on keeping in float32 stay so.
+
+    Raises:
+        BadInputError: no language model for this configuration; a computed buffer that stays undefined.
     """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    chosen = model_class(config)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, experts_implementation=SEAM, dtype=dtype)
-    except ValueError as error:
-        raise BadInputError(f"no causal language model for {config.model_type!r} in this transformers") from error
+            model = chosen._from_config(config, experts_implementation=SEAM, dtype=dtype)
     finally:
         transformers_logging.set_verbosity(verbosity)
     model.eval().requires_grad_(False)
+    adapt(model)
     _keep_in_float32(model)
     _compute_buffers(model)
     return model
@@ -417,14 +467,16 @@ def open_hub_checkpoint(path: Path, dtype: torch.dtype | None = torch.float32) -
     return Checkpoint(path, config, model, HubWeights(model, entries), stored, shipped)
 
 
-def materialize(module: nn.Module, prefix: str, weights: Weights, skip: Iterable[nn.Module] = ()) -> None:
+def materialize(module: nn.Module, prefix: str, weights: Weights, skip: Iterable[nn.Module] = (), recurse: bool = True) -> None:
     """Fill a skeleton module's parameters and buffers, in the types that the skeleton has.
 
-    Submodules in `skip` (the experts) stay on meta, except for their own submodules' parameters (a norm after the experts).
+    Submodules in `skip` (the experts) stay on meta, except for their own submodules' parameters (a norm after the experts). Without
+    `recurse`, only the module's own tensors are filled.
     """
     skipped = {id(parameter) for other in skip for parameter in other.parameters(recurse=False)}
-    for name, owner in module.named_modules():
-        for table in (owner._parameters, owner._buffers):
+    for name, owner in module.named_modules() if recurse else [("", module)]:
+        tables: Iterable[dict[str, Any]] = (owner._parameters, owner._buffers)
+        for table in tables:
             for leaf, value in table.items():
                 if value is None or id(value) in skipped or value.device.type != "meta":
                     continue
@@ -434,9 +486,9 @@ def materialize(module: nn.Module, prefix: str, weights: Weights, skip: Iterable
                 table[leaf] = nn.Parameter(read, requires_grad=False) if table is owner._parameters else read
 
 
-def dematerialize(module: nn.Module) -> None:
+def dematerialize(module: nn.Module, recurse: bool = True) -> None:
     """Free a module's parameters and persistent buffers: back to meta."""
-    for owner in module.modules():
+    for owner in module.modules() if recurse else [module]:
         for leaf, parameter in owner._parameters.items():
             if parameter is not None and parameter.device.type != "meta":
                 owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)

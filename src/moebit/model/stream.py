@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from moebit.model.activations import ActivationStore
 from moebit.model.checkpoint import Checkpoint, Weights, dematerialize, materialize
 from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slots, dispatch, finish, intermediate
-from moebit.model.replay import LayerCall, StopForward, head, record
+from moebit.model.files import Entry
+from moebit.model.replay import LayerCall, StopForward, head, record, same_arguments
 from moebit.model.seam import ExpertsHandler, experts_handler
 from moebit.model.structure import Structure
 
@@ -34,7 +35,7 @@ class Stream:
     Attributes:
         checkpoint, structure: the model the windows run through.
         windows: int64 [N, L] token ids.
-        hidden: [N, L, H] states before the next layer, in the type that the skeleton computes in.
+        hidden: [N, L, ...] states before the next layer, in the type that the skeleton computes in.
         store: where activations live.
         batch_tokens: tokens that run through a layer at a time (at least one window).
         slots: routed slots that run through experts at a time.
@@ -51,25 +52,41 @@ class Stream:
 
     def __post_init__(self) -> None:
         model = self.checkpoint.model
-        embeddings = model.get_input_embeddings()
-        name = next(n for n, m in model.named_modules() if m is embeddings)
-        materialize_embeddings(embeddings, name, self.checkpoint.weights, self.windows)
-        self.hidden = self.store.allocate((*self.windows.shape, self._width()), self.dtype)
+        front = [(name, model.get_submodule(name)) for name in self.structure.front]
+        for name, module in front:
+            if module is model.get_input_embeddings() and self.checkpoint.config.get_text_config() is self.checkpoint.config:
+                materialize_embeddings(module, name, self.checkpoint.weights, self.windows)
+            else:
+                materialize(module, name, self.checkpoint.weights, recurse=False)
         for rows in self.batches():
-            first, calls = record(model, self.structure.list_name, input_ids=self.windows[rows])
+            first, calls = record(model, self.structure.list_name, self.structure.returns, input_ids=self.windows[rows])
+            if not rows.start:  # some models stream several states per token: [N, L, streams, H]
+                self.hidden = self.store.allocate((len(self.windows), *first.shape[1:]), self.dtype)
             self.hidden[rows] = first
             self._calls.append(self._shared(calls))
             self.store.release()
-        dematerialize(embeddings)
+        for _, module in front:
+            dematerialize(module, recurse=False)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that going on from here needs: the hidden states, and what layers handed on beside them."""
+        carried = {f"{b}.{name}": value for b, calls in enumerate(self._calls) for name, value in calls[0].carried.tensors().items()}
+        return {"hidden": self.hidden, **carried}
+
+    def take_up(self, state: Mapping[str, Entry]) -> None:
+        """Go on from a saved state, of which the hidden states are read a few windows at a time."""
+        for rows in self.batches():
+            self.hidden[rows] = state["hidden"].read(rows.start, rows.stop)
+            self.store.release()
+        for b, calls in enumerate(self._calls):
+            mine = {name.partition(".")[2]: entry.read() for name, entry in state.items() if name.partition(".")[0] == str(b)}
+            calls[0].carried.restore(mine)
 
     @property
     def dtype(self) -> torch.dtype:
         """What layers are computed in."""
         dtype: torch.dtype = self.checkpoint.model.dtype
         return dtype
-
-    def _width(self) -> int:
-        return int(self.checkpoint.config.get_text_config().hidden_size)
 
     def batches(self) -> Iterator[slice]:
         step = max(1, self.batch_tokens // self.windows.shape[1])
@@ -80,11 +97,7 @@ class Stream:
         """The same calls with tensors that equal the first batch's (masks, positions) stored once."""
         if not self._calls:
             return calls
-        result = []
-        for mine, known in zip(calls, self._calls[0], strict=True):
-            kwargs = {key: _same(value, known.kwargs.get(key)) for key, value in mine.kwargs.items()}
-            result.append(LayerCall(tuple(_same(a, b) for a, b in zip(mine.args, known.args, strict=True)), kwargs, mine.by_name))
-        return result
+        return [same_arguments(mine, known, _same) for mine, known in zip(calls, self._calls[0], strict=True)]
 
     def layer(self, index: int) -> nn.Module:
         return self.checkpoint.model.get_submodule(self.structure.layers[index].name)
@@ -123,7 +136,7 @@ class Stream:
                 if experts is not None:
                     stack.enter_context(experts_handler(experts(rows)))
                 try:
-                    output = calls[index].run(layer, self.hidden[rows])
+                    output = calls[index].run(layer, self.hidden[rows], keep=advance)
                 except StopForward:
                     self.store.release()
                     continue
@@ -211,25 +224,19 @@ class Stream:
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, logits [B, L, V] float32) after the last layer, a few windows at a time."""
         model = self.checkpoint.model
-        layers = self.structure.list_name
-        unused = model.get_input_embeddings()  # the head gets hidden states; with tied weights it holds the matrix itself
-        leaves = [(name, module) for name, module in model.named_modules() if name and not list(module.children())]
-        outside = [(name, module) for name, module in leaves if not _inside(name, layers) and module is not unused]
+        layers, returns = self.structure.list_name, self.structure.returns
+        behind = [(name, model.get_submodule(name)) for name in self.structure.back]
         vocabulary = int(self.checkpoint.config.get_text_config().vocab_size)
         step = max(1, LOGIT_BYTES // (4 * vocabulary * self.windows.shape[1]))
         try:
-            for name, module in outside:
-                materialize(module, name, self.checkpoint.weights)
+            for name, module in behind:
+                materialize(module, name, self.checkpoint.weights, recurse=False)
             for start in range(0, len(self.windows), step):
                 rows = slice(start, min(start + step, len(self.windows)))
-                yield rows, head(model, layers, self.hidden[rows]).float()
+                yield rows, head(model, layers, self.hidden[rows], returns).float()
         finally:
-            for _, module in outside:
-                dematerialize(module)
-
-
-def _inside(name: str, layers: str) -> bool:
-    return name == layers or name.startswith(f"{layers}.") or layers.startswith(f"{name}.")
+            for _, module in behind:
+                dematerialize(module, recurse=False)
 
 
 def _same(value: object, known: object) -> object:

@@ -7,7 +7,7 @@ with the same tensor share an input; the router is the module that produced what
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moebit.errors import BadInputError
 from moebit.model.experts import ExpertsLayout, layout_of
-from moebit.model.replay import record
+from moebit.model.replay import LayerReturn, behind_layers, check_arguments, trial, zeros_outside
 from moebit.model.seam import experts_handler, is_experts
 
 PROBE_TOKENS = 8
@@ -80,10 +80,19 @@ class LayerSites:
 
 @dataclass(frozen=True)
 class Structure:
-    """The decoder layers of a model, in order."""
+    """The decoder layers of a model, in order.
+
+    Attributes:
+        list_name: the module list that holds them.
+        returns: what each of them returns.
+        front, back: modules with tensors of their own that run before the first and after the last layer.
+    """
 
     layers: tuple[LayerSites, ...]
     list_name: str
+    returns: tuple[LayerReturn, ...] = ()
+    front: tuple[str, ...] = ()
+    back: tuple[str, ...] = ()
 
     @property
     def moe_layers(self) -> list[LayerSites]:
@@ -102,12 +111,16 @@ def decoder_list(model: PreTrainedModel) -> str:
             f"{type(model).__name__} has no routed experts behind transformers' experts interface: it is a dense model, "
             "or one whose experts moebit does not understand; a quantizer for dense models will serve you better"
         )
+    language_model = model.get_decoder()  # a wrapper's towers may have experts, too
+    inside = {id(module) for module in language_model.modules()} if isinstance(language_model, nn.Module) else set()
+    found = [name for name in found if not inside or id(model.get_submodule(name)) in inside]
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     for name in sorted(lists, key=len):
-        if all(path.startswith(f"{name}.") for path in found):
+        if found and all(path.startswith(f"{name}.") for path in found):
             return name
     raise BadInputError(
-        f"{type(model).__name__}: experts at {found[0]!r} are not inside one list of decoder layers; moebit does not understand this model"
+        f"{type(model).__name__}: its experts are not inside one list of decoder layers of its language model; "
+        "moebit does not understand this model"
     )
 
 
@@ -142,7 +155,6 @@ def find_structure(model: PreTrainedModel) -> Structure:
     """
     list_name = decoder_list(model)
     layers = model.get_submodule(list_name)
-    width = model.config.get_text_config().hidden_size
     calls: list[_Call] = []
     routed: dict[str, tuple[Tensor, Tensor, int]] = {}
     names = {module: name for name, module in model.named_modules()}
@@ -152,42 +164,34 @@ def find_structure(model: PreTrainedModel) -> Structure:
         if tensors:
             calls.append(_Call(names[module], _identity(tensors[0]), len(calls), len(args) + len(kwargs) == 1, tensors[0]))
 
+    def forget(index: int) -> None:
+        prefix = f"{list_name}.{index}."
+        calls[:] = [call for call in calls if not call.module.startswith(prefix)]
+        for name in [name for name in routed if name.startswith(prefix)]:
+            del routed[name]
+
     def on_experts(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         routed[names[module]] = (x, ids, len(calls))
         return torch.zeros_like(x)
 
+    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)
     try:
-        # Masks and positions are computed on the CPU, where their values can be looked at; then everything goes to meta.
-        hidden, layer_calls = record(model, list_name, inputs_embeds=torch.zeros(1, PROBE_TOKENS, width))
         with ExitStack() as stack:
             for module in layers.modules():
                 stack.callback(module.register_forward_pre_hook(on_call, with_kwargs=True).remove)
             stack.enter_context(experts_handler(on_experts))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(_buffers_on_meta(layers))
-            hidden = hidden.to("meta")
-            for layer, call in zip(layers, layer_calls, strict=True):
-                hidden = call.to("meta").run(layer, hidden)
+            returns, front = trial(model, list_name, tokens, forget)
+        with zeros_outside(model, list_name):
+            check_arguments(model, list_name, returns, tokens)
+        back = behind_layers(model, list_name, returns, tokens)
     except BadInputError:
         raise
     except Exception as error:
         raise BadInputError(
             f"{type(model).__name__}: a trial forward failed ({type(error).__name__}: {error}); moebit does not understand this model"
         ) from error
-    return Structure(tuple(_layer_sites(model, list_name, i, calls, routed) for i in range(len(layers))), list_name)
-
-
-@contextmanager
-def _buffers_on_meta(module: nn.Module) -> Iterator[None]:
-    """Computed buffers go to meta for the trial forward and come back."""
-    saved = [(owner, leaf, buffer) for owner in module.modules() for leaf, buffer in owner._buffers.items() if buffer is not None]
-    try:
-        for owner, leaf, buffer in saved:
-            owner._buffers[leaf] = buffer.to("meta")
-        yield
-    finally:
-        for owner, leaf, buffer in saved:
-            owner._buffers[leaf] = buffer
+    sites = tuple(_layer_sites(model, list_name, i, calls, routed) for i in range(len(layers)))
+    return Structure(sites, list_name, returns, front, back)
 
 
 def _layer_sites(
@@ -214,14 +218,20 @@ def _layer_sites(
         )
 
     groups: dict[Any, list[_Call]] = {}
+    grouped: set[str] = set()
     for call in own:
         name = call.module.removeprefix(prefix)
         module = layer.get_submodule(name)
-        if not isinstance(module, nn.Linear) or name in kept or (router and call.module.startswith(router + ".")):
+        # A linear that is called again (on a start state of zeros, say) belongs to what it was called with first.
+        if not isinstance(module, nn.Linear) or name in kept or name in grouped or (router and call.module.startswith(router + ".")):
+            continue
+        if type(module).forward is not nn.Linear.forward:
+            kept[name] = f"{type(module).__name__} computes something else than a linear"
             continue
         if module.out_features == 1 or (moe and module.out_features == moe.layout.experts and call.storage == moe_storage):
             kept[name] = "gate"  # scalar gates of shared experts, further routing heads
             continue
+        grouped.add(name)
         groups.setdefault(call.storage, []).append(call)
     never = [
         n for n, m in layer.named_modules() if isinstance(m, nn.Linear) and n not in kept and not any(prefix + n == c.module for c in own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,8 +12,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moebit.formats.native import METHOD, packed_specs
+from moebit.model.adapters import adapt
+from moebit.model.checkpoint import INSIDE, without_wrapper
 from moebit.model.seam import SEAM
 from moebit.runtime.packed import EXPERTS_IMPLEMENTATION, PackedLinear, pack_experts
+
+
+def _names_in(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Stored module names -> those in this model: the same, or without the wrapper that the checkpoint has around it."""
+    known = {name for name, _ in model.named_modules()}
+    return {name: name if name in known else ".".join(part for part in name.split(".") if part != INSIDE) for name in names}
 
 
 @register_quantization_config(METHOD)
@@ -35,18 +44,25 @@ class MoebitQuantizer(HfQuantizer):
         packed_specs(self.quantization_config.to_dict())
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """None: a native output names its tensors as the module does."""
-        return []
+        """A native output names its tensors as the module does; the language model of a wrapper may also be loaded by itself."""
+        names = _names_in(model, packed_specs(self.quantization_config.to_dict()))
+        return [without_wrapper()] if any(stored != name for stored, name in names.items()) else []
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if getattr(model.config, "_experts_implementation", None) not in (EXPERTS_IMPLEMENTATION, SEAM):
             model.set_experts_implementation(EXPERTS_IMPLEMENTATION)  # type: ignore[operator]
-        for name, parts in packed_specs(self.quantization_config.to_dict()).items():
-            module = model.get_submodule(name)
+        adapt(model)
+        specs = packed_specs(self.quantization_config.to_dict())
+        names = _names_in(model, specs)
+        for stored, parts in specs.items():
+            name = names[stored]
+            module, (parent, _, leaf) = model.get_submodule(name), name.rpartition(".")
             if "" not in parts:
                 pack_experts(module, name, parts)
+                block: Any = model.get_submodule(parent)
+                if not block._parameters and not block._buffers:
+                    block._is_hf_initialized = True  # some blocks initialise their experts' weights, which are not there
                 continue
-            parent, _, leaf = name.rpartition(".")
             dtype = module.weight.dtype if isinstance(module.weight, torch.Tensor) else torch.bfloat16
             setattr(model.get_submodule(parent), leaf, PackedLinear(parts[""], module.bias is not None, dtype))
 
