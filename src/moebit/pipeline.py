@@ -233,7 +233,8 @@ class _Work:
         stream = Stream(self.checkpoint, self.plan.structure, windows, self.output.partial if self.plan.spill else None)
         if done:
             saved = read_header(self.output.partial / _stream_file(done - 1))
-            stream.take_up({name: entry.read() for name, entry in saved.items()})
+            stream.hidden.copy_(saved["hidden"].read())
+            stream.take_up({name: entry.read() for name, entry in saved.items() if name != "hidden"})
         return stream
 
     def _layer(self, sites: LayerSites, stream: Stream | None) -> LayerReport:
@@ -248,10 +249,12 @@ class _Work:
         report.seconds = round(time.perf_counter() - began, 3)
         if stream:
             files.append(_stream_file(sites.index))
-            state = stream.state()
-            with self.output.shard(files[1], {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in state.items()}) as saved:
-                for name, value in state.items():
-                    saved.write(name, value.contiguous())
+            handed_on = stream.handed_on()
+            specs = {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in handed_on.items()}
+            with self.output.shard(files[1], {"hidden": TensorSpec(torch.float32, tuple(stream.hidden.shape)), **specs}) as saved:
+                saved.write("hidden", stream.hidden)
+                for name, value in handed_on.items():
+                    saved.write(name, value)
         self.output.record("layer", files, index=sites.index, report=asdict(report))
         if sites.index:
             self.output.remove(_stream_file(sites.index - 1))

@@ -68,17 +68,14 @@ class Stream:
         for _, module in front:
             dematerialize(module, recurse=False)
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that going on from here needs: the hidden states, and what layers handed on beside them."""
-        carried = {f"{b}.{name}": value for b, calls in enumerate(self._calls) for name, value in calls[0].carried.tensors().items()}
-        return {"hidden": self.hidden, **carried}
+    def handed_on(self) -> dict[str, Tensor]:
+        """What layers handed on beside the hidden states and later ones still want; with the hidden states, all that going on needs."""
+        return {f"{b}.{name}": value for b, calls in enumerate(self._calls) for name, value in calls[0].carried.tensors().items()}
 
-    def take_up(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a saved state."""
-        self.hidden.copy_(state["hidden"])
+    def take_up(self, handed_on: Mapping[str, Tensor]) -> None:
+        """The inverse, in a fresh stream; other names are passed over."""
         for b, calls in enumerate(self._calls):
-            mine = {name.partition(".")[2]: value for name, value in state.items() if name.partition(".")[0] == str(b)}
-            calls[0].carried.restore(mine)
+            calls[0].carried.restore({name.partition(".")[2]: value for name, value in handed_on.items() if name.startswith(f"{b}.")})
 
     def batches(self) -> Iterator[slice]:
         step = max(1, BATCH_TOKENS // self.windows.shape[1])
