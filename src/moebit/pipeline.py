@@ -265,7 +265,7 @@ class _Work:
         report.seconds = round(time.perf_counter() - began, 3)
         if stream:
             files.append(_stream_file(sites.index))
-            state = stream.state()
+            state = {"hidden": stream.hidden, **stream.handed_on()}
             with self.output.shard(files[1], {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in state.items()}) as saved:
                 for name, value in state.items():
                     for start, piece in stream.store.pieces(value):

@@ -68,10 +68,9 @@ class Stream:
         for _, module in front:
             dematerialize(module, recurse=False)
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that going on from here needs: the hidden states, and what layers handed on beside them."""
-        carried = {f"{b}.{name}": value for b, calls in enumerate(self._calls) for name, value in calls[0].carried.tensors().items()}
-        return {"hidden": self.hidden, **carried}
+    def handed_on(self) -> dict[str, Tensor]:
+        """What layers handed on beside the hidden states and later ones still want; with the hidden states, all that going on needs."""
+        return {f"{b}.{name}": value for b, calls in enumerate(self._calls) for name, value in calls[0].carried.tensors().items()}
 
     def take_up(self, state: Mapping[str, Entry]) -> None:
         """Go on from a saved state, of which the hidden states are read a few windows at a time."""
@@ -79,7 +78,7 @@ class Stream:
             self.hidden[rows] = state["hidden"].read(rows.start, rows.stop)
             self.store.release()
         for b, calls in enumerate(self._calls):
-            mine = {name.partition(".")[2]: entry.read() for name, entry in state.items() if name.partition(".")[0] == str(b)}
+            mine = {name.partition(".")[2]: entry.read() for name, entry in state.items() if name.startswith(f"{b}.")}
             calls[0].carried.restore(mine)
 
     @property
