@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moebit.tensor import kernels
-from moebit.tensor.grid import QTensor, QuantScheme, as_bits, minmax_grid, round_to_grid, search_grid
+from moebit.tensor.grid import QTensor, QuantScheme, as_bits, minmax_grid, round_to_float8, round_to_grid, search_grid
 from moebit.tensor.linalg import damp, factor, fill_dead
 
 MIN_RAISED_DAMPING, MAX_DAMPING = 0.01, 1.0
@@ -47,6 +47,8 @@ def solve_rtn(
         importance_EI: weighs the clipping error per input channel.
     """
     w = _work(w_EOI)
+    if scheme.float8:
+        return round_to_float8(w, scheme)
     bits_E = as_bits(bits, w.shape[0], w.device)
     scale, zero = search_grid(w, bits_E, scheme, importance_EI) if clip_search else minmax_grid(w, bits_E, scheme)
     return _qtensor(round_to_grid(w, scale, zero, bits_E, scheme), scale, zero, bits_E, scheme)
