@@ -14,7 +14,7 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all demo bench-solver quality reference wheel-check
+.PHONY: help setup lint test test-all demo bench-solver quality formats reference wheel-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ bench-solver: setup  ## how fast the batched solver is, against the textbook for
 
 quality: setup  ## the quality table: every preset on every reference model
 	$(BIN)/python benchmarks/quality.py
+
+formats: setup  ## which format of which architecture runs where, as logits
+	$(BIN)/python -m benchmarks.formats
 
 reference: setup runs/corpus  ## retrain the reference models (hours; goes on where it was interrupted)
 	set -e; for name in $(REFERENCES); do \

