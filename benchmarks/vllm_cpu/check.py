@@ -236,11 +236,17 @@ def run(case: Case, python: Path, prompts: Tensor) -> dict[str, Any]:
     if asked.returncode == 0:
         result["error"] = distance(load_file(directory / "answer.safetensors")["probabilities"], right)
     else:
-        errors = [line for line in asked.stderr.splitlines() if re.search(r"\w*(Error|Exception)\b", line)]
-        result["not executed"] = re.sub(r"^\[rank0\]:\s*", "", errors[-1]) if errors else f"exit code {asked.returncode}"
+        result["not executed"] = last_error(asked.stderr) or f"exit code {asked.returncode}"
     shutil.rmtree(directory / "output", ignore_errors=True)
     (directory / "result.json").write_text(json.dumps(result, indent=1))
     return result
+
+
+def last_error(text: str) -> str:
+    """The last exception in a program's output, with the lines of its message."""
+    lines = [re.sub(r"^\[rank0\]:\s*", "", line).strip() for line in text.splitlines()]
+    at = max((i for i, line in enumerate(lines) if re.match(r"\w*(Error|Exception)\b", line)), default=None)
+    return " ".join(line for line in lines[at : at + 4] if line and not line.startswith("[W")) if at is not None else ""
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

@@ -211,6 +211,8 @@ def test_logits_in_transformers_without_moebit(written: Written, tmp_path: Path)
     olmoe, mixtral = ARCHITECTURES["olmoe"], ARCHITECTURES["mixtral"]
     outputs["olmoe grouped"] = (olmoe, written.output(olmoe, "3", {"weights": {"bits": 3, "group_size": 32}}), "float32")
     outputs["olmoe fp8"] = (olmoe, written.output(olmoe, "fp8", FP8), "float32")
+    kept = {**FP8, "weights": {**FP8["weights"], "ignore": ["model.layers.1.mlp.experts"]}}
+    outputs["olmoe fp8, experts of a layer whole"] = (olmoe, written.output(olmoe, "fp8 kept", kept), "float32")
     outputs["mixtral mixed"] = (mixtral, mixed_output(written, mixtral), "float32")
     logits, errors = plain_transformers(tmp_path, {name: (path, dtype) for name, (_, path, dtype) in outputs.items()})
     assert not errors
