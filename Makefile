@@ -14,7 +14,7 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory quality architectures reference wheel-check
+.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory quality architectures formats reference wheel-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ quality: setup  ## the quality table: every preset on every reference model
 
 architectures: setup  ## which model types of the installed transformers work: docs/architectures.md
 	$(BIN)/python -m benchmarks.architectures
+
+formats: setup  ## which format of which architecture runs where, as logits
+	$(BIN)/python -m benchmarks.formats
 
 reference: setup runs/corpus  ## retrain the reference models (hours; goes on where it was interrupted)
 	set -e; for name in $(REFERENCES); do \

@@ -13,6 +13,7 @@ import yaml
 from moebit.errors import BadInputError
 from moebit.recipe import BIT_WIDTHS, GROUP_SIZES, Recipe, load_recipe, parse_override, presets
 
+FP8 = {"type": "fp8", "bits": 8, "group_size": -1}
 KINDS, PRESET_BITS = ("rtn", "gptq", "minmax"), (2, 3, 4, 8)
 
 
@@ -171,7 +172,14 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ({"solver": {"damping": 2}}, r"solver\.damping"),
         ({"calibration": {"samples": 0}}, r"calibration\.samples"),
         ({"version": 2}, "version"),
-        ({"format": "gguf"}, "format.*native.*dense"),
+        ({"format": "gguf"}, "format.*native.*compressed-tensors.*dense"),
+        ({"activations": {"bits": 8}}, r"activations\.bits: 8.*native.*compressed-tensors"),
+        ({"activations": {"bits": 8}, "format": "dense"}, r"activations\.bits: 8.*dense.*compressed-tensors"),
+        ({"activations": {"bits": 8}, "format": "compressed-tensors"}, r"activations\.symmetric: true"),
+        ({"activations": {"bits": 8, "symmetric": True}, "format": "compressed-tensors"}, r"weights\.bits: 8.*weights\.group_size: -1"),
+        ({"weights": {"type": "fp8"}}, r"weights: type: fp8.*group_size: -1"),
+        ({"weights": FP8}, r"weights\.type: fp8.*solver\.method: rtn"),
+        ({"weights": FP8, "solver": {"method": "rtn"}}, r"weights\.type: fp8.*activations\.bits: 8"),
     ],
 )
 def test_values_that_cannot_be(data: dict[str, Any], says: str) -> None:
@@ -205,7 +213,9 @@ def test_what_is_switched_off_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        ({"activations": {"bits": 8}}, "activations.bits: 8"),
+        ({"activations": {"bits": 4}}, "activations.bits: 4"),
+        ({"activations": {"qkv_bits": 8}}, "activations.qkv_bits"),
+        ({"activations": {"clip": 0.9}}, "activations.clip"),
         ({"router": {"realign": "ridge"}}, "router.realign: ridge"),
         ({"smoothing": {"kind": "smoothquant"}}, "smoothing.kind: smoothquant"),
         ({"rotation": {"absorbed": "r1"}}, "rotation.absorbed: r1"),
@@ -214,7 +224,6 @@ def test_what_is_switched_off_is_accepted() -> None:
         ({"calibration": {"kind": "ebss"}}, "calibration.kind: ebss"),
         ({"calibration": {"balance": 2}}, "calibration.balance"),
         ({"solver": {"method": "awq"}}, "solver.method: awq"),
-        ({"format": "compressed-tensors"}, "format: compressed-tensors"),
     ],
 )
 def test_what_is_switched_on_is_refused_by_name(data: dict[str, Any], says: str) -> None:

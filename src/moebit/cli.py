@@ -35,6 +35,8 @@ TextOption = Annotated[
     list[str] | None, typer.Option("--text", metavar="[NAME=]FILE", help="Plain UTF-8 text or .jsonl; repeat for several.")
 ]
 MemoryOption = Annotated[str, typer.Option("--memory", metavar="SIZE", help="Memory that the work may take, for example 4GiB.")]
+FormatOption = Annotated[str | None, typer.Option("--format", help="native, compressed-tensors or dense, instead of the recipe's.")]
+EngineOption = Annotated[str, typer.Option("--engine", help="What has to run the output: transformers, vllm or any.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON ('-' for standard output).")]
 
 
@@ -69,13 +71,15 @@ def main() -> None:
 def inspect(
     model: ModelArgument,
     recipe: Annotated[str | None, typer.Option(help="Preset or YAML file: show what it would make of the model.")] = None,
+    output_format: FormatOption = None,
+    engine: EngineOption = "any",
     memory: MemoryOption = "4GiB",
     json_file: JsonOption = None,
 ) -> None:
     """What a model is made of, and what a recipe would make of it. Reads headers only."""
     import moebit
 
-    result = moebit.inspect(model, recipe, memory=parse_size(memory))
+    result = moebit.inspect(model, recipe, format=output_format, engine=engine, memory=parse_size(memory))
     if _write_json(json_file, result):
         return
     _show_structure(result)
@@ -99,7 +103,8 @@ def quantize(
     plan_file: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="Bit widths per layer, expert and projection (see docs/format.md).")
     ] = None,
-    output_format: Annotated[str | None, typer.Option("--format", help="native or dense, instead of the recipe's.")] = None,
+    output_format: FormatOption = None,
+    engine: EngineOption = "any",
     device: Annotated[str, typer.Option(help="Where matrices are solved: cpu or cuda.")] = "cpu",
     memory: MemoryOption = "4GiB",
     seed: Annotated[int, typer.Option(help="Chooses the calibration windows.")] = 0,
@@ -117,8 +122,8 @@ def quantize(
     overrides = dict(parse_override(item) for item in settings or [])
     with _progress() as progress:
         result: Any = moebit.quantize(
-            model, output, recipe=recipe, text=text or [], overrides=overrides, plan=plan_file, format=output_format, device=device,
-            memory=parse_size(memory), seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
+            model, output, recipe=recipe, text=text or [], overrides=overrides, plan=plan_file, format=output_format, engine=engine,
+            device=device, memory=parse_size(memory), seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
             accept_unquantized=accept_unquantized, progress=progress,
         )  # fmt: skip
     if dry_run:
@@ -278,6 +283,7 @@ def _show_structure(result: dict[str, Any]) -> None:
     out.print(table)
     if "quantized" in result:
         out.print(f"quantized: {result['quantized']['format']}, {result['quantized']['average_bits']:.3f} bits per quantized weight")
+        _show_engines(result["quantized"]["engines"])
     if result["shipped"]:
         out.print(f"shipped quantized: {result['shipped']['scheme']}, read as {result['shipped']['read_as']}")
     if result["not_in_model"]:
@@ -295,6 +301,7 @@ def _show_plan(plan: dict[str, Any], before: int | None) -> None:
     table.add_row("peak memory, about", size(plan["peak_memory_bytes"]))
     table.add_row("time, about", _duration(plan["seconds"]))
     out.print(table)
+    _show_engines(plan["engines"])
     reasons: dict[str, int] = {}
     for reason in plan["kept"].values():
         reasons[reason] = reasons.get(reason, 0) + 1
@@ -306,6 +313,12 @@ def _show_plan(plan: dict[str, Any], before: int | None) -> None:
         )
     if plan["unquantized_expert_share"]:
         out.print(f"[yellow]{plan['unquantized_expert_share']:.1%} of the expert parameters[/yellow] stay in full precision")
+
+
+def _show_engines(engines: dict[str, Any]) -> None:
+    for name, verdict in engines.items():
+        said = verdict["notes"] if verdict["runs"] else verdict["reasons"]
+        out.print(f"{name}: {'runs it' if verdict['runs'] else 'cannot run it'}" + escape(f" ({'; '.join(said)})" if said else ""))
 
 
 def _duration(seconds: float) -> str:

@@ -52,5 +52,6 @@ def _card(checkpoint: Checkpoint, plan: Plan) -> str:
         f"{base}, quantized by moebit: {s.method}, {w.bits} bits, {'symmetric' if w.symmetric else 'asymmetric'}, "
         f"{'per channel' if w.group_size == -1 else f'groups of {w.group_size}'}, scope {w.scope}; "
         f"{plan.average_bits:.3f} bits per quantized weight on disk.\n{shipped}"
+        f"Runs in: {', '.join(name for name, verdict in plan.engines.items() if verdict.runs)}.\n"
         f"`recipe.yaml` is the exact recipe, `report.json` says what happened in each layer.\n\n```python\n{load}\n```\n"
     )

@@ -56,7 +56,7 @@ def solve(
 ) -> tuple[QTensor, SolveInfo | None]:
     """Round a stack of matrices as the recipe says: to nearest without a Hessian, else with GPTQ."""
     solver, grid = recipe.solver, recipe.weights
-    scheme = QuantScheme(grid.group_size, grid.symmetric, grid.signed, scale_dtype)
+    scheme = QuantScheme(grid.group_size, grid.symmetric, grid.signed, scale_dtype, grid.type == "fp8")
     if h_EII is None:
         return solve_rtn(w_EOI.to(device), bits_E, scheme, clip_search=solver.clip_search), None
     return solve_gptq(

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from moebit.calibration.text import calibration_windows, digest, load_tokenizer, parse_texts, tokenize
 from moebit.documents import documents
 from moebit.errors import BadInputError
-from moebit.formats import native
-from moebit.formats.opening import open_checkpoint
+from moebit.formats.engines import ANY, verdicts
+from moebit.formats.opening import average_bits, open_checkpoint, quantized_modules
 from moebit.formats.output import OutputDirectory, check_space, disk_error, partial_of
 from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress
@@ -60,7 +60,12 @@ class Result:
 
 
 def inspect(
-    model: str | Path, recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, memory: int = DEFAULT_MEMORY
+    model: str | Path,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    *,
+    format: str | None = None,
+    engine: str = ANY,
+    memory: int = DEFAULT_MEMORY,
 ) -> dict[str, Any]:
     """Structure, sizes and, with a recipe, what it would make of the model. Reads headers, no weights.
 
@@ -70,13 +75,18 @@ def inspect(
     checkpoint = open_checkpoint(model)
     structure = find_structure(checkpoint.model)
     result = describe_structure(checkpoint, structure)
-    if isinstance(checkpoint.weights, native.NativeWeights):
-        specs = native.packed_specs(_quantization_config(checkpoint.path))
-        result["quantized"] = {"average_bits": native.average_bits(specs), "format": "native"}
+    packed = quantized_modules(checkpoint)
+    if packed is not None:
+        result["quantized"] = {
+            "average_bits": average_bits(checkpoint),
+            "format": packed[0],
+            "engines": {name: verdict.describe() for name, verdict in verdicts(*packed, structure).items()},
+        }
         if recipe is not None:
             raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
     elif recipe is not None:
-        result["plan"] = make_plan(checkpoint, structure, load_recipe(recipe), memory).describe()
+        chosen = load_recipe(recipe, {"format": format} if format else {})
+        result["plan"] = make_plan(checkpoint, structure, chosen, memory, engine=engine).describe()
     return result
 
 
@@ -89,6 +99,7 @@ def quantize(
     overrides: Mapping[str, Any] | None = None,
     plan: str | Path | BitPlan | None = None,
     format: str | None = None,
+    engine: str = ANY,
     device: str = "cpu",
     memory: int = DEFAULT_MEMORY,
     seed: int = 0,
@@ -104,6 +115,8 @@ def quantize(
         model: directory or hub id of a checkpoint, full-precision or shipped quantized (docs/inputs.md).
         recipe: preset name, YAML file, dict; default `gptq-w4`. `overrides`: {"weights.bits": 3, ...} on top.
         plan: bit widths that differ from the recipe's, a file or `BitPlan`.
+        format: native, compressed-tensors or dense, instead of the recipe's.
+        engine: what has to run the output: transformers, vllm, or any of them (`formats/engines.py`).
         text: calibration texts, `[NAME=]FILE` items or a mapping; needed unless the recipe rounds to nearest.
         memory: bytes that the work may take; bounds chunks, and spills activations to disk.
         seed: chooses the calibration windows. The same input, recipe, seed and memory give the same bytes (on the same kind of
@@ -128,7 +141,7 @@ def quantize(
     _check_output(out, checkpoint.path)
     structure = find_structure(checkpoint.model)
     bits = load_bit_plan(plan) if isinstance(plan, str | Path) else plan
-    decided = make_plan(checkpoint, structure, chosen, memory, bits)
+    decided = make_plan(checkpoint, structure, chosen, memory, bits, engine)
     decided.coverage.check(accept_unquantized)
     windows = _calibration(checkpoint, chosen, text, seed)
     if dry_run:
@@ -299,7 +312,3 @@ def _stream_file(index: int) -> str:
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
     """config.json without what it says about how the checkpoint was shipped: the output is no longer stored like that."""
     return plain_config(json.loads((checkpoint.path / "config.json").read_text()))
-
-
-def _quantization_config(path: Path) -> dict[str, Any]:
-    return dict(json.loads((path / "config.json").read_text())["quantization_config"])

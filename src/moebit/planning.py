@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from moebit.errors import BadInputError
+from moebit.formats import compressed_tensors
+from moebit.formats.engines import ANY, Verdict, check_engine, verdicts
 from moebit.formats.native import PackedSpec, average_bits
 from moebit.model.budget import Budget, make_budget
 from moebit.model.checkpoint import Checkpoint, HubWeights
@@ -101,6 +103,7 @@ class Plan:
         coverage: which expert parameters of the files the structure covers. What the recipe ignores by name is the user's wish.
         size_bytes: of the output's tensors. budget: the pieces in which the work is done. seconds: an estimate.
         as_stored: stored tensors that the model class does not use; they are written as they are.
+        engines: what each engine makes of the output.
     """
 
     recipe: Recipe
@@ -112,6 +115,7 @@ class Plan:
     budget: Budget
     seconds: float
     coverage: Coverage
+    engines: dict[str, Verdict]
     as_stored: tuple[str, ...] = ()
 
     @property
@@ -133,7 +137,9 @@ class Plan:
 
     @property
     def average_bits(self) -> float:
-        return average_bits(self.modules)
+        return (
+            compressed_tensors.average_bits(self.modules) if self.recipe.format == compressed_tensors.METHOD else average_bits(self.modules)
+        )
 
     def describe(self) -> dict[str, Any]:
         """For JSON."""
@@ -148,17 +154,22 @@ class Plan:
             "kept_as_stored": list(self.as_stored),
             "unquantized_expert_share": self.coverage.share,
             "experts_per_chunk": self.chunk,
+            "engines": {name: verdict.describe() for name, verdict in self.engines.items()},
         }
 
 
-def make_plan(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memory: int, bits: BitPlan | None = None) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memory: int, bits: BitPlan | None = None, engine: str = ANY
+) -> Plan:
     """Decide what is quantized and how, and check that it can be.
 
     Args:
         bits: widths that differ from the recipe's.
+        engine: what has to run the output: transformers, vllm, or any of them.
 
     Raises:
-        BadInputError: a group size that does not divide (naming the layer and what would), an ignore pattern that matches nothing.
+        BadInputError: a group size that does not divide (naming the layer and what would), an ignore pattern that matches nothing,
+            a format that cannot hold it, an engine that cannot run it.
     """
     bits = bits or BitPlan({}, {})
     linears: dict[str, PackedSpec] = {}
@@ -211,6 +222,11 @@ def make_plan(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memo
         )
     if not linears and not experts:
         raise BadInputError("this recipe quantizes nothing in this model: everything is ignored")
+    modules = {**{name: {"": spec} for name, spec in linears.items()}, **experts}
+    if recipe.format == compressed_tensors.METHOD and isinstance(checkpoint.weights, HubWeights):
+        compressed_tensors.check(checkpoint.weights, modules)
+    engines = verdicts(recipe.format, modules, structure)
+    check_engine(engine, engines)
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if recipe.needs_calibration else 0
     return Plan(
         recipe,
@@ -222,6 +238,7 @@ def make_plan(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memo
         make_budget(checkpoint, structure, memory, tokens, solve=True, hessians=recipe.needs_calibration),
         _seconds(checkpoint, structure, recipe, tokens),
         coverage,
+        engines,
         tuple(getattr(checkpoint.weights, "unused", ())),
     )
 
@@ -255,7 +272,7 @@ def _spec(recipe: Recipe, name: str, shape: tuple[int, int], bits: tuple[int, ..
             f"set weights.group_size to one of {', '.join(fitting)}, "
             "or keep this module in full precision with weights.ignore"
         )
-    return PackedSpec(bits, shape, w.group_size, w.symmetric, dtype, stacked)
+    return PackedSpec(bits, shape, w.group_size, w.symmetric, dtype, stacked, w.type == "fp8", recipe.activations.bits)
 
 
 def _dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
@@ -267,14 +284,17 @@ def _output_size(checkpoint: Checkpoint, linears: dict[str, PackedSpec], experts
     total = checkpoint.plain_bytes
     if recipe.format == "dense":
         return total
+    packed = compressed_tensors.nbytes if recipe.format == compressed_tensors.METHOD else _packed_bytes
     for name, spec in linears.items():
-        total += sum(s.nbytes for s in spec.specs(name).values()) - spec.weights * _dtype(checkpoint, f"{name}.weight").itemsize
+        total += packed(spec) - spec.weights * _dtype(checkpoint, f"{name}.weight").itemsize
     for name, parts in experts.items():
-        for projection, spec in parts.items():
-            total += (
-                sum(s.nbytes for s in spec.specs(projection).values()) - spec.weights * _dtype(checkpoint, f"{name}.down_proj").itemsize
-            )
+        total += sum(packed(spec) - spec.weights * _dtype(checkpoint, f"{name}.down_proj").itemsize for spec in parts.values())
     return total
+
+
+def _packed_bytes(spec: PackedSpec) -> int:
+    """Of the native format, the widths of stacked matrices included."""
+    return sum(tensor.nbytes for tensor in spec.specs("").values())
 
 
 def _seconds(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, tokens: int) -> float:

@@ -26,11 +26,13 @@ class _Section(BaseModel):
 class WeightsSection(_Section):
     """The grid of the quantized weights.
 
+    type: `int`, or `fp8` (float8 e4m3: 8 bits, one scale per output channel, rounded to nearest).
     scope: `experts`, or `all` linears of the decoder layers (attention, dense layers, shared experts, experts).
     ignore: shell patterns of module names that stay in full precision.
     signed: symmetric only; the scale takes the sign of the largest weight, so that all 2^b codes are used.
     """
 
+    type: Literal["int", "fp8"] = "int"
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
@@ -57,6 +59,22 @@ class WeightsSection(_Section):
         if self.signed and not self.symmetric:
             raise ValueError("signed scales belong to symmetric grids; set symmetric: true or signed: false")
         return self
+
+    @model_validator(mode="after")
+    def _fp8_is_eight_bits_a_row(self) -> WeightsSection:
+        if self.type == "fp8" and (self.bits, self.group_size, self.symmetric, self.signed) != (8, -1, True, False):
+            raise ValueError("type: fp8 has 8 bits and one scale per output channel; set bits: 8, group_size: -1, symmetric: true")
+        return self
+
+
+class ActivationsSection(_Section):
+    """What the engine rounds the inputs of quantized matrices to, per token and as it runs: 16 not at all, 8 to the weights' type.
+
+    It concerns the engine: calibration and `moebit evaluate` run with unrounded activations.
+    """
+
+    bits: Literal[16, 8] = 16
+    symmetric: bool = False
 
 
 class SolverSection(_Section):
@@ -94,8 +112,32 @@ class Recipe(_Section):
     version: Literal[1] = 1
     weights: WeightsSection = WeightsSection()
     solver: SolverSection = SolverSection()
+    activations: ActivationsSection = ActivationsSection()
     calibration: CalibrationSection = CalibrationSection()
-    format: Literal["native", "dense"] = "native"
+    format: Literal["native", "compressed-tensors", "dense"] = "native"
+
+    @model_validator(mode="after")
+    def _eight_bit_activations_belong_to_eight_bit_weights(self) -> Recipe:
+        if self.weights.type == "fp8" and self.solver.method != "rtn":
+            raise ValueError("weights.type: fp8 is rounded to nearest; set solver.method: rtn")
+        if self.weights.type == "fp8" and self.activations.bits != 8:
+            raise ValueError("weights.type: fp8 is written for engines that multiply in fp8; set activations.bits: 8")
+        if self.activations.bits == 16:
+            return self
+        if self.format != "compressed-tensors":
+            raise ValueError(
+                f"activations.bits: 8: format {self.format} has no place to say so and moebit does not run it; "
+                "set format: compressed-tensors"
+            )
+        if not self.activations.symmetric:
+            raise ValueError("activations.bits: 8 is written for engines with symmetric activations; set activations.symmetric: true")
+        w = self.weights
+        if (w.bits, w.group_size, w.symmetric, w.signed) != (8, -1, True, False):
+            raise ValueError(
+                "activations.bits: 8 needs 8-bit symmetric weights with one scale per output channel; "
+                "set weights.bits: 8, weights.group_size: -1, weights.symmetric: true, weights.signed: false"
+            )
+        return self
 
     @property
     def needs_calibration(self) -> bool:
@@ -112,7 +154,6 @@ class Recipe(_Section):
 # Part of the recipe language that names a method this version does not have: said plainly instead of "unknown key".
 # Value that means "off", of every key that switches a method on; None for a key that only tunes one.
 _NOT_YET: dict[str, dict[str, Any]] = {
-    "activations": {"bits": 16, "qkv_bits": 16, "symmetric": None, "clip": None},
     "router": {"bits": 16, "align": "none", "realign": "none"},
     "smoothing": {"kind": "none", "alpha": None, "aggregate": None},
     "rotation": {"absorbed": "none", "online": "none"},
@@ -220,14 +261,21 @@ def _drop_inactive(data: dict[str, Any]) -> None:
     solver = data.get("solver")
     if isinstance(solver, dict) and solver.get("method") == "awq":
         raise BadInputError("recipe: solver.method: awq is not in this version of moebit (rtn and gptq are)")
-    if data.get("format") == "compressed-tensors":
-        raise BadInputError("recipe: format: compressed-tensors is not in this version of moebit (native and dense are)")
+    activations = data.get("activations")
+    if isinstance(activations, dict):
+        activations = data["activations"] = dict(activations)
+        if activations.get("bits", 16) not in (16, 8):
+            raise BadInputError(f"recipe: activations.bits: {activations['bits']} is not in this version of moebit (16 and 8 are)")
+        for key, neutral in {"qkv_bits": 16, "clip": 1.0}.items():
+            if activations.pop(key, neutral) != neutral:
+                raise BadInputError(f"recipe: activations.{key} is not in this version of moebit (only {neutral!r} is)")
 
 
 def _explain(item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
-        return f"{path}: {item['msg'].removeprefix('Value error, ')}"
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{path}: {message}" if path else message
     model: Any = Recipe
     for part in item["loc"][:-1]:
         model = model.model_fields[part].annotation

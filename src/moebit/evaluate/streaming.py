@@ -6,7 +6,6 @@ the reference; perplexity moves by fractions of a percent where KL shows the dif
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +18,7 @@ from torch import Tensor
 
 from moebit.calibration.text import TokenText, consecutive_windows, load_tokenizer, parse_texts, tokenize
 from moebit.errors import BadInputError
-from moebit.formats.native import METHOD, average_bits, packed_specs
-from moebit.formats.opening import open_checkpoint
+from moebit.formats.opening import average_bits, open_checkpoint
 from moebit.model.budget import make_budget
 from moebit.model.checkpoint import Checkpoint
 from moebit.model.stream import Stream
@@ -215,11 +213,11 @@ def _row(scores: _Scores, part: _Part, agreement: list[tuple[int, float, float]]
 
 
 def _average_bits(checkpoint: Checkpoint) -> float:
-    """Bits per quantized weight of a native output or of what is shipped quantized; of every stored weight otherwise."""
+    """Bits per quantized weight of a packed output or of what is shipped quantized; of every stored weight otherwise."""
     if checkpoint.shipped:
         return checkpoint.shipped.average_bits
-    config = json.loads((checkpoint.path / "config.json").read_text()).get("quantization_config") or {}
-    if config.get("quant_method") == METHOD:
-        return average_bits(packed_specs(config))
+    packed = average_bits(checkpoint)
+    if packed is not None:
+        return packed
     entries = checkpoint.entries.values()
     return 8 * sum(e.spec.nbytes for e in entries) / sum(math.prod(e.shape) for e in entries)

@@ -32,6 +32,8 @@ class PackedSpec:
         bits: width of each matrix.
         shape: (out, in) features.
         stacked: whether codes are flat over experts (an experts module) or [out, row bytes] (a linear).
+        float8: float8 e4m3 numbers instead of integer codes. input_bits: what an engine rounds the inputs to, 16 for not at all.
+            (The native format has neither.)
     """
 
     bits: tuple[int, ...]
@@ -40,6 +42,8 @@ class PackedSpec:
     symmetric: bool
     scale_dtype: torch.dtype
     stacked: bool
+    float8: bool = False
+    input_bits: int = 16
 
     @property
     def groups(self) -> int:
@@ -227,6 +231,11 @@ class NativeWeights(Weights):
         missing = sorted(set(model.state_dict()) - there - tied)
         if missing:
             raise BadInputError(f"{len(missing)} tensors are missing, first {missing[0]!r}; the output is damaged")
+
+    @property
+    def specs(self) -> Mapping[str, Mapping[str, PackedSpec]]:
+        """What is quantized: {"": spec} for a linear, {projection: spec} for experts."""
+        return self._specs
 
     def available(self) -> set[str]:
         names = set(self._entries)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from moebit.errors import BadInputError
-from moebit.formats.native import METHOD, NativeWeights, packed_specs
+from moebit.formats import compressed_tensors, native
+from moebit.formats.compressed_tensors import CompressedWeights
+from moebit.formats.native import METHOD, NativeWeights, PackedSpec, packed_specs
 from moebit.model.checkpoint import Checkpoint, load_config, open_hub_checkpoint, read_config, resolve, skeleton
 from moebit.model.experts import layout_of
 from moebit.model.files import read_index
@@ -15,7 +18,7 @@ from moebit.model.seam import is_experts
 
 
 def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float32) -> Checkpoint:
-    """A checkpoint directory or hub id; native outputs are dequantized as they are read.
+    """A checkpoint directory or hub id; moebit's own outputs are dequantized as they are read.
 
     Args:
         compute: the type in which its layers are to be computed; None takes what is fastest here without losing accuracy that is stored.
@@ -27,6 +30,10 @@ def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float
         raise BadInputError(f"{model}: unfinished output of an interrupted run; finish it with `moebit quantize ... --resume`")
     path = resolve(model)
     quantization = read_config(path).get("quantization_config") or {}
+    if compressed_tensors.is_output(path, quantization):
+        config = load_config(path)
+        model_of_it, stored = skeleton(config), read_index(path)
+        return Checkpoint(path, config, model_of_it, CompressedWeights(model_of_it, stored, quantization), stored)
     if quantization.get("quant_method") != METHOD:
         return open_hub_checkpoint(path, compute)
     import moebit.runtime  # noqa: F401 - registers the quantizer, so that transformers can read this configuration
@@ -37,3 +44,21 @@ def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float
     layouts = {name: layout_of(module, name) for name, module in skeleton_model.named_modules() if is_experts(module)}
     specs = packed_specs(quantization)
     return Checkpoint(path, config, skeleton_model, NativeWeights(skeleton_model, entries, specs, layouts), entries)
+
+
+def quantized_modules(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Mapping[str, PackedSpec]]] | None:
+    """(format, what is quantized and how) of a packed output of moebit; None for a checkpoint with whole weights."""
+    weights = checkpoint.weights
+    if isinstance(weights, NativeWeights):
+        return "native", weights.specs
+    if isinstance(weights, CompressedWeights):
+        return compressed_tensors.METHOD, weights.modules()
+    return None
+
+
+def average_bits(checkpoint: Checkpoint) -> float | None:
+    """8 x bytes of codes, scales and zero points / number of weights they stand for, of a packed output; None for whole weights."""
+    found = quantized_modules(checkpoint)
+    if found is None:
+        return None
+    return native.average_bits(found[1]) if found[0] == "native" else compressed_tensors.average_bits(found[1])

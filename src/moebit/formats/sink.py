@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebit.formats import native
+from moebit.formats import compressed_tensors, native
 from moebit.model.checkpoint import HubWeights
 from moebit.model.experts import ExpertsLayout
 from moebit.model.files import Entry, ShardFile, TensorSpec, pieces
@@ -132,10 +132,54 @@ class DenseSink(Sink):
         return dict(config)
 
 
+class CompressedTensorsSink(Sink):
+    """Packed matrices under the checkpoint's own names, for engines that know nothing of moebit (formats/compressed_tensors.py)."""
+
+    def __init__(self, weights: HubWeights, modules: Modules) -> None:
+        super().__init__(weights, modules)
+        self._names = {name: compressed_tensors.stored_modules(weights, name) for name in modules}
+
+    def specs(self, names: list[str]) -> dict[str, TensorSpec]:
+        result = {stored: self.weights.entries[stored].spec for stored in self._stored(names)}
+        owners = {name.rpartition(".")[0] for name in names}
+        for name, parts in self.modules.items():
+            if name in owners:
+                for projection, spec in parts.items():
+                    for bits, module in zip(spec.bits, self._names[name][projection], strict=True):
+                        result |= {f"{module}.{suffix}": s for suffix, s in compressed_tensors.matrix_specs(spec, bits).items()}
+        return result
+
+    def _stored(self, names: list[str]) -> list[str]:
+        return list(dict.fromkeys(stored for name in self.plain(names) for stored in self.weights.stored_names(name)))
+
+    def put_plain(self, shard: ShardFile, names: list[str]) -> None:
+        for stored in self._stored(names):
+            put_stored(shard, self.weights.entries[stored])
+
+    def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
+        self._put(shard, self._names[name][""], self.modules[name][""], q)
+
+    def put_experts(self, shard: ShardFile, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
+        for projection, q in quantized.items():
+            self._put(shard, self._names[name][projection][start : start + len(q.codes)], self.modules[name][projection], q)
+
+    def _put(self, shard: ShardFile, stored: list[str], spec: native.PackedSpec, q: QTensor) -> None:
+        for number, module in enumerate(stored):
+            for suffix, tensor in compressed_tensors.matrix_tensors(spec, q, number).items():
+                shard.write(f"{module}.{suffix}", tensor)
+
+    def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        # Engines dequantize to the type of the scales.
+        return q.dequantize(q.scheme.scale_dtype).to(dtype).cpu()
+
+    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {**config, "quantization_config": compressed_tensors.quantization_config(self.weights, self.modules, self._names)}
+
+
 def put_stored(shard: ShardFile, entry: Entry) -> None:
     """Copy a stored tensor as it is, piece by piece."""
     for start, piece in pieces(entry):
         shard.write(entry.name, piece, skip=start)
 
 
-SINKS: dict[str, type[Sink]] = {"native": NativeSink, "dense": DenseSink}
+SINKS: dict[str, type[Sink]] = {"native": NativeSink, "compressed-tensors": CompressedTensorsSink, "dense": DenseSink}

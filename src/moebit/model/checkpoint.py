@@ -192,6 +192,10 @@ class HubWeights(Weights):
         """The checkpoint's own names of what makes up a parameter."""
         return [entry.name for _, entry in self._of[name].parts]
 
+    def stored_by_pattern(self, name: str) -> dict[str, list[str]]:
+        """The same by the pattern of transformers' conversion that they match (one pattern per projection, in order of the experts)."""
+        return {pattern: [entry.name for entry in entries] for pattern, entries in self._parts_by_pattern(self._of[name]).items()}
+
     def parameter(self, name: str) -> Tensor:
         if name not in self._of:
             name = tied_names(self.model)[name]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moebit.tensor import kernels
 
+FLOAT8 = torch.float8_e4m3fn
 DEQUANTIZE_WEIGHTS = 2**22  # so many at a time: the float32 in between takes four bytes each
 # Clipping search: shares of the group's range that are tried, largest first (the first wins ties).
 CLIP_RATIOS: tuple[float, ...] = tuple(round(1.0 - 0.05 * step, 2) for step in range(14))
@@ -28,12 +29,14 @@ class QuantScheme:
         signed: symmetric only. The scale takes the sign of the group's largest-magnitude weight, so that this weight sits
             on code -2^(b-1) and all 2^b codes are used; the classic grid leaves that code idle. Matters at 2 and 3 bits.
         scale_dtype: scales are rounded to this type *before* the weights are rounded, so that what is stored is what was solved for.
+        float8: the codes are float8 e4m3 numbers (their bytes) instead of integers; 8 bits, symmetric.
     """
 
     group_size: int
     symmetric: bool
     signed: bool = False
     scale_dtype: torch.dtype = torch.float32
+    float8: bool = False
 
     def group_width(self, in_features: int) -> int:
         """Input channels per group of a matrix with `in_features` inputs.
@@ -72,6 +75,9 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[E, O, I] weights, computed in float32 (float64 if asked for) and rounded once to `dtype`."""
+        if self.scheme.float8:
+            numbers = self.codes.view(FLOAT8).to(torch.float64 if dtype == torch.float64 else torch.float32)
+            return dequantize(numbers, self.scale, torch.zeros_like(self.zero_point), dtype)
         return dequantize(self.codes, self.scale, self.zero_point, dtype)
 
 
@@ -83,7 +89,7 @@ def dequantize(codes_EOI: Tensor, scale_EOG: Tensor, zero_EOG: Tensor, dtype: to
     result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     step = max(1, DEQUANTIZE_WEIGHTS // max(1, codes.shape[-1]))
     for rows in (slice(start, start + step) for start in range(0, len(codes), step)):
-        piece = codes[rows].unflatten(-1, (groups, -1)).to(work)
+        piece = codes[rows].unflatten(-1, (groups, -1)).to(work, copy=True)
         piece.sub_(zero[rows].to(work).unsqueeze(-1)).mul_(scale[rows].to(work).unsqueeze(-1))
         result[rows] = piece.flatten(-2)
     return result.view(codes_EOI.shape)
@@ -198,3 +204,18 @@ def round_to_grid(w_EOI: Tensor, scale_EOG: Tensor, zero_EOG: Tensor, bits_E: Te
     top = (torch.exp2(bits_E.to(w_EOI.dtype)) - 1)[:, None, None, None]
     codes = torch.round(w / scale_EOG.to(w.dtype).unsqueeze(-1)) + zero_EOG.to(w.dtype).unsqueeze(-1)
     return codes.clamp(min=0).minimum(top).flatten(-2).to(torch.uint8)
+
+
+def round_to_float8(w_EOI: Tensor, scheme: QuantScheme) -> QTensor:
+    """Round to nearest on float8 e4m3, the group's largest magnitude on its largest number (448); an all-zero group gets scale 1.
+
+    A float's steps grow with its size, so that clipping the range gains nothing there and is not searched for.
+    """
+    largest = torch.finfo(FLOAT8).max
+    groups = _grouped(w_EOI, scheme)
+    scale = (groups.abs().amax(-1) / largest).to(scheme.scale_dtype)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    codes = (groups / scale.to(w_EOI.dtype).unsqueeze(-1)).clamp(-largest, largest).to(FLOAT8)
+    zero = torch.zeros(scale.shape, dtype=torch.uint8, device=w_EOI.device)
+    bits = torch.full((w_EOI.shape[0],), 8, dtype=torch.int64, device=w_EOI.device)
+    return QTensor(codes.view(torch.uint8).flatten(-2), scale, zero, bits, scheme)

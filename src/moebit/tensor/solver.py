@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moebit.tensor import kernels
-from moebit.tensor.grid import QTensor, QuantScheme, as_bits, minmax_grid, round_to_grid, search_grid
+from moebit.tensor.grid import QTensor, QuantScheme, as_bits, minmax_grid, round_to_float8, round_to_grid, search_grid
 from moebit.tensor.linalg import damp_, factor_, filled_diagonal, live_mean
 
 MIN_RAISED_DAMPING, MAX_DAMPING = 0.01, 1.0
@@ -55,6 +55,10 @@ def solve_rtn(
     bits_E = as_bits(bits, _experts(w_EOI), w_EOI.device)
     parts = []
     for w in _rows_of(w_EOI):
+        if scheme.float8:
+            rounded = round_to_float8(w, scheme)
+            parts.append((rounded.codes, rounded.scale, rounded.zero_point))
+            continue
         scale, zero = search_grid(w, bits_E, scheme, importance_EI) if clip_search else minmax_grid(w, bits_E, scheme)
         parts.append((round_to_grid(w, scale, zero, bits_E, scheme), scale.to(scheme.scale_dtype), zero.to(torch.uint8)))
     return _joined(parts, bits_E, scheme)

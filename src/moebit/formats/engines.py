@@ -1,0 +1,190 @@
+"""Which engines can run an output, and why others cannot: known before the work, from what will be written.
+
+The rules are those of transformers 5.23 and vLLM 0.32, read in their sources and checked by running them (benchmarks/formats.py,
+benchmarks/vllm_cpu). An engine that would run something else than what was written counts as one that cannot run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moebit.errors import BadInputError
+from moebit.formats.native import PackedSpec
+from moebit.model.experts import ExpertsLayout
+from moebit.model.structure import LayerSites, Structure
+
+TRANSFORMERS, VLLM = "transformers", "vllm"
+ENGINES = (TRANSFORMERS, VLLM)
+ANY = "any"
+MARLIN_BITS = (4, 8)  # widths of vLLM's weight-only kernels that every CUDA build has
+MARLIN_HIDDEN = 128  # what they want the hidden size of experts to be a multiple of
+
+Modules = Mapping[str, Mapping[str, PackedSpec]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one engine runs an output.
+
+    Attributes:
+        reasons: why not; empty where it does. notes: what to know where it does.
+    """
+
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def runs(self) -> bool:
+        return not self.reasons
+
+    def describe(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"runs": self.runs, "reasons": list(self.reasons), "notes": list(self.notes)}
+
+
+def verdicts(output_format: str, modules: Modules, structure: Structure) -> dict[str, Verdict]:
+    """What each engine makes of an output.
+
+    Args:
+        output_format: native, compressed-tensors or dense. modules: what is quantized, {"": spec} or {projection: spec}.
+    """
+    if output_format == "native":
+        note = "with `import moebit`, which registers the format"
+        return {TRANSFORMERS: Verdict(notes=(note,)), VLLM: Verdict(("it does not know the native format",))}
+    if output_format == "dense":
+        return {engine: Verdict(notes=("like the checkpoint itself",)) for engine in ENGINES}
+    return {
+        TRANSFORMERS: Verdict(tuple(_transformers(modules, structure)), tuple(_transformers_notes(modules))),
+        VLLM: Verdict(tuple(_vllm(modules, structure)), tuple(_vllm_notes(modules))),
+    }
+
+
+def check_engine(engine: str, found: Mapping[str, Verdict]) -> None:
+    """Refuse an output that the wanted engine cannot run, or, for `any`, that none can.
+
+    Raises:
+        BadInputError: with every reason; an unknown engine.
+    """
+    if engine not in (*ENGINES, ANY):
+        raise BadInputError(f"--engine {engine}: choose one of {', '.join((*ENGINES, ANY))}")
+    wanted = ENGINES if engine == ANY else (engine,)
+    if any(found[name].runs for name in wanted):
+        return
+    why = "; ".join(f"{name}: {', '.join(found[name].reasons)}" for name in wanted)
+    raise BadInputError(
+        f"{'no engine runs' if engine == ANY else f'{engine} cannot run'} this output. {why}. "
+        "Change the recipe or the plan, or write the native or dense format"
+    )
+
+
+# --- the rules
+
+
+def _experts(modules: Modules) -> dict[str, Mapping[str, PackedSpec]]:
+    return {name: parts for name, parts in modules.items() if "" not in parts}
+
+
+def _alike(modules: Modules) -> Iterator[str]:
+    """What both engines want: one width for all experts and projections of a layer."""
+    for name, parts in _experts(modules).items():
+        mixed = [projection for projection, spec in parts.items() if len(set(spec.bits)) > 1]
+        if mixed:
+            widths = sorted(set(parts[mixed[0]].bits))
+            yield f"the experts of {name} have different widths ({mixed[0]}: {widths}), it takes one for all"
+            return
+        shown = ", ".join(f"{projection} {spec.bits[0]}" for projection, spec in parts.items())
+        if len({spec.bits[0] for spec in parts.values()}) > 1:
+            yield f"the projections of {name} have different widths ({shown}), it takes one for all"
+            return
+
+
+def _transformers(modules: Modules, structure: Structure) -> Iterator[str]:
+    experts = _experts(modules)
+    yield from _alike(modules)
+    whole = {name: next(iter(parts.values())).bits[0] for name, parts in experts.items()}
+    if len(set(whole.values())) > 1:
+        first = next(iter(whole.values()))
+        other = next(name for name, bits in whole.items() if bits != first)
+        yield f"the experts of {other} have {whole[other]} bits and others {first}, it reads all layers' experts with one width"
+    kept = [name for name, _ in _moe_layers(structure) if name not in experts]
+    spec = _first(modules)
+    if kept and not spec.float8:
+        yield f"the experts of {kept[0]} stay in full precision, it expects every layer's experts packed"
+    if experts and spec.input_bits == 8 and not spec.float8:
+        yield "it reads no int8 experts (int-quantized)"
+
+
+def _transformers_notes(modules: Modules) -> Iterator[str]:
+    if _experts(modules):
+        yield "experts are dequantized when they are loaded"
+        if _first(modules).input_bits == 8:
+            yield "it rounds the inputs of linears and not those of experts"
+
+
+def _vllm(modules: Modules, structure: Structure) -> Iterator[str]:
+    experts = _experts(modules)
+    yield from _alike(modules)
+    yield from _fused(modules, structure)
+    for name, layout in _moe_layers(structure):
+        if name in experts:
+            reason = _kernel(name, layout, next(iter(experts[name].values())))
+            if reason:
+                yield reason
+                return
+    for name, parts in modules.items():
+        for spec in parts.values():
+            if spec.input_bits == 16 and spec.shape[1] * spec.bits[0] % 32:
+                yield f"a row of {name} ({spec.shape[1]} x {spec.bits[0]} bits) does not fill 32-bit words"
+                return
+
+
+def _kernel(name: str, layout: ExpertsLayout, spec: PackedSpec) -> str | None:
+    """Why no kernel takes these experts."""
+    if layout.bias:
+        return f"the experts of {name} have biases, its packed experts have none"
+    if spec.input_bits == 8 or spec.group_size != -1:
+        return None
+    if spec.bits[0] not in MARLIN_BITS:
+        return f"experts of {spec.bits[0]} bits with one scale a channel ({name}), it wants groups at other widths than {MARLIN_BITS}"
+    if layout.hidden % MARLIN_HIDDEN:
+        wanted = f"it wants a multiple of {MARLIN_HIDDEN} or groups"
+        return f"experts with one scale a channel and a hidden size of {layout.hidden} ({name}), {wanted}"
+    return None
+
+
+def _fused(modules: Modules, structure: Structure) -> Iterator[str]:
+    """vLLM joins linears that share their input (query, key and value; gate and up): they need one grid, or all none."""
+    for layer in structure.layers:
+        for group in layer.groups:
+            names = [f"{layer.name}.{name}" for name in group.names]
+            widths = {name: modules[name][""].bits[0] if name in modules else 16 for name in names}
+            if len(set(widths.values())) > 1:
+                shown = ", ".join(f"{name.rpartition('.')[2]} {bits}" for name, bits in widths.items())
+                yield f"linears of {layer.name} that share an input have different widths ({shown}), it joins them"
+                return
+
+
+def _vllm_notes(modules: Modules) -> Iterator[str]:
+    spec = _first(modules)
+    other = sorted({part.bits[0] for parts in modules.values() for part in parts.values()} - set(MARLIN_BITS))
+    if spec.input_bits == 16 and other:
+        yield f"{', '.join(map(str, other))} bits need its Humming kernels (CUDA), which are installed beside it"
+    if spec.float8:
+        yield "FP8 needs a GPU that multiplies it (compute capability 8.9 or later)"
+
+
+def _first(modules: Modules) -> PackedSpec:
+    return next(iter(next(iter(modules.values())).values()))
+
+
+def _moe_layers(structure: Structure) -> Iterator[tuple[str, ExpertsLayout]]:
+    for layer in structure.layers:
+        if layer.moe:
+            yield _experts_name(layer), layer.moe.layout
+
+
+def _experts_name(layer: LayerSites) -> str:
+    assert layer.moe is not None
+    return f"{layer.name}.{layer.moe.experts}"

@@ -1,0 +1,66 @@
+"""compressed-tensors outputs as others see them: through the compressed-tensors library, and through transformers without moebit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils.match import match_name
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.models import quiet, windows
+from tests.outputs import read_config, stored_tensors
+
+
+def by_the_library(output: Path) -> dict[str, Tensor]:
+    """Every tensor under the checkpoint's names, the quantized ones as the library reads config.json and decompresses them."""
+    tensors = stored_tensors(output)
+    said = read_config(output).get("quantization_config")
+    if said is None:
+        return tensors
+    groups = QuantizationConfig.model_validate(said).config_groups.values()
+    modules = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
+    result = {name: value for name, value in tensors.items() if name.rpartition(".")[0] not in modules or name.endswith(".bias")}
+    for module in modules:
+        fitting = [g for g in groups if any(target == "Linear" or match_name(module, target) for target in g.targets)]
+        assert len(fitting) == 1, module
+        own = {name.rpartition(".")[2]: value for name, value in tensors.items() if name.rpartition(".")[0] == module}
+        own.pop("bias", None)
+        value = BaseCompressor.get_value_from_registry(fitting[0].format).decompress(own, fitting[0])["weight"]
+        result[f"{module}.weight"] = value
+    return result
+
+
+def plain_transformers(tmp_path: Path, models: dict[str, tuple[Path, str]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(logits of what loads, errors of what does not) in a process without moebit."""
+    job = {"tokens": windows().tolist(), "models": {name: [str(path), dtype] for name, (path, dtype) in models.items()}}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, str(Path(__file__).parent / "plain.py"), str(tmp_path / "job.json"), str(tmp_path / "logits")]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert run.returncode == 0, run.stderr
+    errors = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    return load_file(tmp_path / "logits"), {name: message for error in errors for name, message in error.items()}
+
+
+def reference_model(original: Path, output: Path, tmp_path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The original architecture with the weights that the library decompresses, as a checkpoint of its own."""
+    save_file(
+        {name: value.contiguous() for name, value in by_the_library(output).items()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    (tmp_path / "config.json").write_text((original / "config.json").read_text())
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, experts_implementation="eager").eval()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def reference_logits(original: Path, output: Path, tmp_path: Path, dtype: torch.dtype) -> Tensor:
+    model = reference_model(original, output, tmp_path, dtype)
+    return model(input_ids=windows(), use_cache=False).logits.float()  # type: ignore[no-any-return]
