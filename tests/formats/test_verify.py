@@ -533,3 +533,43 @@ def test_command(out: Path, partial: Path, capsys: pytest.CaptureFixture[str], m
     assert run(out, "--json", "-") == 2
     assert json.loads(capsys.readouterr().out)["state"] == "damaged"
     assert run(tmp_path / "nothing") == 2
+
+
+# --- compressed-tensors
+
+
+@pytest.fixture(scope="module")
+def packed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "out"
+    moebit.quantize(model, out, recipe=small_recipe("rtn"), format="compressed-tensors")
+    return out
+
+
+def test_compressed_tensors_are_fine(packed: Path) -> None:
+    result = moebit.verify(packed)
+    assert result["findings"] == []
+    assert result["format"] == "compressed-tensors"
+
+
+@pytest.mark.parametrize("damage", ["scale shape", "missing scale", "missing codes", "other bits", "no groups", "NaN scale"])
+def test_damaged_compressed_tensors(damage: str, packed: Path, tmp_path: Path) -> None:
+    """Found by what the tensors say, checksums apart."""
+    out = shutil.copytree(packed, tmp_path / "out")
+    stored = load_file(out / FIRST)
+    name = next(key for key in sorted(stored) if key.endswith("experts.0.w1.weight_scale"))
+    expected = name.removesuffix("weight_scale")
+    if damage == "scale shape":
+        stored[name] = stored[name].repeat(1, 2)
+    elif damage == "missing scale":
+        del stored[name]
+    elif damage == "missing codes":
+        del stored[expected + "weight_packed"]
+    elif damage == "NaN scale":
+        stored[name][0, 0] = torch.nan
+    elif damage == "other bits":
+        change_json(out / "config.json", lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(num_bits=8))
+    else:
+        change_json(out / "config.json", lambda c: c["quantization_config"].pop("config_groups"))
+        expected = "config.json"
+    save_file(stored, out / FIRST, {"format": "pt"})
+    assert [item for item in moebit.verify(out)["findings"] if expected in item["where"]]

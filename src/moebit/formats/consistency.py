@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from moebit.errors import BadInputError
+from moebit.formats.compressed_tensors import METHOD as COMPRESSED
+from moebit.formats.compressed_tensors import virtual_entries
 from moebit.formats.native import FORMAT_VERSION, METHOD, PackedSpec, packed_specs
 from moebit.formats.opening import open_checkpoint
 from moebit.model.files import PIECE, TensorEntry
@@ -23,6 +25,7 @@ from moebit.tensor import packed_row_bytes, unpack
 CONFIG = "config.json"
 CONFIG_REMEDY = "copy config.json and the shards again from where the output was made, or quantize again"
 AGAIN = "copy this file again from where the output was made, or quantize again"
+COMPRESSED_LEAVES = ("weight_packed", "weight_scale", "weight_shape")
 LEAVES = (".codes", ".scale", ".zero_point", ".bits")
 
 
@@ -140,7 +143,38 @@ def dense(config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> list
     return [Finding(f"packed codes, but {CONFIG} has no quantization_config", place(entry), CONFIG_REMEDY) for entry in packed]
 
 
-CHECKS: dict[str, Callable[[Mapping[str, Any], Mapping[str, TensorEntry]], list[Finding]]] = {"native": native, "dense": dense}
+def compressed(config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> list[Finding]:
+    """Every module with packed codes or scales against the grid that the configuration has for it."""
+    quantization, found = config["quantization_config"], []
+    if not isinstance(quantization.get("config_groups"), dict):
+        return [Finding("quantization_config has no config_groups", CONFIG, CONFIG_REMEDY)]
+    modules: dict[str, dict[str, TensorEntry]] = {}
+    for name, entry in entries.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf in ("weight", *COMPRESSED_LEAVES):
+            modules.setdefault(module, {})[name] = entry
+    for tensors in modules.values():
+        leaves = {name.rpartition(".")[2] for name in tensors}
+        if not leaves & set(COMPRESSED_LEAVES):
+            continue
+        first = place(next(iter(tensors.values())))
+        if not leaves & {"weight", "weight_packed"}:
+            found.append(Finding("scales without the codes that they belong to", first, AGAIN))
+            continue
+        try:
+            virtual_entries(tensors, quantization)
+        except BadInputError as error:
+            found.append(Finding.of(error, first))
+        except (ValueError, TypeError, KeyError) as error:
+            found.append(Finding(f"{CONFIG} and the tensors do not fit together ({type(error).__name__}: {error})", first, CONFIG_REMEDY))
+    return found
+
+
+CHECKS: dict[str, Callable[[Mapping[str, Any], Mapping[str, TensorEntry]], list[Finding]]] = {
+    "native": native,
+    "dense": dense,
+    COMPRESSED: compressed,
+}
 
 
 def against_model(path: Path) -> list[Finding]:
