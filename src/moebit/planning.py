@@ -207,7 +207,8 @@ def make_plan(
     modules = {**{name: {"": spec} for name, spec in linears.items()}, **experts}
     if recipe.format == compressed_tensors.METHOD and isinstance(checkpoint.weights, HubWeights):
         compressed_tensors.check(checkpoint.weights, modules)
-    engines = verdicts(recipe.format, modules, structure)
+    merged = checkpoint.weights.merged() if isinstance(checkpoint.weights, HubWeights) else ()
+    engines = verdicts(recipe.format, modules, structure, merged)
     check_engine(engine, engines)
     chunk = {layer.index: chunk_size(layer.moe, recipe, memory) for layer in structure.layers if layer.moe}
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if recipe.needs_calibration else 0
