@@ -77,6 +77,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "deepseek_v3": {
         "num_key_value_heads": 4,
+        "topk_method": "noaux_tc",  # vLLM wants to be told
         "kv_lora_rank": 128,
         "q_lora_rank": 128,
         "qk_rope_head_dim": 64,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from moebit.calibration.text import calibration_windows, digest, load_tokenizer, parse_texts, tokenize
 from moebit.documents import documents
 from moebit.errors import BadInputError
+from moebit.formats.compressed_tensors import CompressedWeights
 from moebit.formats.engines import ANY, verdicts
 from moebit.formats.opening import average_bits, open_checkpoint, quantized_modules
 from moebit.formats.output import OutputDirectory, check_space, disk_error, partial_of
@@ -77,10 +78,11 @@ def inspect(
     result = describe_structure(checkpoint, structure)
     packed = quantized_modules(checkpoint)
     if packed is not None:
+        merged = checkpoint.weights.merged() if isinstance(checkpoint.weights, CompressedWeights) else ()
         result["quantized"] = {
             "average_bits": average_bits(checkpoint),
             "format": packed[0],
-            "engines": {name: verdict.describe() for name, verdict in verdicts(*packed, structure).items()},
+            "engines": {name: verdict.describe() for name, verdict in verdicts(*packed, structure, merged).items()},
         }
         if recipe is not None:
             raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")

@@ -225,7 +225,8 @@ def make_plan(
     modules = {**{name: {"": spec} for name, spec in linears.items()}, **experts}
     if recipe.format == compressed_tensors.METHOD and isinstance(checkpoint.weights, HubWeights):
         compressed_tensors.check(checkpoint.weights, modules)
-    engines = verdicts(recipe.format, modules, structure)
+    merged = checkpoint.weights.merged() if isinstance(checkpoint.weights, HubWeights) else ()
+    engines = verdicts(recipe.format, modules, structure, merged)
     check_engine(engine, engines)
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if recipe.needs_calibration else 0
     return Plan(

@@ -219,8 +219,8 @@ def test_logits_in_transformers_without_moebit(written: Written, tmp_path: Path)
     for name, (architecture, path, dtype) in outputs.items():
         wanted = reference_logits(written.checkpoints.path(architecture), path, tmp_path, getattr(torch, dtype))
         away = float((logits[name] - wanted).norm() / wanted.norm())
-        # fp8: linears round their inputs. bfloat16: grouped and single products round differently.
-        assert away < (0.2 if "fp8" in name else 0.02 if dtype == "bfloat16" else 1e-5), (name, away)
+        # In bfloat16, grouped and single products round differently; fp8 inputs sit on ties that the last bit of a sum decides.
+        assert away < (0.02 if "fp8" in name or dtype == "bfloat16" else 1e-5), (name, away)
         other = written.checkpoints.reference(architecture).logits
         assert float((logits[name] - other).norm() / other.norm()) > 0.02, name  # the weights are not the original's
 

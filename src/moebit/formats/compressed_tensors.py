@@ -372,6 +372,9 @@ class CompressedWeights(Weights):
     def available(self) -> set[str]:
         return self._inner.available()
 
+    def merged(self) -> set[str]:
+        return self._inner.merged()
+
     def modules(self) -> dict[str, dict[str, PackedSpec]]:
         """What is quantized, as it was planned."""
         result: dict[str, dict[str, PackedSpec]] = {}

@@ -6,7 +6,7 @@ benchmarks/vllm_cpu). An engine that would run something else than what was writ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +44,12 @@ class Verdict:
         return {"runs": self.runs, "reasons": list(self.reasons), "notes": list(self.notes)}
 
 
-def verdicts(output_format: str, modules: Modules, structure: Structure) -> dict[str, Verdict]:
+def verdicts(output_format: str, modules: Modules, structure: Structure, merged: Collection[str] = ()) -> dict[str, Verdict]:
     """What each engine makes of an output.
 
     Args:
         output_format: native, compressed-tensors or dense. modules: what is quantized, {"": spec} or {projection: spec}.
+        merged: parameters that transformers puts together from stored tensors (`HubWeights.merged`).
     """
     if output_format == "native":
         note = "with `import moebit`, which registers the format"
@@ -56,7 +57,7 @@ def verdicts(output_format: str, modules: Modules, structure: Structure) -> dict
     if output_format == "dense":
         return {engine: Verdict(notes=("like the checkpoint itself",)) for engine in ENGINES}
     return {
-        TRANSFORMERS: Verdict(tuple(_transformers(modules, structure)), tuple(_transformers_notes(modules))),
+        TRANSFORMERS: Verdict(tuple(_transformers(modules, merged)), tuple(_transformers_notes(modules))),
         VLLM: Verdict(tuple(_vllm(modules, structure)), tuple(_vllm_notes(modules))),
     }
 
@@ -100,7 +101,7 @@ def _alike(modules: Modules) -> Iterator[str]:
             return
 
 
-def _transformers(modules: Modules, structure: Structure) -> Iterator[str]:
+def _transformers(modules: Modules, merged: Collection[str]) -> Iterator[str]:
     experts = _experts(modules)
     yield from _alike(modules)
     whole = {name: next(iter(parts.values())).bits[0] for name, parts in experts.items()}
@@ -108,10 +109,10 @@ def _transformers(modules: Modules, structure: Structure) -> Iterator[str]:
         first = next(iter(whole.values()))
         other = next(name for name, bits in whole.items() if bits != first)
         yield f"the experts of {other} have {whole[other]} bits and others {first}, it reads all layers' experts with one width"
-    kept = [name for name, _ in _moe_layers(structure) if name not in experts]
+    kept = sorted(name for name in merged if name.rpartition(".")[0] not in modules)
     spec = _first(modules)
     if kept and not spec.float8:
-        yield f"the experts of {kept[0]} stay in full precision, it expects every layer's experts packed"
+        yield f"the stored tensors that it merges into {kept[0]} stay in full precision, it expects all such tensors packed"
     if experts and spec.input_bits == 8 and not spec.float8:
         yield "it reads no int8 experts (int-quantized)"
 

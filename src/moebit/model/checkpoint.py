@@ -196,6 +196,14 @@ class HubWeights(Weights):
         """The same by the pattern of transformers' conversion that they match (one pattern per projection, in order of the experts)."""
         return {pattern: [entry.name for entry in entries] for pattern, entries in self._parts_by_pattern(self._of[name]).items()}
 
+    def merged(self) -> set[str]:
+        """Parameters that transformers puts together from stored tensors called *.weight."""
+        return {
+            name
+            for name, source in self._of.items()
+            if source.converter is not None and all(pattern.endswith(".weight") for pattern, _ in source.parts)
+        }
+
     def parameter(self, name: str) -> Tensor:
         if name not in self._of:
             name = tied_names(self.model)[name]
