@@ -68,7 +68,9 @@ def reference_logits(original: Path, output: Path, tmp_path: Path, dtype: torch.
     if any((group.get("input_activations") or {}).get("type") == "float" for group in said["config_groups"].values()):
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and name not in said["ignore"]:
-                module.register_forward_pre_hook(lambda _, args: (rounded_to_float8(args[0]),))
+                # The library scales by the first two axes: tokens of [batch, token, channel], every number of [token, channel], which
+                # leaves the inputs of shared experts as they are.
+                module.register_forward_pre_hook(lambda _, args: (rounded_to_float8(args[0]) if args[0].ndim == 3 else args[0],))
     return model(input_ids=windows(), use_cache=False).logits.float()  # type: ignore[no-any-return]
 
 
