@@ -22,7 +22,8 @@ from moebit.recipe import Recipe
 from moebit.tensor import QTensor, QuantScheme, SolveInfo, add_second_moment, mirror_, solve_gptq, solve_rtn
 
 Progress = Callable[[str, int, int], None]
-ROWS = 4096  # tokens, or rows of a matrix, that are looked at together where nothing else sets a limit
+ROWS = 4096  # tokens that are looked at together where nothing else sets a limit
+ERROR_WEIGHTS = 2**20  # weights whose errors are summed together
 
 
 @dataclass
@@ -99,15 +100,18 @@ class LayerJob:
         for number in before:
             self._quantize_group(number, inputs)
         if self.sites.moe is None:
-            self._finish_layer(None)
+            self._finish_layer(None, None)
             return
-        routed = self.stream.capture_routing(self.sites.index) if self.stream else None
+        # What the layer puts out without its experts is worth keeping only if nothing in it changes any more.
+        final = self.stream is not None and not any(self._quantized(self.sites.groups[number]) for number in (*beside, *behind))
+        without = self.stream.store.allocate(tuple(self.stream.hidden.shape), self.stream.dtype) if self.stream and final else None
+        routed = self.stream.capture_routing(self.sites.index, without) if self.stream else None
         for number in beside:
             self._quantize_group(number, inputs, routed)
         outputs = self._experts(routed)
         for number in behind:
             self._quantize_group(number, inputs, outputs=outputs)
-        self._finish_layer(outputs)
+        self._finish_layer(outputs, without)
 
     def _in_order(self) -> tuple[list[int], list[int], list[int]]:
         """Groups by when they can be solved: before the experts, from the experts' own input, behind the experts."""
@@ -335,12 +339,15 @@ class LayerJob:
         rows["fallback"] += info.fallback.tolist() if info else [False] * len(q.bits)
         return value
 
-    def _finish_layer(self, outputs: Tensor | None) -> None:
+    def _finish_layer(self, outputs: Tensor | None, without: Tensor | None) -> None:
         """Write what is not quantized and advance the stream through the layer as it now is."""
         self.sink.put_plain(self.shard, self.sink.parameters(self.sites.name + "."))
-        if self.stream is not None:
-            experts = self.stream.replay(outputs) if outputs is not None else None
-            self.stream.run(self.sites.index, experts=experts, advance=True)
+        if self.stream is None:
+            return
+        if outputs is None:
+            self.stream.run(self.sites.index, advance=True)
+        else:
+            self.stream.advance_by(self.sites.index, outputs, without)
 
 
 @dataclass(frozen=True)
@@ -391,11 +398,11 @@ class _ExpertInputs:
 def relative_error(value_EOI: Tensor, w_EOI: Tensor) -> list[float]:
     """|value - w|^2 / |w|^2 per matrix, a few rows at a time."""
     missed, whole = torch.zeros(len(w_EOI)), torch.zeros(len(w_EOI))
-    step = max(1, ROWS * ROWS // (w_EOI.shape[0] * w_EOI.shape[2]))
+    step = max(1, ERROR_WEIGHTS // (w_EOI.shape[0] * w_EOI.shape[2]))
     for start in range(0, w_EOI.shape[1], step):
         w = w_EOI[:, start : start + step].float()
-        missed += (value_EOI[:, start : start + step] - w).square().sum((1, 2))
-        whole += w.square().sum((1, 2))
+        missed += torch.linalg.vector_norm(value_EOI[:, start : start + step] - w, dim=(1, 2)).square()
+        whole += torch.linalg.vector_norm(w, dim=(1, 2)).square()
     return (missed / whole.clamp(min=1e-30)).tolist()
 
 

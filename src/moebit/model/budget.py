@@ -65,8 +65,10 @@ def make_budget(
     layer = max((_outside_experts(checkpoint.model.get_submodule(sites.name), sites) for sites in structure.layers), default=0) * item
     work = max(memory - PROCESS_BYTES, memory // 4)
     rest = max(work - layer, work // 4) // streams
-    allowance = rest // 6
-    stored = [tokens * width * size * streams for size in (item, item, 4)]  # hidden states, inputs of the experts, their outputs
+    allowance = rest // 8
+    stored = [
+        tokens * width * size * streams for size in (item, item, item, 4)
+    ]  # hidden states before and behind, experts' inputs and outputs
     activations = sum(min(size, allowance) for size in stored)
     per_token = max((_token_bytes(checkpoint.model.get_submodule(sites.name), width, item) for sites in structure.layers), default=1)
     batch = max(1, min(BATCH_TOKENS, rest // 4 // per_token))

@@ -152,6 +152,11 @@ class LayerCall:
                 del self.carried.values[key]
         return leaves[place]
 
+    @property
+    def hands_on(self) -> bool:
+        """Whether this batch's layers hand on, or write into, anything beside the hidden states."""
+        return bool(self.wanted or self.carried.last_use or self.carried.written)
+
     def apply(self, layer: nn.Module, hidden: Tensor) -> Any:
         """The layer's whole output."""
         if self.by_name:

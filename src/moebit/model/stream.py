@@ -119,6 +119,8 @@ class Stream:
         experts: Callable[[slice], ExpertsHandler] | None = None,
         inputs: Mapping[str, InputHook] | None = None,
         advance: bool = False,
+        outputs: Tensor | None = None,
+        done: int = 0,
     ) -> None:
         """Run one (loaded) layer over all windows.
 
@@ -127,9 +129,11 @@ class Stream:
             inputs: what to do with the input of a submodule, by its name in the layer. If given without `advance`, each forward
                 stops as soon as all of them have been called.
             advance: replace the hidden states by the layer's output.
+            outputs: [N, L, ...]: put the layer's output there instead.
+            done: batches to leave out, from the first.
         """
         layer = self.layer(index)
-        for rows, calls in zip(self.batches(), self._calls, strict=True):
+        for rows, calls in list(zip(self.batches(), self._calls, strict=True))[done:]:
             with ExitStack() as stack:
                 _watch(stack, layer, inputs or {}, stop=bool(inputs) and not advance)
                 if experts is not None:
@@ -141,11 +145,17 @@ class Stream:
                     continue
             if advance:
                 self.hidden[rows] = output
+            elif outputs is not None:
+                outputs[rows] = output
             self.store.release()
 
     @torch.no_grad()
-    def capture_routing(self, index: int) -> RoutedTokens:
-        """What the layer's experts are asked, for every token, in the windows' order."""
+    def capture_routing(self, index: int, outputs: Tensor | None = None) -> RoutedTokens:
+        """What the layer's experts are asked, for every token, in the windows' order.
+
+        Args:
+            outputs: [N, L, ...], gets what the layer puts out where its experts put out nothing.
+        """
         moe = self.structure.layers[index].moe
         assert moe is not None
         total = self.windows.numel()
@@ -162,7 +172,7 @@ class Stream:
 
             return handler
 
-        self.run(index, experts=note)
+        self.run(index, experts=note, outputs=outputs)
         return RoutedTokens(x, ids, weights)
 
     def token_span(self, rows: slice) -> slice:
@@ -172,6 +182,35 @@ class Stream:
     def replay(self, outputs_TH: Tensor) -> Callable[[slice], ExpertsHandler]:
         """Handlers that answer with stored expert outputs."""
         return lambda rows: lambda module, states, ids, weights: outputs_TH[self.token_span(rows)].to(states.dtype)
+
+    @torch.no_grad()
+    def advance_by(self, index: int, outputs_TH: Tensor, without: Tensor | None) -> None:
+        """Advance through a layer whose experts put out `outputs_TH`.
+
+        Most layers end in `hidden + experts' outputs`. Where the first batch shows that this one does, the others are added up from what
+        `capture_routing` stored, and attention is spared a pass; else the layer runs again.
+
+        Args:
+            without: [N, L, ...] outputs of the layer as it is now, but with experts that put out nothing; None where there are none.
+        """
+        first = next(iter(self.batches()))
+        simple = not any(calls[index].hands_on for calls in self._calls)
+        if without is None or not simple or self.hidden[0, 0].numel() != outputs_TH.shape[1]:
+            self.run(index, experts=self.replay(outputs_TH), advance=True)
+            return
+
+        def added(rows: slice) -> Tensor:
+            return outputs_TH[self.token_span(rows)].view(without[rows].shape)
+
+        with experts_handler(self.replay(outputs_TH)(first)):
+            output = self._calls[0][index].run(self.layer(index), self.hidden[first])
+        self.hidden[first] = output
+        if not _adds_up(output, without[first], added(first)):
+            self.run(index, experts=self.replay(outputs_TH), advance=True, done=1)
+            return
+        for rows in list(self.batches())[1:]:
+            self.hidden[rows] = (without[rows].float() + added(rows)).to(self.dtype)
+            self.store.release()
 
     def step(self, index: int, chunk: int) -> Tensor | None:
         """Advance through one layer as it is, with at most `chunk` experts in memory; returns the chosen experts [T, k].
@@ -236,6 +275,13 @@ class Stream:
         finally:
             for _, module in behind:
                 dematerialize(module, recurse=False)
+
+
+def _adds_up(output: Tensor, without: Tensor, added: Tensor) -> bool:
+    """Whether `output` is `without + added`, up to the rounding of its type, with a factor of one before `added`."""
+    change, rounding = output.float() - without.float(), torch.finfo(output.dtype).eps * output.float().norm()
+    factor = float((change * added).sum() / added.square().sum().clamp(min=1e-30))
+    return abs(factor - 1) < 0.01 and bool((change - added).norm() <= rounding)
 
 
 def _same(value: object, known: object) -> object:
