@@ -114,7 +114,7 @@ def shard(number: int) -> str:
 # In the order of a run. Twice: the resumed run is killed as well.
 KILLS: dict[str, Callable[[list[Moment]], list[int]]] = {
     "before a shard has its name": lambda trace: [last(trace, "rename", shard(1))],
-    "before the journal knows, then in the next layer": lambda trace: [last(trace, "sync", "stream-00001.safetensors.writing") + 3, 250],
+    "before the journal knows, then in the next layer": lambda trace: [last(trace, "sync", "stream-00001.safetensors.writing") + 3, 150],
     "before OUT is tidied up": lambda trace: [last(trace, "remove", "journal.jsonl")],
 }
 MORE_KILLS: dict[str, Callable[[list[Moment]], list[int]]] = {

@@ -150,6 +150,8 @@ def evaluate(
     """Perplexity on texts and, against a reference, KL divergence and routing agreement."""
     import moebit
 
+    if json_file is not None and str(json_file) != "-" and not json_file.absolute().parent.is_dir():
+        raise BadInputError(f"--json {json_file}: no such directory")
     with _progress() as progress:
         result = moebit.evaluate(
             model, against=against, text=text or [], window=window, max_tokens=max_tokens, memory=parse_size(memory), progress=progress
@@ -301,6 +303,8 @@ def _show_plan(plan: dict[str, Any], before: int | None) -> None:
     table.add_row("peak memory, about", size(plan["peak_memory_bytes"]))
     table.add_row("time, about", _duration(plan["seconds"]))
     out.print(table)
+    if plan["peak_memory_bytes"] > plan["memory"]:
+        out.print(f"[yellow]more than --memory {size(plan['memory'])}[/yellow]: the smallest pieces of this model need that much")
     _show_engines(plan["engines"])
     reasons: dict[str, int] = {}
     for reason in plan["kept"].values():

@@ -210,12 +210,12 @@ class LayerJob:
     ) -> None:
         """Solve linears that share an input, those of one width as one matrix: their rows stacked, one factorisation."""
         group, hessian = self.sites.groups[number], self._group_hessian(number, inputs, routed, outputs)
-        by_width: dict[tuple[int, ...], list[str]] = {}
+        by_grid: dict[tuple[tuple[int, ...], torch.dtype], list[str]] = {}
         for name in self._quantized(group):
-            by_width.setdefault(self.plan.linears[f"{self.sites.name}.{name}"].bits, []).append(name)
-        for bits, names in by_width.items():
+            spec = self.plan.linears[f"{self.sites.name}.{name}"]
+            by_grid.setdefault((spec.bits, spec.scale_dtype), []).append(name)
+        for (bits, scale_dtype), names in by_grid.items():
             matrices = [self.sink.weights.parameter(f"{self.sites.name}.{name}.weight") for name in names]
-            scale_dtype = self.plan.linears[f"{self.sites.name}.{names[0]}"].scale_dtype
             h = None if hessian is None else hessian.unsqueeze(0)
             together = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
             q, info = self._solve(together.unsqueeze(0), h, torch.tensor(bits), scale_dtype)
@@ -397,12 +397,12 @@ class _ExpertInputs:
 
 def relative_error(value_EOI: Tensor, w_EOI: Tensor) -> list[float]:
     """|value - w|^2 / |w|^2 per matrix, a few rows at a time."""
-    missed, whole = torch.zeros(len(w_EOI)), torch.zeros(len(w_EOI))
+    missed, whole = torch.zeros(len(w_EOI), dtype=torch.float64), torch.zeros(len(w_EOI), dtype=torch.float64)
     step = max(1, ERROR_WEIGHTS // (w_EOI.shape[0] * w_EOI.shape[2]))
     for start in range(0, w_EOI.shape[1], step):
         w = w_EOI[:, start : start + step].float()
-        missed += torch.linalg.vector_norm(value_EOI[:, start : start + step] - w, dim=(1, 2)).square()
-        whole += torch.linalg.vector_norm(w, dim=(1, 2)).square()
+        missed += torch.linalg.vector_norm(value_EOI[:, start : start + step] - w, dim=(1, 2)).double().square()
+        whole += torch.linalg.vector_norm(w, dim=(1, 2)).double().square()
     return (missed / whole.clamp(min=1e-30)).tolist()
 
 

@@ -26,7 +26,7 @@ from moebit.errors import BadInputError
 from moebit.formats.compressed_tensors import CompressedWeights
 from moebit.formats.engines import ANY, verdicts
 from moebit.formats.opening import average_bits, open_checkpoint, quantized_modules
-from moebit.formats.output import OutputDirectory, check_space, disk_error, partial_of
+from moebit.formats.output import JOURNAL, OutputDirectory, check_free, check_space, disk_error, partial_of, read_journal
 from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress
 from moebit.model.checkpoint import Checkpoint, HubWeights
@@ -135,7 +135,9 @@ def quantize(
     chosen = load_recipe(recipe, {**(overrides or {}), **({"format": format} if format else {})})
     if device != "cpu" and not torch.cuda.is_available():
         raise BadInputError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
-    out = Path(out)
+    out = Path(out).resolve() if not Path(out).name else Path(out)
+    if not 0 <= seed < 2**63:
+        raise BadInputError(f"--seed {seed}: a number from 0 to 2^63 - 1")
     checkpoint = open_checkpoint(model, compute=None)
     seen = _changed(checkpoint)
     if not isinstance(checkpoint.weights, HubWeights):
@@ -147,18 +149,20 @@ def quantize(
     decided.coverage.check(accept_unquantized)
     windows = _calibration(checkpoint, chosen, text, seed)
     if dry_run:
+        check_free(out, resume=resume, overwrite=overwrite)
         return decided
     check_space(out, decided.size_bytes + (windows.numel() * _width(checkpoint) * 4 * 2 if windows is not None else 0))
-    check_finite(checkpoint.entries)
-    check_shipped(checkpoint.weights.entries.values())
+    if not (resume and read_journal(partial_of(out) / JOURNAL)):  # a run that began has looked, and knows the files again
+        check_finite(checkpoint.entries)
+        check_shipped(checkpoint.weights.entries.values())
     identity = _identity(checkpoint, chosen, windows, memory, seed) | ({"bit_plan": bits.digest()} if bits else {})
     try:
-        output = OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite)
-        sink = SINKS[chosen.format](checkpoint.weights, decided.modules)
-        reports = _Work(checkpoint, decided, output, sink, device, progress or (lambda what, done, total: None)).run(windows)
-        written = documents(checkpoint, decided, identity, reports, time.perf_counter() - began)
-        _check_unchanged(checkpoint, seen)
-        output.finish(checkpoint.path, sink.config(_config(checkpoint)), written)
+        with OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite) as output:
+            sink = SINKS[chosen.format](checkpoint.weights, decided.modules)
+            reports = _Work(checkpoint, decided, output, sink, device, progress or (lambda what, done, total: None)).run(windows)
+            written = documents(checkpoint, decided, identity, reports, time.perf_counter() - began)
+            _check_unchanged(checkpoint, seen)
+            output.finish(checkpoint.path, sink.config(_config(checkpoint)), written)
     except OSError as error:
         raise disk_error(error, partial_of(out)) from error
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))

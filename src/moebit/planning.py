@@ -147,6 +147,7 @@ class Plan:
             "size_bytes": self.size_bytes,
             "average_bits": self.average_bits,
             "peak_memory_bytes": self.peak_bytes,
+            "memory": self.budget.memory,
             "seconds": round(self.seconds, 1),
             "quantized_linears": len(self.linears),
             "quantized_experts_modules": len(self.experts),
@@ -200,14 +201,13 @@ def make_plan(
                 kept[full] = f"ignored ({pattern})"
                 continue
             layout = layer.moe.layout
-            dtype = _dtype(checkpoint, f"{full}.down_proj")
             experts[full] = {
                 p: _spec(
                     recipe,
                     f"{full}.{p}",
                     layout.features(p),
                     bits.widths(full, p, layout.experts, recipe.weights.bits),
-                    dtype,
+                    _dtype(checkpoint, f"{full}.{p if p == 'down_proj' else layout.first}"),
                     stacked=True,
                 )
                 for p in layout.projections
@@ -236,7 +236,9 @@ def make_plan(
         experts,
         kept,
         _output_size(checkpoint, linears, experts, recipe),
-        make_budget(checkpoint, structure, memory, tokens, solve=True, hessians=recipe.needs_calibration),
+        make_budget(
+            checkpoint, structure, memory, tokens, length=recipe.calibration.seq_len, solve=True, hessians=recipe.needs_calibration
+        ),
         _seconds(checkpoint, structure, recipe, tokens),
         coverage,
         engines,

@@ -25,6 +25,7 @@ from moebit.model.stream import Stream
 from moebit.model.structure import Structure, find_structure
 
 Progress = Callable[[str, int, int], None]
+SCORED_LOGITS = 2**22  # so many at a time: scoring takes several copies
 
 
 @dataclass
@@ -84,6 +85,8 @@ def evaluate(
     checkpoints = [candidate] + ([reference] if reference else [])
     structures = [find_structure(checkpoint.model) for checkpoint in checkpoints]
     _check_pair(checkpoints, structures)
+    if max_tokens is not None and max_tokens < window:
+        raise BadInputError(f"--max-tokens {max_tokens}: at least one window of {window}")
     limit = getattr(candidate.config.get_text_config(), "max_position_embeddings", None)
     if limit and window > limit:
         raise BadInputError(f"--window {window} is longer than the model's context of {limit}; use --window {limit} or less")
@@ -136,7 +139,7 @@ class _Lockstep:
     ) -> None:
         self.structures, self.windows, self.parts, self.report = structures, windows, parts, report
         self.budgets = [
-            make_budget(c, s, memory, windows.numel(), solve=False, hessians=False, streams=len(checkpoints))
+            make_budget(c, s, memory, windows.numel(), length=windows.shape[1], solve=False, hessians=False, streams=len(checkpoints))
             for c, s in zip(checkpoints, structures, strict=True)
         ]
         directory = Path(tempfile.gettempdir())
@@ -185,14 +188,18 @@ class _Lockstep:
 
 def add_scores(scores: _Scores, windows_BL: Tensor, logits_BLV: Tensor, reference_BLV: Tensor | None) -> None:
     """Add the scored tokens (all but the first) of some windows."""
-    targets = windows_BL[:, 1:].flatten()
-    mine = logits_BLV[:, :-1].flatten(0, 1).log_softmax(-1)
-    scores.tokens += len(targets)
-    scores.nats -= float(mine.gather(1, targets.unsqueeze(1)).sum(dtype=torch.float64))
-    if reference_BLV is not None:
-        theirs = reference_BLV[:, :-1].flatten(0, 1).log_softmax(-1)
-        scores.kl += float((theirs.exp() * (theirs - mine)).sum(-1).sum(dtype=torch.float64))
-        scores.agree += int((theirs.argmax(-1) == mine.argmax(-1)).sum())
+    step = max(1, SCORED_LOGITS // logits_BLV.shape[-1])
+    for window, logits in enumerate(logits_BLV):
+        for start in range(0, len(logits) - 1, step):
+            rows = slice(start, min(start + step, len(logits) - 1))
+            targets = windows_BL[window, 1:][rows]
+            mine = logits[rows].log_softmax(-1)
+            scores.tokens += len(targets)
+            scores.nats -= float(mine.gather(1, targets.unsqueeze(1)).sum(dtype=torch.float64))
+            if reference_BLV is not None:
+                theirs = reference_BLV[window, rows].log_softmax(-1)
+                scores.kl += float((theirs.exp() * (theirs - mine)).sum(-1).sum(dtype=torch.float64))
+                scores.agree += int((theirs.argmax(-1) == mine.argmax(-1)).sum())
 
 
 def _row(scores: _Scores, part: _Part, agreement: list[tuple[int, float, float]], compared: bool) -> dict[str, Any]:

@@ -366,6 +366,12 @@ class CompressedWeights(Weights):
     def parameter(self, name: str) -> Tensor:
         return self._inner.parameter(name)
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._inner.rows(name, start, stop)
+
+    def expect(self, names: Iterable[str], start: int, stop: int) -> None:
+        self._inner.expect(names, start, stop)
+
     def expert_rows(self, name: str, start: int, stop: int) -> Tensor:
         return self._inner.expert_rows(name, start, stop)
 

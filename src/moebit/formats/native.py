@@ -257,6 +257,11 @@ class NativeWeights(Weights):
             return unpack_matrices(codes.flatten(), scale.unsqueeze(0), zeros, list(spec.bits), spec.shape)[0]
         return self._entries[name].read()
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name not in self._entries and name in tied_names(self._model):
+            name = tied_names(self._model)[name]
+        return self._entries[name].read(start, stop) if name in self._entries else self.parameter(name)[start:stop]
+
     def expert_rows(self, name: str, start: int, stop: int) -> Tensor:
         owner, _, leaf = name.rpartition(".")
         if name in self._entries:

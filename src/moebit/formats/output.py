@@ -7,6 +7,7 @@ the journal entry that speaks of it, then what it replaces is removed.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -30,14 +31,19 @@ class OutputDirectory:
     def __init__(self, path: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         self.path, self.partial = path, partial_of(path)
         self.entries: list[dict[str, Any]] = []
+        self._held: int | None = None
         if resume:
             self._reopen(identity)
-        if path.exists() and not overwrite:
-            raise BadInputError(f"{path} exists; choose another -o, or --overwrite to replace it")
-        if self.partial.exists() and not resume and not overwrite:
-            raise BadInputError(f"{self.partial} holds an interrupted run; --resume goes on with it, --overwrite starts again")
+        check_free(path, resume=resume, overwrite=overwrite)
+        for directory in (path, self.partial):
+            _check_own(directory)
         if self.partial.exists() and resume:
-            self._take_up(identity)
+            self._lock()
+            try:
+                self._take_up(identity)
+            except BaseException:
+                self.release()
+                raise
             return
         if self.partial.exists():
             shutil.rmtree(self.partial)
@@ -46,7 +52,17 @@ class OutputDirectory:
         except OSError as error:
             raise BadInputError(f"cannot write {self.partial}: {error.strerror}; choose another -o") from error
         sync_directory(self.partial.parent)
+        self._lock()
         self._write_journal([{"started": dict(identity)}])
+
+    def _lock(self) -> None:
+        """One run at a time may write here; the lock ends with the process, however it ends."""
+        self._held = os.open(self.partial, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.release()
+            raise BadInputError(f"{self.partial}: another run is writing there; wait for it, or choose another -o") from error
 
     def _reopen(self, identity: Mapping[str, Any]) -> None:
         """A run that ended between the last rename and the tidying up left its journal in OUT: it is finished once more."""
@@ -63,7 +79,8 @@ class OutputDirectory:
         if not records:
             raise BadInputError(f"{self.partial / JOURNAL} is missing or damaged; --overwrite starts again")
         if records[0].get("started") != dict(identity):
-            raise BadInputError(f"{self.partial} was started with another {_difference(records[0], identity)}; --overwrite starts again")
+            other = _difference(records[0], identity)
+            raise BadInputError(f"{self.partial} was started with another {other}; give the same again, or --overwrite starts again")
         self.entries = records[1:]
         keep = {JOURNAL}
         for entry in self.entries:
@@ -78,6 +95,18 @@ class OutputDirectory:
             if file.name not in keep:
                 file.unlink() if file.is_file() else shutil.rmtree(file)
         self._write_journal([{"started": dict(identity)}, *self.entries])
+
+    def __enter__(self) -> OutputDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let another run write here."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def shard_name(self, number: int, total: int) -> str:
         """The name of weight file `number` (from 0) of `total`."""
@@ -165,6 +194,28 @@ class OutputDirectory:
             os.fsync(file.fileno())
 
 
+def check_free(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output that exists, or whose interrupted run would have to be decided about.
+
+    Raises:
+        BadInputError: naming it and the options.
+    """
+    partial = partial_of(path)
+    if path.exists() and not overwrite:
+        raise BadInputError(f"{path} exists; choose another -o, or --overwrite to replace it")
+    if partial.exists() and not resume and not overwrite:
+        raise BadInputError(f"{partial} holds an interrupted run; --resume goes on with it, --overwrite starts again")
+
+
+def _check_own(directory: Path) -> None:
+    """Only what moebit wrote is ever replaced or tidied up: an empty directory, an output, an interrupted run."""
+    if not directory.exists():
+        return
+    names = {file.name for file in directory.iterdir()} if directory.is_dir() else {"a file"}
+    if names and not names & {JOURNAL, f"{JOURNAL}.writing", SEALED} and not any(name.startswith("model-") for name in names):
+        raise BadInputError(f"{directory} is no output of moebit and would be deleted; choose another -o, or remove it yourself")
+
+
 def partial_of(path: Path) -> Path:
     """Where the work for an output goes on."""
     return path.with_name(path.name + ".partial")
@@ -192,7 +243,9 @@ def _difference(started: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
         old, new = known.get("shards", {}), identity.get("shards", {})
         written = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
         return f"state of the input ({', '.join(written)} changed since)"
-    return ", ".join(changed)
+    simple = (str, int, float, type(None))
+    told = [key for key in changed if isinstance(known.get(key), simple) and isinstance(identity.get(key), simple)]
+    return ", ".join(f"{key} ({known[key]}, now {identity[key]})" if key in told and key in known else key for key in changed)
 
 
 def check_space(path: Path, needed: int) -> None:

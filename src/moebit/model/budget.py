@@ -22,6 +22,7 @@ from moebit.model.structure import LayerSites, Structure
 PROCESS_BYTES = 3 * 2**28  # python, torch, transformers and their thread pools, before any work
 SOLVER_BYTES = 5 * 2**25  # rows of weights on their way through the solver
 MIN_SLOTS = 64
+CHANNEL_BYTES = 160  # of a token, for a channel of a recurrent mixer: a state of 16 numbers and a few copies
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Budget:
         activation_allowance: bytes of a stored tensor of activations from which on it goes to a file.
         spill: whether the hidden states go to a file.
         limit: resident bytes from which on memory is handed back between two pieces of work.
+        memory: what was asked for.
         peak_bytes: estimate of the process's peak.
     """
 
@@ -43,6 +45,7 @@ class Budget:
     activation_allowance: int
     spill: bool
     limit: int
+    memory: int
     peak_bytes: int
 
     def store(self, directory: Path) -> ActivationStore:
@@ -51,12 +54,20 @@ class Budget:
 
 
 def make_budget(
-    checkpoint: Checkpoint, structure: Structure, memory: int, tokens: int, *, solve: bool, hessians: bool, streams: int = 1
+    checkpoint: Checkpoint,
+    structure: Structure,
+    memory: int,
+    tokens: int,
+    *,
+    length: int = 1,
+    solve: bool,
+    hessians: bool,
+    streams: int = 1,
 ) -> Budget:
     """Share `memory` bytes out.
 
     Args:
-        tokens: that stream through the layers; 0 for none.
+        tokens: that stream through the layers; 0 for none. length: of a window.
         solve: whether weights are solved, not only run. hessians: whether from second moments.
         streams: models that run side by side.
     """
@@ -70,8 +81,8 @@ def make_budget(
         tokens * width * size * streams for size in (item, item, item, 4)
     ]  # hidden states before and behind, experts' inputs and outputs
     activations = sum(min(size, allowance) for size in stored)
-    per_token = max((_token_bytes(checkpoint.model.get_submodule(sites.name), width, item) for sites in structure.layers), default=1)
-    batch = max(1, min(BATCH_TOKENS, rest // 4 // per_token))
+    per_token = max((_token_bytes(checkpoint, sites, width, item, length) for sites in structure.layers), default=1)
+    batch = max(length, min(BATCH_TOKENS, rest // 4 // per_token))
     layouts = {sites.index: sites.moe.layout for sites in structure.layers if sites.moe}
     per_slot = max((layout.slot_bytes for layout in layouts.values()), default=1)
     slots = max(MIN_SLOTS, min(SLOTS, rest // 8 // per_slot))
@@ -82,7 +93,7 @@ def make_budget(
     linears = max((_linear_bytes(checkpoint.model, sites, item, hessians) for sites in structure.layers), default=0) if solve else 0
     busiest = max(experts + (SOLVER_BYTES if solve else 0), linears + (SOLVER_BYTES if solve else 0), batch * per_token if tokens else 0)
     peak = PROCESS_BYTES + (layer if tokens else 0) + activations + busiest
-    return Budget(batch, slots, chunk, allowance, stored[0] > allowance, memory * 6 // 10, peak)
+    return Budget(batch, slots, chunk, allowance, stored[0] > allowance, memory * 6 // 10, memory, peak)
 
 
 def expert_bytes(layout: ExpertsLayout, item: int, *, solve: bool, hessians: bool) -> int:
@@ -103,10 +114,19 @@ def _outside_experts(layer: nn.Module, sites: LayerSites) -> int:
     return sum(p.numel() for p in layer.parameters() if id(p) not in experts)
 
 
-def _token_bytes(layer: nn.Module, width: int, item: int) -> int:
-    """Memory of a token on its way through a layer, cautiously: every linear's output twice, and a dozen states."""
+def _token_bytes(checkpoint: Checkpoint, sites: LayerSites, width: int, item: int, length: int) -> int:
+    """Memory of a token on its way through a layer, cautiously: every linear's output twice, and a dozen states.
+
+    Where attention writes its scores out, a few copies of a row of them per head; where there is a convolution (state-space models,
+    linear attention), what such layers keep in float32 for every channel of it.
+    """
+    layer, config = checkpoint.model.get_submodule(sites.name), checkpoint.model.config.get_text_config()
     outputs = sum(module.out_features for module in layer.modules() if isinstance(module, nn.Linear))
-    return item * (2 * outputs + 12 * width)
+    scores = 0
+    if getattr(config, "_attn_implementation", "sdpa") == "eager":
+        scores = 3 * max(4, item) * length * int(getattr(config, "num_attention_heads", 1) or 1)
+    channels = sum(module.out_channels for module in layer.modules() if isinstance(module, nn.Conv1d))
+    return item * (2 * outputs + 12 * width) + scores + CHANNEL_BYTES * channels
 
 
 def _linear_bytes(model: nn.Module, sites: LayerSites, item: int, hessians: bool) -> int:

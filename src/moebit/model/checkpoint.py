@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from moebit.errors import BadInputError
 from moebit.model.adapters import adapt
-from moebit.model.files import Entry, TensorEntry, TensorSpec, pieces, read_index
+from moebit.model.files import PIECE, Entry, TensorEntry, TensorSpec, pieces, read_index
 from moebit.model.seam import SEAM
 from moebit.model.shipped import Shipped, check_plain, read_shipped, shipped_config
 
@@ -53,7 +53,12 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
 
     try:
         return Path(
-            snapshot_download(str(model), revision=revision, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
+            snapshot_download(
+                str(model),
+                revision=revision,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"],
+                ignore_patterns=["*/*"],  # further copies of the weights in other forms
+            )
         )
     except Exception as error:
         raise BadInputError(f"{model}: no such directory, and the hub could not provide it ({type(error).__name__}: {error})") from error
@@ -219,11 +224,23 @@ class HubWeights(Weights):
 
     def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """(byte at which it begins, tensor) of a parameter's rows, some after the other where it is stored as it is."""
-        source = self._of[name]
-        if source.converter is None:
+        source, spec = self._of[name], self.specs[name]
+        if source.converter is None or source.unchanged:
             yield from pieces(source.parts[0][1])
+        elif len(spec.shape) == 3 and self._by_expert(name):
+            row = spec.nbytes // spec.shape[0]
+            step = max(1, PIECE // row)
+            for start in range(0, spec.shape[0], step):
+                yield start * row, self.expert_rows(name, start, min(start + step, spec.shape[0])).contiguous()
         else:
             yield 0, self.parameter(name)
+
+    def _by_expert(self, name: str) -> bool:
+        """Whether a stacked parameter is stored so that some experts can be read without the others."""
+        try:
+            return bool(self._stored_rows(name, 0, 1))
+        except BadInputError:
+            return False
 
     def expert_rows(self, name: str, start: int, stop: int) -> Tensor:
         """As `Weights.expert_rows`; reads just these experts, be they stored one by one or stacked."""
@@ -306,7 +323,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise BadInputError(f"{path / 'config.json'}: not valid JSON ({error}); copy it again") from error
     if not isinstance(raw, dict):
         raise BadInputError(f"{path / 'config.json'}: expected a JSON object, got {type(raw).__name__}")
@@ -332,6 +349,8 @@ def load_config(path: Path) -> Any:
         raise BadInputError(
             f"{path}: transformers does not know the architecture {raw.get('model_type')!r} ({_short(error)}); a newer transformers may"
         ) from error
+    except Exception as error:  # a configuration's own checks raise what they like
+        raise BadInputError(f"{path / 'config.json'}: transformers refuses it ({_short(error)}); copy it again") from error
     return config
 
 
@@ -339,9 +358,6 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     """The transformers class that a configuration stands for: the one it names, if that is a language model; else the causal one.
 
     A wrapper around a language model (with towers for pictures or sound) is taken whole, so that its other weights are carried along.
-
-    Args:
-        dtype: what layers will be computed in, whatever is stored. Parameters that the architecture insists on keeping in float32 stay so.
 
     Raises:
         BadInputError: no language model for this configuration.
@@ -373,6 +389,8 @@ def skeleton(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     try:
         with torch.device("meta"):
             model = chosen._from_config(config, experts_implementation=SEAM, dtype=dtype)
+    except Exception as error:  # a model's own code fails on a wrong configuration in any way
+        raise BadInputError(f"{chosen.__name__} cannot be built from this config.json ({type(error).__name__}: {_short(error)})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     model.eval().requires_grad_(False)

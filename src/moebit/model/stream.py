@@ -7,12 +7,15 @@ again with their stored outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from moebit.model.activations import ActivationStore
 from moebit.model.checkpoint import Checkpoint, Weights, dematerialize, materialize
@@ -54,8 +57,8 @@ class Stream:
         model = self.checkpoint.model
         front = [(name, model.get_submodule(name)) for name in self.structure.front]
         for name, module in front:
-            if module is model.get_input_embeddings() and self.checkpoint.config.get_text_config() is self.checkpoint.config:
-                materialize_embeddings(module, name, self.checkpoint.weights, self.windows)
+            if module is model.get_input_embeddings():
+                materialize_embeddings(module, name, self.checkpoint.weights, self.windows, _named_tokens(self.checkpoint.config))
             else:
                 materialize(module, name, self.checkpoint.weights, recurse=False)
         for rows in self.batches():
@@ -331,19 +334,33 @@ def add_outputs(module: nn.Module, x_TH: Tensor, weights: ExpertWeights, slots: 
     outputs_TH.index_add_(0, slots.tokens, y.to(outputs_TH.dtype))
 
 
-def materialize_embeddings(module: nn.Module, name: str, weights: Weights, ids: Tensor) -> None:
+def materialize_embeddings(module: nn.Module, name: str, weights: Weights, ids: Tensor, further: Iterable[int] = ()) -> None:
     """Fill the input embeddings; of a plain table only the rows of tokens that occur.
 
     The others are left untouched, and memory that is never touched is never taken: the tables of large vocabularies have gigabytes.
+
+    Args:
+        further: tokens that the model may look up beside those of the text (in place of a picture, say).
     """
     if not isinstance(module, nn.Embedding) or len(module._parameters) > 1:
         materialize(module, name, weights)
         return
-    used = ids.unique()
+    used = torch.cat([ids.flatten(), torch.tensor([i for i in further if 0 <= i < len(module.weight)], dtype=torch.int64)]).unique()
     table = torch.empty(module.weight.shape, dtype=module.weight.dtype)
     for low, high in _runs(used.tolist()):
         table[low:high] = weights.rows(f"{name}.weight", low, high).to(table.dtype)
     module.weight = nn.Parameter(table, requires_grad=False)
+
+
+def _named_tokens(config: Any) -> list[int]:
+    """Every token that a configuration, or one inside it, names: padding, ends, places for pictures."""
+    found = []
+    for key, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            found += _named_tokens(value)
+        elif re.search(r"token_(id|index|ids)$", key):
+            found += [i for i in (value if isinstance(value, list | tuple) else [value]) if isinstance(i, int)]
+    return found
 
 
 def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
