@@ -49,6 +49,14 @@ class Stack:
 
 
 @numba.njit(nogil=True)
+def _aligned(size: int) -> Any:
+    """uint8 [size] that begins at a cache line: a vector across two lines takes two reads."""
+    raw = np.empty(size + CHUNK, np.uint8)
+    start = -raw.ctypes.data % CHUNK
+    return raw[start : start + size]
+
+
+@numba.njit(nogil=True)
 def _unpack_loops(codes: Any, at: int, bits: int, count: int, row: Any) -> None:
     mask = np.uint64((1 << bits) - 1)
     if bits == 8:
@@ -70,7 +78,7 @@ def _unpack_loops(codes: Any, at: int, bits: int, count: int, row: Any) -> None:
                 row[8 * i + j] = np.uint8((word >> np.uint64(j * bits)) & mask)
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, forceinline=True)
 def _unpack_vectors(codes: Any, at: int, bits: int, count: int, row: Any) -> None:
     gather, shift = vectors.load_bytes(vectors.GATHER, CHUNK * bits), vectors.load_bytes(vectors.SHIFT, CHUNK * bits)
     mask = vectors.every_byte(np.uint8((1 << bits) - 1))
@@ -89,12 +97,12 @@ def _unpack_vectors(codes: Any, at: int, bits: int, count: int, row: Any) -> Non
 _unpack_row = _unpack_vectors if vectors.AVAILABLE else _unpack_loops
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, forceinline=True)
 def _read_grid(scale: Any, shift: Any, e: int, r: int, zeros: Any, zero_at: int, bits: int, s: Any, z: Any) -> None:
     """One row's scales (as the bits of float32; stored so, or as bfloat16) and zero points."""
     groups = scale.shape[2]
     for g in range(groups):
-        s[g] = np.uint32(scale[e, r, g]) << shift
+        s[g] = np.uint32(np.uint32(scale[e, r, g]) << shift)
     if zeros.size == 0:
         z[:] = np.float32(1 << (bits - 1))
         return
@@ -107,7 +115,7 @@ def _read_grid(scale: Any, shift: Any, e: int, r: int, zeros: Any, zero_at: int,
         z[g] = np.float32((word >> np.uint32(place & 7)) & np.uint32((1 << bits) - 1))
 
 
-@numba.njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@numba.njit(nogil=True, forceinline=True, fastmath={"reassoc", "contract", "nsz"})
 def _dot(a: Any, b: Any) -> Any:
     total = np.float32(0)
     for i in range(a.size):
@@ -160,12 +168,11 @@ def _to_integers(x: Any, unit: int, high: Any, low: Any, xs: Any, xsum: Any) -> 
                 xsum[t, g] += xs[t, first // unit] * np.float32(_sum_planes(high[at : at + count], low[at : at + count]))
 
 
-@numba.njit(nogil=True)
-def _integer_row(row: Any, high: Any, low: Any, at: int, unit: int, halves: bool, sx: Any) -> Any:
-    """One row of codes times one input in integers; sx: scale of weight and input per unit, or per half of one."""
-    total = vectors.no_floats()
+@numba.njit(nogil=True, forceinline=True)
+def _integer_row(row: Any, high: Any, low: Any, at: int, unit: int, halves: bool, sx: Any, parts: int, total: Any) -> Any:
+    """total + one row of codes times one input; sx: scale of weight times that of input, for every unit or half of one."""
     if unit == 2 * CHUNK:
-        for u in range(sx.size):
+        for u in range(parts):
             c = 2 * u * CHUNK
             first, second = vectors.load_bytes(row, c), vectors.load_bytes(row, c + CHUNK)
             h = vectors.add_products(vectors.no_words(), first, vectors.load_bytes(high, at + c))
@@ -173,8 +180,8 @@ def _integer_row(row: Any, high: Any, low: Any, at: int, unit: int, halves: bool
             h = vectors.add_products(h, second, vectors.load_bytes(high, at + c + CHUNK))
             lo = vectors.add_products(lo, second, vectors.load_bytes(low, at + c + CHUNK))
             total = vectors.add_scaled(total, vectors.join_planes(h, lo), sx[u])
-        return vectors.sum_floats(total)
-    for c in range(sx.size // 2 if halves else sx.size):
+        return total
+    for c in range(parts // 2 if halves else parts):
         codes = vectors.load_bytes(row, c * CHUNK)
         h = vectors.add_products(vectors.no_words(), codes, vectors.load_bytes(high, at + c * CHUNK))
         lo = vectors.add_products(vectors.no_words(), codes, vectors.load_bytes(low, at + c * CHUNK))
@@ -182,7 +189,7 @@ def _integer_row(row: Any, high: Any, low: Any, at: int, unit: int, halves: bool
             total = vectors.add_scaled_halves(total, vectors.join_planes(h, lo), sx[2 * c], sx[2 * c + 1])
         else:
             total = vectors.add_scaled(total, vectors.join_planes(h, lo), sx[c])
-    return vectors.sum_floats(total)
+    return total
 
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
@@ -195,35 +202,51 @@ def _integer_product(
     unit = 2 * CHUNK if group % (2 * CHUNK) == 0 or groups == 1 else CHUNK
     halves = group == CHUNK // 2 and groups > 1
     units = (inputs + unit - 1) // unit
-    high, low = np.zeros(x.shape[0] * units * unit, np.uint8), np.zeros(x.shape[0] * units * unit, np.uint8)
-    xs, xsum = np.empty((x.shape[0], units), np.float32), np.empty((x.shape[0], groups), np.float32)
-    _to_integers(x, unit, high, low, xs, xsum)
-    group_of = np.empty(2 * units if halves else units, np.int64)  # of every unit, or half of one
-    for part in range(group_of.size):
+    parts = 2 * units if halves else units
+    # Rows of 16 scales and more, so that vectors of them can be read; what stands beyond is zero.
+    wide, deep = (parts + 15) // 16 * 16, (groups + 15) // 16 * 16
+    high, low = _aligned(x.shape[0] * units * unit), _aligned(x.shape[0] * units * unit)
+    high[:], low[:] = 0, 0
+    unit_scale, xsum = np.empty((x.shape[0], units), np.float32), np.empty((x.shape[0], groups), np.float32)
+    _to_integers(x, unit, high, low, unit_scale, xsum)
+    xs, xz = np.zeros(x.shape[0] * wide, np.float32), np.zeros(x.shape[0] * deep, np.float32)
+    group_of = np.empty(parts, np.int64)
+    for part in range(parts):
         group_of[part] = min(part * (group if halves else unit) // group, groups - 1)
-    if halves:
-        xs = np.repeat(xs, 2).reshape(x.shape[0], 2 * units)
+        for t in range(x.shape[0]):
+            xs[t * wide + part] = unit_scale[t, part // 2 if halves else part]
+    for t in range(x.shape[0]):
+        xz[t * deep : t * deep + groups] = xsum[t]
     tiles = (outs + TILE - 1) // TILE
     for flat in numba.prange(chosen.size * tiles):
         j, first = flat // tiles, (flat % tiles) * TILE
         e = chosen[j]
-        row, s, z = np.empty(units * unit, np.uint8), np.empty(groups, np.uint32), np.empty(groups, np.float32)
+        row, s, z = _aligned(units * unit), np.empty(groups, np.uint32), np.empty(groups, np.float32)
         values = s.view(np.float32)
-        parts = 2 * units if halves else units
-        spread, sx = np.empty(parts, np.float32), np.empty(parts, np.float32)
+        spread, sx = _aligned(4 * wide).view(np.float32), _aligned(4 * wide).view(np.float32)
+        sz = _aligned(4 * deep).view(np.float32)
+        spread[:], sz[:] = 0, 0
         for r in range(first, min(outs, first + TILE)):
             _read_grid(scale, shift, e, r, zeros, zero_at[e], bits[e], s, z)
             _unpack_row(codes, code_at[e] + r * ((inputs + 7) // 8) * bits[e], bits[e], inputs, row)
             for g in range(groups):
-                z[g] *= values[g]
-            for part in range(parts):
-                spread[part] = values[group_of[part]]
+                sz[g] = z[g] * values[g]
+            if parts == groups:
+                for part in range(parts):
+                    spread[part] = values[part]
+            else:
+                for part in range(parts):
+                    spread[part] = values[group_of[part]]
             for slot in range(bounds[j], bounds[j + 1]):
                 t = tokens[slot]
-                for part in range(parts):
-                    sx[part] = spread[part] * xs[t, part]
-                value = _integer_row(row, high, low, t * units * unit, unit, halves, sx)
-                y[slot, start + r * step] = value - _dot(z, xsum[t])
+                for at in range(0, wide, 16):
+                    product = vectors.multiply(vectors.load_floats(spread, at), vectors.load_floats(xs, t * wide + at))
+                    vectors.store_floats(sx, at, product)
+                total = vectors.no_floats()
+                for at in range(0, deep, 16):
+                    total = vectors.subtract_product(total, vectors.load_floats(sz, at), vectors.load_floats(xz, t * deep + at))
+                total = _integer_row(row, high, low, t * units * unit, unit, halves, sx, parts, total)
+                y[slot, start + r * step] = vectors.sum_floats(total)
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -247,7 +270,7 @@ def _float_product(
     for flat in numba.prange(chosen.size * tiles):
         j, first = flat // tiles, (flat % tiles) * TILE
         e = chosen[j]
-        row, weight = np.empty((inputs + CHUNK - 1) // CHUNK * CHUNK, np.uint8), np.empty(inputs, np.float32)
+        row, weight = _aligned((inputs + CHUNK - 1) // CHUNK * CHUNK), np.empty(inputs, np.float32)
         s, z = np.empty(groups, np.uint32), np.empty(groups, np.float32)
         values = s.view(np.float32)
         for r in range(first, min(outs, first + TILE)):
@@ -265,7 +288,7 @@ def _dequantize(
 ) -> None:  # fmt: skip
     groups = scale.shape[2]
     for tile in numba.prange((outs + TILE - 1) // TILE):
-        row, weight = np.empty((inputs + CHUNK - 1) // CHUNK * CHUNK, np.uint8), np.empty(inputs, np.float32)
+        row, weight = _aligned((inputs + CHUNK - 1) // CHUNK * CHUNK), np.empty(inputs, np.float32)
         s, z = np.empty(groups, np.uint32), np.empty(groups, np.float32)
         values, pattern = s.view(np.float32), weight.view(np.uint32)
         for r in range(tile * TILE, min(outs, tile * TILE + TILE)):
@@ -276,10 +299,9 @@ def _dequantize(
                 wide[start + r * step] = weight
             else:
                 target = narrow[start + r * step]
-                for i in range(inputs):  # to bfloat16: nearest, ties to even
-                    target[i] = np.uint16(
-                        (pattern[i] + np.uint32(0x7FFF) + ((pattern[i] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-                    )
+                for i in range(inputs):  # to bfloat16: nearest, ties to even; in 32 bits, which numba has to be told
+                    odd = np.uint32(pattern[i] >> np.uint32(16)) & np.uint32(1)
+                    target[i] = np.uint16(np.uint32(pattern[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
 
 def integers_serve(stack: Stack) -> bool:

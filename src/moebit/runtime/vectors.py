@@ -173,6 +173,43 @@ def add_scaled_halves(typing: Any, total: Any, vector: Any, low: Any, high: Any)
 
 
 @intrinsic
+def load_floats(typing: Any, array: Any, index: Any) -> tuple[Any, Callable[..., Any]]:
+    """16 floats of a flat float32 array from `index` on. Unchecked."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_address(context, builder, signature.args[0], args[0], args[1], _FLOATS), align=4)
+
+    return floats_t(array, types.int64), generate
+
+
+@intrinsic
+def store_floats(typing: Any, array: Any, index: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
+    """Write 16 floats of a flat float32 array from `index` on. Unchecked."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], _address(context, builder, signature.args[0], args[0], args[1], _FLOATS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, floats_t), generate
+
+
+@intrinsic
+def multiply(typing: Any, a: Any, b: Any) -> tuple[Any, Callable[..., Any]]:
+    """a * b."""
+    return floats_t(floats_t, floats_t), lambda context, builder, signature, args: builder.fmul(args[0], args[1])
+
+
+@intrinsic
+def subtract_product(typing: Any, total: Any, a: Any, b: Any) -> tuple[Any, Callable[..., Any]]:
+    """total - a * b."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(builder, "llvm.fma.v16f32", _FLOATS, builder.fneg(args[1]), args[2], args[0])
+
+    return floats_t(floats_t, floats_t, floats_t), generate
+
+
+@intrinsic
 def sum_floats(typing: Any, vector: Any) -> tuple[Any, Callable[..., Any]]:
     """The sum of all 16, by halves."""
 
