@@ -14,7 +14,7 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all demo bench-solver quality reference wheel-check
+.PHONY: help setup lint test test-all demo bench-solver bench-runtime quality reference wheel-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ demo: setup  ## quantize a shipped reference model and show what it cost
 
 bench-solver: setup  ## how fast the batched solver is, against the textbook form
 	$(BIN)/python benchmarks/solver.py
+
+bench-runtime: setup  ## how small and how fast packed models run, against bf16 (needs 8 GB of disk and memory)
+	$(BIN)/python benchmarks/runtime.py
 
 quality: setup  ## the quality table: every preset on every reference model
 	$(BIN)/python benchmarks/quality.py

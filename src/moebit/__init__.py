@@ -11,15 +11,19 @@ from moebit.errors import BadInputError, InterruptedWorkError, MoebitError
 from moebit.evaluate import evaluate
 from moebit.pipeline import Result, inspect, quantize
 from moebit.recipe import Recipe, load_recipe, presets
+from moebit.runtime.generate import Generated, Generation, generate
 
 __version__ = version("moebit")
 __all__ = [
     "BadInputError",
+    "Generated",
+    "Generation",
     "InterruptedWorkError",
     "MoebitError",
     "Recipe",
     "Result",
     "evaluate",
+    "generate",
     "inspect",
     "load_recipe",
     "presets",

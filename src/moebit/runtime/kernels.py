@@ -10,6 +10,7 @@ Shape suffixes: T rows of input, S products wanted (slots), J chosen matrices, O
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numba
@@ -46,6 +47,16 @@ class Stack:
     @property
     def group(self) -> int:
         return self.shape[1] // self.scale.shape[-1]
+
+    @cached_property
+    def arrays(self) -> tuple[Any, ...]:
+        """What every kernel begins with; scales as the integers that hold them, and how far they are shifted to be those of float32."""
+        if self.scale.dtype == torch.bfloat16:
+            scale, shift = self.scale.view(torch.uint16).numpy(), np.uint32(16)
+        else:
+            scale, shift = self.scale.float().view(torch.uint32).numpy(), np.uint32(0)
+        zeros = np.empty(0, np.uint8) if self.zeros is None else self.zeros.numpy()
+        return self.codes.numpy(), scale, shift, zeros, self.bits, self.code_at, self.zero_at, *self.shape
 
 
 @numba.njit(nogil=True)
@@ -321,13 +332,13 @@ def integer_product(stack: Stack, x_TI: Tensor, chosen: list[int], bounds: list[
     if not integers_serve(stack):
         raise ValueError(f"groups of {stack.group} cannot be multiplied in integers here")
     follow_torch()
-    _integer_product(*_arrays(stack), *_routed(x_TI, chosen, bounds, tokens), y.numpy(), rows.start or 0, rows.step or 1)
+    _integer_product(*stack.arrays, *_routed(x_TI, chosen, bounds, tokens), y.numpy(), rows.start or 0, rows.step or 1)
 
 
 def float_product(stack: Stack, x_TI: Tensor, chosen: list[int], bounds: list[int], tokens: Tensor, y: Tensor, rows: slice) -> None:
     """As `integer_product`, in float32 throughout."""
     follow_torch()
-    _float_product(*_arrays(stack), *_routed(x_TI, chosen, bounds, tokens), y.numpy(), rows.start or 0, rows.step or 1)
+    _float_product(*stack.arrays, *_routed(x_TI, chosen, bounds, tokens), y.numpy(), rows.start or 0, rows.step or 1)
 
 
 def dequantize_into(stack: Stack, e: int, target: Tensor, rows: slice) -> None:
@@ -337,16 +348,7 @@ def dequantize_into(stack: Stack, e: int, target: Tensor, rows: slice) -> None:
         narrow, wide = target.view(torch.uint16).numpy(), np.empty((0, 0), np.float32)
     else:
         narrow, wide = np.empty((0, 0), np.uint16), target.numpy()
-    _dequantize(*_arrays(stack), e, narrow, wide, rows.start or 0, rows.step or 1)
-
-
-def _arrays(stack: Stack) -> tuple[Any, ...]:
-    if stack.scale.dtype == torch.bfloat16:
-        scale, shift = stack.scale.view(torch.uint16).numpy(), np.uint32(16)
-    else:
-        scale, shift = stack.scale.float().view(torch.uint32).numpy(), np.uint32(0)
-    zeros = np.empty(0, np.uint8) if stack.zeros is None else stack.zeros.numpy()
-    return stack.codes.numpy(), scale, shift, zeros, stack.bits, stack.code_at, stack.zero_at, *stack.shape
+    _dequantize(*stack.arrays, e, narrow, wide, rows.start or 0, rows.step or 1)
 
 
 def _routed(x_TI: Tensor, chosen: list[int], bounds: list[int], tokens: Tensor) -> tuple[Any, ...]:

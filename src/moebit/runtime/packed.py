@@ -36,20 +36,28 @@ class PackedModule(nn.Module):
         self.spec = spec
         self._code_offsets, self._zero_offsets = spec.code_offsets(), spec.zero_offsets()
         self._bits, self._code_at, self._zero_at = (np.array(a, np.int64) for a in (spec.bits, self._code_offsets, self._zero_offsets))
+        self._prepared: tuple[tuple[Tensor | None, ...], Stack] | None = None
         for name, tensor in spec.specs("").items():
             self.register_buffer(name.removeprefix("."), torch.empty(tensor.shape, dtype=tensor.dtype))
 
     def stack(self) -> Stack:
-        """The buffers as the compiled kernels take them."""
-        scale = self.scale if self.spec.stacked else self.scale.unsqueeze(0)
-        zeros = None if self.spec.symmetric else self.zero_point
-        return Stack(self.codes.flatten(), scale, zeros, self._bits, self._code_at, self._zero_at, self.spec.shape)
+        """The buffers as the compiled kernels take them; made anew when one of them was replaced."""
+        buffers = (self.codes, self.scale, None if self.spec.symmetric else self.zero_point)
+        if self._prepared is None or any(a is not b for a, b in zip(self._prepared[0], buffers, strict=True)):
+            codes, scale, zeros = buffers
+            scale = scale if self.spec.stacked else scale.unsqueeze(0)
+            stack = Stack(codes.flatten(), scale, zeros, self._bits, self._code_at, self._zero_at, self.spec.shape)
+            self._prepared = (buffers, stack)
+        return self._prepared[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # a copy's arrays would not be views of its buffers
 
     def few_rows(self, e: int, dtype: torch.dtype) -> int:
         """Up to how many rows of input matrix e is multiplied as it is packed."""
         if not compiled(self.path, self.codes.device, dtype):
             return 0
-        return few_rows(self.path, self.stack(), self.spec.bits[e], dtype)
+        return few_rows(self.path, self.stack(), self.spec.bits[e], dtype, matrices=8 if self.spec.stacked else 1)
 
     def matrices(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """[stop - start, out, in] weights."""
@@ -168,7 +176,8 @@ def packed_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tens
 
 
 def _few_rows(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype) -> int:
-    return min(getattr(module, projection).few_rows(e, dtype) for projection in layout.projections)
+    parts: list[PackedMatrices] = [getattr(module, projection) for projection in layout.projections]
+    return min(part.few_rows(e, dtype) for part in parts)
 
 
 def _gather(slots: Slots, chosen: list[int]) -> Slots:

@@ -6,16 +6,16 @@
   integer      the same with the input in 16-bit integers, for processors that can: for few rows, fastest.
 
 `auto` takes a product with packed codes (`integer` for inputs in half precision where it can, else `float`) up to a number of rows and
-`dequantize` beyond. Where that border lies is measured once per process and shape. The way never changes which experts run, and all agree
-within the rounding of the input's type; but the border may move between two runs, and with it last digits: ask for one way where
-bytes have to be equal.
+`dequantize` beyond. One row is always multiplied as it is packed; where the border lies beyond that is measured once per process and shape.
+The way never changes which experts run, and all agree within the rounding of the input's type; but the border may move between two runs,
+and with it last digits: ask for one way where bytes have to be equal.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -24,11 +24,12 @@ from torch import Tensor
 
 from moebit.runtime import vectors
 from moebit.runtime.kernels import Stack, dequantize_into, float_product, integer_product, integers_serve
+from moebit.tensor import packed_row_bytes
 
 Path = Literal["auto", "reference", "dequantize", "float", "integer"]
 PATHS: tuple[Path, ...] = get_args(Path)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the compiled kernels serve
-LADDER = (1, 2, 4, 8, 16, 32, 64)  # rows of input at which the border is looked for
+LADDER = (2, 4, 8, 16, 32, 64)  # rows of input at which the border is looked for
 MEASURED_OUTPUTS = 1024  # of a matrix, at most
 REPEATS = 3
 ALWAYS = 2**62
@@ -39,10 +40,15 @@ def compiled(path: Path, device: torch.device, dtype: torch.dtype) -> bool:
     return path != "reference" and device.type == "cpu" and dtype in DTYPES
 
 
-def few_rows(path: Path, stack: Stack, bits: int, dtype: torch.dtype) -> int:
-    """Up to how many rows of input a matrix of `bits` is multiplied as it is packed; beyond, it is dequantized first."""
+def few_rows(path: Path, stack: Stack, bits: int, dtype: torch.dtype, matrices: int) -> int:
+    """Up to how many rows of input a matrix of `bits` is multiplied as it is packed; beyond, it is dequantized first.
+
+    Args:
+        matrices: how many of the stack are multiplied in one call, about.
+    """
     if path == "auto":
-        return _border(bits, stack.shape, stack.group, stack.zeros is None, stack.scale.dtype, dtype, torch.get_num_threads())
+        grid = (stack.group, stack.zeros is None, stack.scale.dtype)
+        return _border(bits, stack.shape, *grid, dtype, matrices, torch.get_num_threads())
     return ALWAYS if path in ("float", "integer") else 0
 
 
@@ -75,21 +81,29 @@ def why_not_integer(stack: Stack) -> str | None:
 
 @lru_cache
 def _border(
-    bits: int, shape: tuple[int, int], group: int, symmetric: bool, scale_dtype: torch.dtype, dtype: torch.dtype, threads: int
+    bits: int,
+    shape: tuple[int, int],
+    group: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype,
+    matrices: int,
+    threads: int,
 ) -> int:
-    """The number of rows, from LADDER, up to which the packed product was faster; 0 if never."""
+    """The number of rows, from LADDER, up to which the packed product was faster; 1 at least, which needs no measurement."""
     out, inputs = min(shape[0], MEASURED_OUTPUTS), shape[1]
-    codes = torch.randint(0, 256, (out * (-(-inputs // 8)) * bits,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    zeros = None if symmetric else codes[: -(-out * (inputs // group) // 8) * bits].clone()
-    nought = np.zeros(1, np.int64)
-    stack = Stack(
-        codes, torch.full((1, out, inputs // group), 0.01).to(scale_dtype), zeros, np.array([bits]), nought, nought, (out, inputs)
-    )
-    weight, border = torch.empty(out, inputs, dtype=dtype), 0
+    code_bytes, zero_bytes = out * packed_row_bytes(inputs, bits), packed_row_bytes(out * (inputs // group), bits)
+    codes = torch.randint(0, 256, (matrices * code_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    zeros = None if symmetric else codes[: matrices * zero_bytes].clone()
+    scale = torch.full((matrices, out, inputs // group), 0.01).to(scale_dtype)
+    index = np.arange(matrices)
+    stack = Stack(codes, scale, zeros, np.full(matrices, bits), index * code_bytes, index * zero_bytes, (out, inputs))
+    weight, border = torch.empty(out, inputs, dtype=dtype), 1
     for rows in LADDER:
-        x, y, tokens = torch.ones(rows, inputs, dtype=dtype), torch.empty(rows, out), torch.arange(rows)
-        packed = _seconds(lambda x=x, y=y, rows=rows, tokens=tokens: packed_product("auto", stack, x, [0], [0, rows], tokens, y))
-        dense = _seconds(lambda x=x: (dequantized(stack, 0, weight), torch.mm(x, weight.T)))
+        x, y, tokens = torch.ones(rows, inputs, dtype=dtype), torch.empty(rows * matrices, out), torch.arange(rows).repeat(matrices)
+        bounds = [rows * position for position in range(matrices + 1)]
+        packed = _seconds(partial(packed_product, "auto", stack, x, list(range(matrices)), bounds, tokens, y)) / matrices
+        dense = _seconds(partial(dequantized, stack, 0, weight)) + _seconds(partial(torch.mm, x, weight.T))
         if packed > dense:
             break
         border = rows
