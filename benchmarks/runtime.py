@@ -234,7 +234,9 @@ def tables(found: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> s
             f"| {row['prefill']:.1f} | {ratios['prefill']} | {row['decode']:.2f} | {ratios['decode']} |"
         )
     lines += ["", "Where a decoded token's time goes, in ms:", "", f"| model | {' | '.join(PARTS)} |", "|---|" + "---:|" * len(PARTS)]
-    lines += [f"| {name} | {' | '.join(f'{1e3 * row["parts"][part]:.2f}' for part in PARTS)} |" for name, row in found.items()]
+    for name, row in found.items():
+        cells = (f"{1e3 * row['parts'][part]:.2f}" for part in PARTS)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
