@@ -268,8 +268,8 @@ except BadInputError as error:
 
 
 def test_loading_and_running_takes_the_files_size(tmp_path: Path, outputs: Outputs) -> None:
-    """200 MB in bf16, 55 packed: what a first forward adds to the process is near the latter. A tiny model goes first, for all that is loaded
-    and compiled once."""
+    """200 MB in bf16, 55 packed: what a first forward adds to the process is near the latter. A tiny one goes first, for all that is
+    loaded and compiled once."""
     checkpoint, output = tmp_path / "checkpoint", tmp_path / "output"
     config = AutoConfig.for_model(
         "olmoe", vocab_size=256, hidden_size=512, intermediate_size=512, num_hidden_layers=4, num_experts=32, num_experts_per_tok=4,
