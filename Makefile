@@ -14,7 +14,8 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory quality architectures formats reference wheel-check
+.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime quality architectures formats reference \
+        wheel-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +53,9 @@ bench-speed: setup  ## from end to end, beside the bare products and two other q
 
 bench-memory: setup  ## resident memory on real shapes (hours, 40 GB of disk; goes on where it was interrupted)
 	$(BIN)/python benchmarks/memory.py
+
+bench-runtime: setup  ## how small and how fast packed models run, against bf16 (needs 8 GB of disk and memory)
+	$(BIN)/python benchmarks/runtime.py
 
 quality: setup  ## the quality table: every preset on every reference model
 	$(BIN)/python benchmarks/quality.py

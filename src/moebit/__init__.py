@@ -12,15 +12,19 @@ from moebit.evaluate import evaluate
 from moebit.formats.verify import verify
 from moebit.pipeline import Result, inspect, quantize
 from moebit.recipe import Recipe, load_recipe, presets
+from moebit.runtime.generate import Generated, Generation, generate
 
 __version__ = version("moebit")
 __all__ = [
     "BadInputError",
+    "Generated",
+    "Generation",
     "InterruptedWorkError",
     "MoebitError",
     "Recipe",
     "Result",
     "evaluate",
+    "generate",
     "inspect",
     "load_recipe",
     "presets",

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -158,6 +159,36 @@ def evaluate(
         )
     if not _write_json(json_file, result):
         _show_evaluation(result)
+
+
+@app.command(
+    epilog='Examples:\n\n  moebit generate olmoe-w3 --prompt "The history of the"\n\n'
+    '  moebit generate olmoe-w3 --prompt "def main(" --against reference/olmoe --max-new-tokens 40 --temperature 0.8 --seed 1'
+)
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to go on from.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="REFERENCE", help="Another model: shows what it writes, and where they first differ.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Write at most so many tokens.")] = 64,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token every time (the default).")] = False,
+    temperature: Annotated[float, typer.Option(help="Draw tokens at this temperature instead.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    path: Annotated[str, typer.Option(help="How packed weights are multiplied: auto, reference, dequantize, float or integer.")] = "auto",
+    json_file: JsonOption = None,
+) -> None:
+    """Continue a prompt: the text, the speed and the memory."""
+    import moebit
+
+    if greedy and temperature:
+        raise BadInputError(f"--greedy and --temperature {temperature}: choose one")
+    result = moebit.generate(
+        model, prompt=prompt, against=against, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        path=path,  # type: ignore[arg-type] # checked there
+    )  # fmt: skip
+    if not _write_json(json_file, asdict(result)):
+        _show_generation(prompt, result)
 
 
 @app.command(epilog="Examples:\n\n  moebit recipes\n\n  moebit recipes gptq-w3 > my-recipe.yaml")
@@ -390,3 +421,27 @@ def _show_evaluation(result: dict[str, Any]) -> None:
             ]
         table.add_row(*cells)
     out.print(table)
+
+
+def _show_generation(prompt: str, result: Any) -> None:
+    runs = [result.model] if result.reference is None else [result.model, result.reference]
+    for run in runs:
+        out.print(f"[bold]{escape(run.model)}[/bold]")
+        out.print(prompt, style="dim", end="", markup=False, highlight=False, soft_wrap=True)
+        out.print(run.text, markup=False, highlight=False, soft_wrap=True)
+    table = _table("", "prompt", "tokens/s", "written", "tokens/s", "weights", "whole process")
+    for run in runs:
+        decode = "-" if run.decode is None else f"{run.decode:.1f}"
+        row = (
+            str(run.prompt_tokens),
+            f"{run.prefill:.1f}",
+            str(len(run.tokens)),
+            decode,
+            size(run.weights_bytes),
+            size(run.resident_bytes),
+        )
+        table.add_row(escape(run.model), *row)
+    out.print(table)
+    if result.reference is not None:
+        same = result.differ_at is None
+        out.print("both wrote the same" if same else f"they differ from new token {result.differ_at + 1} on")

@@ -1,60 +1,106 @@
-"""Modules whose weights stay packed in memory and are dequantized as they are used."""
+"""Modules whose weights stay packed in memory: multiplied as they are, or dequantized one matrix at a time."""
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec, unpack_matrices
-from moebit.model.experts import ExpertsLayout, ExpertWeights, dispatch, finish, intermediate, layout_of
+from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots, dispatch, finish, intermediate, layout_of
+from moebit.runtime.kernels import Stack
+from moebit.runtime.paths import PATHS, Path, compiled, dequantized, few_rows, packed_product, why_not_integer
 
 EXPERTS_IMPLEMENTATION = "moebit"
 
 
-class PackedMatrices(nn.Module):
-    """A stack of packed matrices: buffers `codes`, `scale`, `zero_point`, `bits` as in the file."""
+class PackedModule(nn.Module):
+    """Packed matrices: buffers `codes`, `scale`, `zero_point` and, of a stack, `bits`, as in the file; nothing else is kept of them.
+
+    Attributes:
+        path: how they are multiplied; `use` sets it.
+    """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
+    path: Path = "auto"
 
     def __init__(self, spec: PackedSpec) -> None:
         super().__init__()
         self.spec = spec
         self._code_offsets, self._zero_offsets = spec.code_offsets(), spec.zero_offsets()
+        self._bits, self._code_at, self._zero_at = (np.array(a, np.int64) for a in (spec.bits, self._code_offsets, self._zero_offsets))
+        self._prepared: tuple[tuple[Tensor | None, ...], Stack] | None = None
         for name, tensor in spec.specs("").items():
             self.register_buffer(name.removeprefix("."), torch.empty(tensor.shape, dtype=tensor.dtype))
+
+    def stack(self) -> Stack:
+        """The buffers as the compiled kernels take them; made anew when one of them was replaced."""
+        buffers = (self.codes, self.scale, None if self.spec.symmetric else self.zero_point)
+        if self._prepared is None or any(a is not b for a, b in zip(self._prepared[0], buffers, strict=True)):
+            codes, scale, zeros = buffers
+            scale = scale if self.spec.stacked else scale.unsqueeze(0)
+            stack = Stack(codes.flatten(), scale, zeros, self._bits, self._code_at, self._zero_at, self.spec.shape)
+            self._prepared = (buffers, stack)
+        return self._prepared[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # a copy's arrays would not be views of its buffers
+
+    def few_rows(self, e: int, dtype: torch.dtype) -> int:
+        """Up to how many rows of input matrix e is multiplied as it is packed."""
+        if not compiled(self.path, self.codes.device, dtype):
+            return 0
+        return few_rows(self.path, self.stack(), self.spec.bits[e], dtype, matrices=8 if self.spec.stacked else 1)
+
+    def matrices(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """[stop - start, out, in] weights."""
+        stack = self.stack()
+        if compiled(self.path, self.codes.device, dtype):
+            result = torch.empty(stop - start, *self.spec.shape, dtype=dtype)
+            for e in range(start, stop):
+                dequantized(stack, e, result[e - start])
+            return result
+        codes = stack.codes[self._code_offsets[start] : self._code_offsets[stop]]
+        zeros = None if stack.zeros is None else stack.zeros[self._zero_offsets[start] : self._zero_offsets[stop]]
+        return unpack_matrices(codes, stack.scale[start:stop], zeros, list(self.spec.bits[start:stop]), self.spec.shape, dtype)
+
+
+class PackedMatrices(PackedModule):
+    """A stack of packed matrices: one projection of all experts."""
 
     def unpacked(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """[stop - start, out, in] weights."""
-        codes = self.codes[self._code_offsets[start] : self._code_offsets[stop]]
-        zeros = None if self.spec.symmetric else self.zero_point[self._zero_offsets[start] : self._zero_offsets[stop]]
-        return unpack_matrices(codes, self.scale[start:stop], zeros, list(self.spec.bits[start:stop]), self.spec.shape, dtype)
+        return self.matrices(start, stop, dtype)
+
+    def unpack_into(self, e: int, target: Tensor, rows: slice) -> None:
+        """Write matrix e to target[rows]; target is [rows, in]."""
+        if compiled(self.path, self.codes.device, target.dtype):
+            dequantized(self.stack(), e, target, rows)
+        else:
+            target[rows] = self.matrices(e, e + 1, target.dtype)[0]
 
 
-class PackedLinear(nn.Module):
-    """A linear layer over a packed weight."""
+class PackedLinear(PackedModule):
+    """A linear layer over a packed weight. Whatever quantizes activations belongs in front of `forward`'s product."""
 
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
     bias: nn.Parameter | None
 
     def __init__(self, spec: PackedSpec, bias: bool, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.spec, self.dtype = spec, dtype
+        super().__init__(spec)
+        self.dtype = dtype
         self.out_features, self.in_features = spec.shape
-        for name, tensor in spec.specs("").items():
-            self.register_buffer(name.removeprefix("."), torch.empty(tensor.shape, dtype=tensor.dtype))
         self.register_parameter("bias", nn.Parameter(torch.empty(spec.shape[0], dtype=dtype), requires_grad=False) if bias else None)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """[out, in] weights."""
-        zeros = None if self.spec.symmetric else self.zero_point
-        return unpack_matrices(self.codes.flatten(), self.scale.unsqueeze(0), zeros, list(self.spec.bits), self.spec.shape, dtype)[0]
+        return self.matrices(0, 1, dtype)[0]
 
     @property
     def weight(self) -> Tensor:
@@ -62,10 +108,37 @@ class PackedLinear(nn.Module):
         return self.unpacked(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.unpacked(x.dtype), self.bias)
+        rows = x.numel() // self.in_features
+        differentiable = x.requires_grad and torch.is_grad_enabled()  # with respect to the input; packed weights have no gradient
+        if differentiable or not 0 < rows <= self.few_rows(0, x.dtype):
+            return nn.functional.linear(x, self.unpacked(x.dtype), self.bias)
+        y = torch.empty(rows, self.out_features)
+        packed_product(self.path, self.stack(), x.reshape(rows, -1), [0], [0, rows], torch.arange(rows), y)
+        result = y.view(*x.shape[:-1], self.out_features)
+        return result.to(x.dtype) if self.bias is None else (result + self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.spec.bits[0]} bits, group {self.spec.group_size}"
+
+
+def use(model: nn.Module, path: Path) -> nn.Module:
+    """Have a model's packed modules multiply in one way (`moebit.runtime.PATHS`), in place; returns the model.
+
+    Raises:
+        BadInputError: no such way, one that this processor or a module's grid rules out, or a model without packed modules.
+    """
+    if path not in PATHS:
+        raise BadInputError(f"no way of multiplying is called {path!r}: choose from {', '.join(PATHS)}")
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    if not modules:
+        raise BadInputError(f"{type(model).__name__} has no packed modules: load a native output of moebit")
+    for name, module in modules.items():
+        reason = why_not_integer(module.stack()) if path == "integer" else None
+        if reason:
+            raise BadInputError(f"{name} cannot be multiplied in integers: {reason}; use 'auto' or 'float'")
+    for module in modules.values():
+        module.path = path
+    return model
 
 
 def pack_experts(module: Any, path: str, specs: dict[str, PackedSpec]) -> None:
@@ -80,21 +153,66 @@ def pack_experts(module: Any, path: str, specs: dict[str, PackedSpec]) -> None:
 
 @torch.no_grad()
 def packed_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The experts' output [T, H], one used expert's weights dequantized at a time. Packed weights have no gradient.
+    """The experts' output [T, H]: those with few tokens in one call, the others' weights dequantized one at a time.
 
-    Experts that a recipe left in full precision take the same way with the weights they have.
+    Experts that a recipe left in full precision take the latter way with the weights they have. Packed weights have no gradient.
     """
-    layout: ExpertsLayout = getattr(module, "moebit_layout", None) or layout_of(module, type(module).__name__)
-    weights_of = _dequantized if hasattr(module, "moebit_layout") else _as_they_are
+    packed = hasattr(module, "moebit_layout")
+    layout: ExpertsLayout = module.moebit_layout if packed else layout_of(module, type(module).__name__)
     slots = dispatch(top_k_index, top_k_weights, layout.experts)
     output = hidden_states.new_zeros(hidden_states.shape, dtype=torch.float32)
-    used = [e for e in range(layout.experts) if slots.bounds[e] < slots.bounds[e + 1]]
-    for e in used:  # one at a time: what is dequantized at once is what is resident
+    counts = [high - low for low, high in zip(slots.bounds, slots.bounds[1:], strict=False)]
+    used = [e for e, count in enumerate(counts) if count]
+    few = [e for e in used if packed and counts[e] <= _few_rows(module, layout, e, hidden_states.dtype)]
+    if few:
+        own = _gather(slots, few)
+        output.index_add_(0, own.tokens, _few(module, layout, hidden_states, few, own).float())
+    for e in sorted(set(used) - set(few)):  # one at a time: what is dequantized at once is what is resident
         own = slots.chunk(e, e + 1)
-        weights = weights_of(module, layout, e, hidden_states.dtype)
+        weights = (_dequantized if packed else _as_they_are)(module, layout, e, hidden_states.dtype)
         h = intermediate(module, hidden_states[own.tokens], weights, own.bounds)
         output.index_add_(0, own.tokens, finish(module, h, own.affinity, weights, own.bounds).float())
     return output.to(hidden_states.dtype)
+
+
+def _few_rows(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype) -> int:
+    parts: list[PackedMatrices] = [getattr(module, projection) for projection in layout.projections]
+    return min(part.few_rows(e, dtype) for part in parts)
+
+
+def _gather(slots: Slots, chosen: list[int]) -> Slots:
+    """The slots of some experts, which count from 0 there."""
+    parts = [slice(slots.bounds[e], slots.bounds[e + 1]) for e in chosen]
+    bounds = [0, *accumulate(part.stop - part.start for part in parts)]
+    tokens, affinity = (torch.cat([values[part] for part in parts]) for values in (slots.tokens, slots.affinity))
+    return Slots(tokens, affinity, bounds, slice(0, bounds[-1]))
+
+
+def _few(module: Any, layout: ExpertsLayout, x_TH: Tensor, chosen: list[int], own: Slots) -> Tensor:
+    """[S, H]: what `intermediate` and `finish` make, by products with the packed codes of all chosen experts at once."""
+    # Whatever quantizes activations belongs in front of these two products.
+    wide = torch.empty(len(own.tokens), layout.intermediate * (2 if layout.gated else 1))
+    for projection in layout.projections[:-1]:
+        part = getattr(module, projection)
+        packed_product(part.path, part.stack(), x_TH, chosen, own.bounds, own.tokens, wide, layout.rows(projection))
+    first_bias, down_bias = _slot_biases(module, layout, chosen, own)
+    first = wide.to(x_TH.dtype) + first_bias
+    h = module._apply_gate(first) if module.has_gate else module.act_fn(first)
+    y = torch.empty(len(own.tokens), layout.hidden)
+    down = module.down_proj
+    packed_product(down.path, down.stack(), h, chosen, own.bounds, torch.arange(len(own.tokens)), y)
+    y = y.to(x_TH.dtype) + down_bias
+    if module.has_post_expert_norm:
+        y = module.post_expert_norm(y)
+    return y * own.affinity.to(y.dtype).unsqueeze(1)
+
+
+def _slot_biases(module: Any, layout: ExpertsLayout, chosen: list[int], own: Slots) -> tuple[Any, Any]:
+    if not layout.bias:
+        return 0, 0
+    counts = torch.tensor(own.bounds).diff()
+    expert = torch.tensor(chosen).repeat_interleave(counts)
+    return getattr(module, f"{layout.first}_bias")[expert], module.down_proj_bias[expert]
 
 
 def _as_they_are(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype) -> ExpertWeights:
@@ -110,12 +228,9 @@ def _biases(module: Any, layout: ExpertsLayout, e: int) -> tuple[Tensor | None, 
 
 def _dequantized(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype) -> ExpertWeights:
     down = module.down_proj.unpacked(e, e + 1, dtype)
-    if layout.gated:
-        first = down.new_empty(1, 2 * layout.intermediate, layout.hidden)
-        for projection in ("gate_proj", "up_proj"):
-            first[:, layout.rows(projection)] = getattr(module, projection).unpacked(e, e + 1, dtype)
-    else:
-        first = module.up_proj.unpacked(e, e + 1, dtype)
+    first = down.new_empty(1, layout.intermediate * (2 if layout.gated else 1), layout.hidden)
+    for projection in layout.projections[:-1]:
+        getattr(module, projection).unpack_into(e, first[0], layout.rows(projection))
     return ExpertWeights(first, down, *_biases(module, layout, e))
 
 

@@ -110,7 +110,7 @@ def _gptq_block(
             loss[e, first + r] = total[r]
 
 
-def _follow_torch() -> None:
+def follow_torch() -> None:
     """Let numba use as many threads as torch does. Left alone, its first launch sets both back to the number of processors."""
     threads = torch.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
@@ -120,7 +120,7 @@ def _follow_torch() -> None:
 def best_grid(w_EOI: Tensor, scales: Tensor, zeros: Tensor, importance_EI: Tensor, qmax_E: Tensor) -> Tensor:
     """int64 [E, O, G]: which of the candidate grids [R, E, O, G] has the least weighted rounding error; the first wins ties."""
     best = torch.zeros(scales.shape[1:], dtype=torch.int64)
-    _follow_torch()
+    follow_torch()
     arrays = [tensor.contiguous().numpy() for tensor in (w_EOI, scales, zeros, importance_EI, qmax_E, best)]
     _best_grid(*arrays)
     return best
@@ -147,6 +147,6 @@ def gptq_block(
         f_EBB: the block of F on its diagonal; d_EI: D; group_EI: each column's scale; qmax_E: largest code.
         codes_EOI, error_EOI (w - q): written in these columns; loss_EO: added to.
     """
-    _follow_torch()
+    follow_torch()
     arrays = [t.contiguous().numpy() for t in (w_EOI, carried_EOB, f_EBB, d_EI, scale_EOG, zero_EOG, group_EI, qmax_E)]
     _gptq_block(*arrays, start, codes_EOI.numpy(), error_EOI.numpy(), loss_EO.numpy())
