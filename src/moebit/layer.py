@@ -31,7 +31,7 @@ class LayerReport:
     """What happened in one layer, as numbers.
 
     Attributes:
-        linears: per quantized linear: bits, weight_error (|dW|^2 / |W|^2), loss (tr dW H dW^T), damping, fallback.
+        linears: per quantized linear: bits, weight_error (|dW|^2 / |W|^2), damping, fallback.
         tokens_per_expert: routed slots in the calibration text.
         experts: per projection, lists over experts: bits, weight_error, damping, fallback.
     """

@@ -2,7 +2,8 @@
 
     plan -> embed calibration windows -> for each layer: attention, routing, experts chunk by chunk, advance -> finish
 
-Each layer is calibrated on what the quantized layers before it produce. Each expert is read once and written once.
+Each layer is calibrated on what the quantized layers before it produce. Each expert is read once for it, and once before to look for
+NaN, and written once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Safetensors files, read and written piece by piece.
 
-Reading goes through plain file reads instead of a memory map, because mapped pages count as resident memory; writing reserves
-the whole file first, so that the experts of a layer can be put in place chunk by chunk.
+Reading goes through plain file reads instead of a memory map, because mapped pages count as resident memory; writing lays
+the whole file out first, so that the experts of a layer can be put in place chunk by chunk.
 """
 
 from __future__ import annotations
