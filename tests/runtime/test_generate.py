@@ -91,7 +91,7 @@ def test_the_verb(models: tuple[Path, Path], capfd: pytest.CaptureFixture[str], 
     arguments = ["moebit", "generate", str(models[0]), "--prompt", PROMPT, "--max-new-tokens", "3", "--against", str(models[1])]
     for more in ([], ["--json", "-"]):
         monkeypatch.setattr("sys.argv", [*arguments, *more])
-        with quiet():
+        with quiet(), pytest.raises(SystemExit, match="0"):
             cli.main()
         shown = capfd.readouterr().out
         if more:
