@@ -124,7 +124,7 @@ def test_the_process_stays_below_the_limit(tmp_path: Path) -> None:
         command = [sys.executable, "-c", WATCHED, str(model), str(tmp_path / f"out{number}"), json.dumps(recipe), str(text), str(limit)]
         peak, planned = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         assert peak < limit, (peak, limit)
-        assert planned < 1.1 * limit
+        assert planned < 1.2 * limit  # cautious about the process itself
         assert peak < 1.1 * planned
 
 
