@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moebit.calibration.statistics import LAYER_SAMPLE, down_layer_hessians, expert_hessians, layer_sample
+from moebit.calibration.statistics import LAYER_SAMPLE, ExpertMoments, down_layer_hessians, layer_sample
 from moebit.model.experts import ExpertWeights
 from tests import reference
 
@@ -22,6 +22,13 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.randn(BOUNDS[-1], N, generator=generator)
     layer = torch.randn(200, N, generator=generator)
     return x, torch.rand(BOUNDS[-1], generator=generator) + 0.05, layer.T @ layer / 200
+
+
+def expert_hessians(x: Tensor, affinity: Tensor, bounds: list[int], power: float, h_layer: Tensor) -> Tensor:
+    """[C, N, N] by the code under test, in one piece."""
+    moments = ExpertMoments.zeros(len(bounds) - 1, x.shape[1], power)
+    moments.add(x, affinity, bounds)
+    return moments.shrunk(h_layer)
 
 
 def naive(x: Tensor, affinity: Tensor, bounds: list[int], power: float, h_layer: Tensor) -> np.ndarray:

@@ -57,13 +57,6 @@ class ExpertMoments:
         return shrink_(mirror_(self.sums), self.total, self.squares, h_layer)
 
 
-def expert_hessians(x_SN: Tensor, affinity_S: Tensor, bounds: list[int], power: float, h_layer: Tensor) -> Tensor:
-    """`ExpertMoments` of one piece: [C, N, N]."""
-    moments = ExpertMoments.zeros(len(bounds) - 1, x_SN.shape[1], power)
-    moments.add(x_SN, affinity_S, bounds)
-    return moments.shrunk(h_layer)
-
-
 def layer_sample(tokens: int) -> Tensor:
     """Indices of at most `LAYER_SAMPLE` tokens, evenly spaced."""
     count = min(tokens, LAYER_SAMPLE)

@@ -403,7 +403,7 @@ def trial(
         try:
             with _buffers_on_meta(layer):
                 out = moved.apply(layer, x)
-        except (NotImplementedError, RuntimeError):
+        except (NotImplementedError, RuntimeError):  # its course depends on values, which meta has none of: once more, with zeros
             forget(index)
             with zeros_instead(layer.modules()):
                 out = call.apply(layer, hidden)

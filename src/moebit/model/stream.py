@@ -11,12 +11,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig
 
+from moebit.errors import BadInputError
 from moebit.model.activations import ActivationStore
 from moebit.model.checkpoint import Checkpoint, Weights, dematerialize, materialize
 from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slots, dispatch, finish, intermediate
@@ -55,10 +58,10 @@ class Stream:
 
     def __post_init__(self) -> None:
         model = self.checkpoint.model
-        front = [(name, model.get_submodule(name)) for name in self.structure.front]
+        front, watch = [(name, model.get_submodule(name)) for name in self.structure.front], None
         for name, module in front:
             if module is model.get_input_embeddings():
-                materialize_embeddings(module, name, self.checkpoint.weights, self.windows, _named_tokens(self.checkpoint.config))
+                watch = materialize_embeddings(module, name, self.checkpoint.weights, self.windows, _named_tokens(self.checkpoint.config))
             else:
                 materialize(module, name, self.checkpoint.weights, recurse=False)
         for rows in self.batches():
@@ -68,6 +71,8 @@ class Stream:
             self.hidden[rows] = first
             self._calls.append(self._shared(calls))
             self.store.release()
+        if watch is not None:
+            watch.remove()
         for _, module in front:
             dematerialize(module, recurse=False)
 
@@ -334,22 +339,37 @@ def add_outputs(module: nn.Module, x_TH: Tensor, weights: ExpertWeights, slots: 
     outputs_TH.index_add_(0, slots.tokens, y.to(outputs_TH.dtype))
 
 
-def materialize_embeddings(module: nn.Module, name: str, weights: Weights, ids: Tensor, further: Iterable[int] = ()) -> None:
+def materialize_embeddings(
+    module: nn.Module, name: str, weights: Weights, ids: Tensor, further: Iterable[int] = ()
+) -> RemovableHandle | None:
     """Fill the input embeddings; of a plain table only the rows of tokens that occur.
 
     The others are left untouched, and memory that is never touched is never taken: the tables of large vocabularies have gigabytes.
 
     Args:
         further: tokens that the model may look up beside those of the text (in place of a picture, say).
+
+    Returns:
+        What watches over that, to be removed with the table; None where the whole table was read.
     """
     if not isinstance(module, nn.Embedding) or len(module._parameters) > 1:
         materialize(module, name, weights)
-        return
+        return None
     used = torch.cat([ids.flatten(), torch.tensor([i for i in further if 0 <= i < len(module.weight)], dtype=torch.int64)]).unique()
     table = torch.empty(module.weight.shape, dtype=module.weight.dtype)
     for low, high in _runs(used.tolist()):
         table[low:high] = weights.rows(f"{name}.weight", low, high).to(table.dtype)
     module.weight = nn.Parameter(table, requires_grad=False)
+    read = torch.zeros(len(table), dtype=torch.bool)
+    read[used] = True
+    return module.register_forward_pre_hook(partial(_only_read, name, read))
+
+
+def _only_read(name: str, read: Tensor, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Rows that were not read hold nothing: a model that looks one up is told so, instead of going on with what lies there."""
+    if args and isinstance(args[0], Tensor) and not bool(read[args[0]].all()):
+        token = int(args[0][~read[args[0]]].flatten()[0])
+        raise BadInputError(f"{name}: the model looks up token {token}, which is not in the text; moebit does not understand this model")
 
 
 def _named_tokens(config: Any) -> list[int]:
