@@ -1,10 +1,12 @@
-# `make` lists the targets. How many threads torch and numba use is yours to say: OMP_NUM_THREADS=1 make test
+# `make` lists the targets. How many threads torch and numba use is yours to say: OMP_NUM_THREADS=1 make quality
 
 # The interpreter that .venv is made from (3.11 or newer).
 PYTHON ?= python3
 # Where pip looks for torch besides your usual index. On Linux the usual index has the CUDA build with gigabytes of
 # libraries; without a GPU, or to save the download:  make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+# Processes that run tests side by side, each with one thread of torch; 0: all tests in one process, with all threads.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 # `make reference` without runs/corpus: the directory with the source corpora (named in examples/reference_texts.py).
 DATA ?=
 
@@ -36,7 +38,7 @@ lint: setup  ## ruff check, ruff format --check, mypy
 	$(BIN)/mypy
 
 test: lint  ## what has to pass before a commit: lint, and the tests that are not slow
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n $(JOBS) --dist worksteal
 
 test-all: lint  ## lint and every test, the slow ones too
 	$(BIN)/pytest

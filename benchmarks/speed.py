@@ -9,7 +9,8 @@ all; one after the other, each in a process of its own:
   GPTQModel       its defaults: experts are calibrated on the tokens that are routed to them.
 
 The peers run with their own defaults in environments made by benchmarks/peers/setup.sh. Everybody first quantizes a tiny model, which
-is not counted: what is compiled once per installation is compiled there. From every output the experts are read back, so that nothing
+is not counted: what is compiled once per installation is compiled there. Bare products and moebit are measured several times in turn,
+since a machine that is shared with others is not always as fast. From every output the experts are read back, so that nothing
 is compared with a model whose experts were left out: how many matrices were packed, and how far some of them are from the original.
 Prints a table and writes it to benchmarks/results/speed.md; everybody's log stays in runs/speed.
 """
@@ -20,6 +21,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -94,6 +96,26 @@ class Outcome:
     packed: int = 0
     weight_error: float | None = None
     error: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Of quantizing and saving."""
+        return float(self.facts["quantize_seconds"])
+
+
+@dataclass(frozen=True)
+class Round:
+    """What was measured one after the other: a shared machine is not as fast at every moment, so that only neighbours are compared."""
+
+    rows: list[dict[str, Any]]
+    outcomes: list[Outcome]
+
+    @property
+    def bare(self) -> float:
+        return float(sum(row["seconds"] for row in self.rows))
+
+    def of(self, name: str) -> Outcome | None:
+        return next((o for o in self.outcomes if o.contender.name == name and not o.error), None)
 
 
 def contenders(peers: Path, shape: Shape) -> list[Contender]:
@@ -199,7 +221,18 @@ def bare_products(inputs: Path, work: Path, threads: int) -> list[dict[str, Any]
     return list(json.loads(result.read_text())["rows"])
 
 
-def outcome_line(outcome: Outcome, bare: float, shape: Shape) -> str:
+def times_bare(rounds: list[Round], name: str) -> list[float]:
+    """Time over that of the bare products of the same round, in order of size."""
+    return sorted(o.seconds / r.bare for r in rounds if (o := r.of(name)))
+
+
+def spread(values: list[float]) -> str:
+    """The median, and the range where there are several."""
+    text = f"{statistics.median(values):.2f}"
+    return text if len(values) < 2 else f"{text} ({values[0]:.2f} to {values[-1]:.2f})"
+
+
+def outcome_line(outcome: Outcome, rounds: list[Round], shape: Shape) -> str:
     name = outcome.contender.name
     if outcome.error:
         return f"| {name} | | | | | | | {outcome.error.replace('|', '/')} |"
@@ -207,13 +240,13 @@ def outcome_line(outcome: Outcome, bare: float, shape: Shape) -> str:
     load = "in it" if known["load_seconds"] is None else f"{known['load_seconds']:.1f}"
     error = "" if outcome.weight_error is None else f"{outcome.weight_error:.3f}"
     return (
-        f"| {name} | {outcome.wall:.1f} | {load} | {known['quantize_seconds']:.1f} | {known['quantize_seconds'] / bare:.2f} "
+        f"| {name} | {outcome.wall:.1f} | {load} | {outcome.seconds:.1f} | {spread(times_bare(rounds, name))} "
         f"| {known['peak_bytes'] / 1e9:.2f} | {outcome.packed} of {shape.matrices} | {error} |"
     )
 
 
-def document(shape: Shape, rows: list[dict[str, Any]], outcomes: list[Outcome], foot: str) -> str:
-    bare = sum(row["seconds"] for row in rows)
+def document(shape: Shape, rounds: list[Round], foot: str) -> str:
+    rows, outcomes = rounds[0].rows, rounds[0].outcomes
     parts = {part: sum(row["seconds"] for row in rows if row["part"] == part) for part in dict.fromkeys(row["part"] for row in rows)}
     done = {o.contender.name: o for o in outcomes if not o.error}
     lines = [
@@ -228,15 +261,17 @@ def document(shape: Shape, rows: list[dict[str, Any]], outcomes: list[Outcome], 
         "| | process, s | loading, s | quantizing and saving, s | × bare products | peak resident, GB | experts' matrices packed | "
         "weights' relative error |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
-        f"| bare products | | | {bare:.1f} | 1.00 | | | |",
-        *(outcome_line(outcome, bare, shape) for outcome in outcomes),
+        f"| bare products | | | {rounds[0].bare:.1f} | 1.00 | | | |",
+        *(outcome_line(outcome, rounds, shape) for outcome in outcomes),
         "",
         "`process` is everything, starting Python and importing included. moebit reads the checkpoint while it works, so that loading is",
-        "in its time; the others load all of it first. Every contender ran once, after a tiny model that is not counted (kernels that are",
-        f"compiled once per installation). The relative error is |ΔW| / |W| of {CHECKED} experts of the first layer, read back from the",
-        "output: it shows that these are the quantized weights; GPTQ trades it for the error of the outputs, so that less is not better.",
+        "in its time; the others load all of it first. A tiny model that is not counted went first (kernels that are compiled once per",
+        f"installation). The rows are those of the first round of {len(rounds)} in which bare products and moebit took turns; `× bare",
+        "products` is the median over the rounds, and the range where there are several. The relative error is |ΔW| / |W| of",
+        f"{CHECKED} experts of the first layer, read back from the output: it shows that these are the quantized weights; GPTQ trades it",
+        "for the error of the outputs, so that less is not better.",
         "",
-        *(f"- {line}" for line in findings(done, bare)),
+        *(f"- {line}" for line in findings(done, rounds)),
         "",
         "## The bare products",
         "",
@@ -259,18 +294,17 @@ def document(shape: Shape, rows: list[dict[str, Any]], outcomes: list[Outcome], 
     return "\n".join(lines) + "\n"
 
 
-def findings(done: dict[str, Outcome], bare: float) -> list[str]:
+def findings(done: dict[str, Outcome], rounds: list[Round]) -> list[str]:
     """What the table says, computed from it."""
     ours = done.get("moebit")
     if ours is None:
         return ["moebit did not finish."]
-    seconds = float(ours.facts["quantize_seconds"])
-    lines = [f"moebit takes {seconds / bare:.2f} times its bare products."]
+    lines = [f"moebit takes {spread(times_bare(rounds, 'moebit'))} times its bare products."]
     for name in ("llm-compressor", "GPTQModel"):
         if name in done:
-            theirs = float(done[name].facts["quantize_seconds"])
-            with_loading = theirs + float(done[name].facts["load_seconds"])
-            lines.append(f"{name} takes {theirs / seconds:.1f} times as long as moebit ({with_loading / seconds:.1f} with its loading).")
+            with_loading = done[name].seconds + float(done[name].facts["load_seconds"])
+            ratio, whole = done[name].seconds / ours.seconds, with_loading / ours.seconds
+            lines.append(f"{name} takes {ratio:.1f} times as long as moebit ({whole:.1f} with its loading).")
     return lines
 
 
@@ -283,6 +317,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a tiny model, to see whether everything works; writes runs/speed/speed.md")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     parser.add_argument("--peers", type=Path, default=ROOT / "runs" / "peers", help="where benchmarks/peers/setup.sh put them")
+    parser.add_argument("--rounds", type=int, default=3, help="of bare products and moebit, in turn")
     parser.add_argument("--limit", type=float, default=7200, help="seconds that one contender may take")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -292,23 +327,32 @@ def main() -> int:
         shutil.rmtree(work / name, ignore_errors=True)
         each.write(work / name)
 
-    log("bare products")
-    rows = bare_products(work / "inputs", work, arguments.threads)
-    outcomes = []
-    tiny = {contender.name: contender for contender in contenders(arguments.peers.resolve(), SMALL)}
-    for contender in contenders(arguments.peers.resolve(), shape):
-        log(contender.name)
-        outcome = quantize(tiny[contender.name], work / "small", work, arguments.threads, arguments.limit)
-        if not outcome.error and not arguments.small:
-            log("  a tiny model went through and is not counted; now the real one")
-            outcome = quantize(contender, work / "inputs", work, arguments.threads, arguments.limit)
-        outcomes.append(outcome)
-        log(outcome.error or f"  {outcome.facts['quantize_seconds']:.1f} s, {outcome.packed} of {shape.matrices} matrices packed")
-        shutil.rmtree(work / f"{contender.key}.out", ignore_errors=True)
+    every = contenders(arguments.peers.resolve(), shape)
+    ready = {}
+    for contender in contenders(arguments.peers.resolve(), SMALL):
+        log(f"{contender.name}: a tiny model, not counted")
+        ready[contender.name] = quantize(contender, work / "small", work, arguments.threads, arguments.limit)
+    rounds: list[Round] = []
+    for number in range(arguments.rounds):
+        log(f"round {number + 1}: bare products")
+        rows, outcomes = bare_products(work / "inputs", work, arguments.threads), []
+        for contender in every:
+            if number and contender.needs:  # the others take minutes: once
+                continue
+            outcome = ready[contender.name]
+            if not outcome.error:
+                outcome = quantize(contender, work / "inputs", work, arguments.threads, arguments.limit)
+            outcomes.append(outcome)
+            log(
+                f"  {contender.name}: "
+                + (outcome.error or f"{outcome.seconds:.1f} s, {outcome.packed} of {shape.matrices} matrices packed")
+            )
+            shutil.rmtree(work / f"{contender.key}.out", ignore_errors=True)
+        rounds.append(Round(rows, outcomes))
     shutil.rmtree(work / "inputs" / "model")
 
-    options = ["--small"] * arguments.small + [f"--threads {arguments.threads}"]
-    text = document(shape, rows, outcomes, facts(arguments.threads, options))
+    options = ["--small"] * arguments.small + [f"--threads {arguments.threads}", f"--rounds {arguments.rounds}"]
+    text, outcomes = document(shape, rounds, facts(arguments.threads, options)), rounds[0].outcomes
     print(text)
     target = arguments.out or (work if arguments.small else HERE / "results") / "speed.md"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: one thread each, set before torch and numba look
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 
 from tests.models import Checkpoints

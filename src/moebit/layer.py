@@ -392,7 +392,7 @@ class _ExpertInputs:
         """Add the experts' outputs."""
         for piece in self._pieces(start, stop):
             y = finish(module, h[piece.place], piece.affinity, weights, piece.bounds)
-            self.outputs.index_add_(0, piece.tokens, y.float())
+            self.outputs.index_add_(0, piece.tokens, y)
 
 
 def relative_error(value_EOI: Tensor, w_EOI: Tensor) -> list[float]:

@@ -68,14 +68,16 @@ def reference_logits(original: Path, output: Path, tmp_path: Path, dtype: torch.
     if any((group.get("input_activations") or {}).get("type") == "float" for group in said["config_groups"].values()):
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and name not in said["ignore"]:
-                # The library scales by the first two axes: tokens of [batch, token, channel], every number of [token, channel], which
-                # leaves the inputs of shared experts as they are.
-                module.register_forward_pre_hook(lambda _, args: (rounded_to_float8(args[0]) if args[0].ndim == 3 else args[0],))
+                module.register_forward_pre_hook(lambda _, args: (rounded_to_float8(args[0]),))
     return model(input_ids=windows(), use_cache=False).logits.float()  # type: ignore[no-any-return]
 
 
 def rounded_to_float8(x: Tensor) -> Tensor:
-    """Every token's numbers on the float8 e4m3 grid whose largest number, 448, is the token's largest magnitude."""
-    scale = x.abs().amax(-1, keepdim=True) / 448
+    """On the float8 e4m3 grid whose largest number, 448, is the largest magnitude of what shares a scale.
+
+    That is a token in [batch, token, channel]; the library keeps the first two axes, so that in [token, channel], as shared experts get
+    their inputs, all tokens share one.
+    """
+    scale = (x.abs().amax(-1, keepdim=True) if x.ndim == 3 else x.abs().amax()) / 448
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * scale

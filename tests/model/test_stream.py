@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moebit.model import replay, stream
 from moebit.model.activations import ActivationStore
 from moebit.model.checkpoint import open_hub_checkpoint
-from moebit.model.experts import ExpertWeights, Slots, dispatch, grouped_linear
+from moebit.model.experts import ExpertWeights, Slots, dispatch, grouped_linear, row_blocks
 from moebit.model.seam import ExpertsHandler, experts_handler, is_experts
 from moebit.model.stream import Stream, add_outputs, read_experts
 from tests.model.conftest import Opened
@@ -279,6 +279,28 @@ def test_grouped_linear(counts: list[int], bias: bool, transposed: bool) -> None
                 expected = sum(float(w[c, o, i]) * float(x[row, i]) for i in range(6)) + (float(b[c, o]) if b is not None else 0.0)
                 assert float(y[row, o]) == pytest.approx(expected, abs=1e-5)
             row += 1
+
+
+@pytest.mark.parametrize("count", [*range(0, 70), 127, 128, 129, 255, 256, 257, 511, 512, 513, 767, 769, 1000, 1300, 4096, 4099])
+def test_row_blocks_cover_all_rows_with_few_sizes(count: int) -> None:
+    blocks = list(row_blocks(7, 7 + count))
+    assert sorted({row for low, high in blocks for row in range(low, high)}) == list(range(7, 7 + count))
+    sizes = [high - low for low, high in blocks]
+    assert set(sizes) <= ({512, 256, 128, 64, 32} if count >= 32 else {count})
+    assert sum(sizes) - count < (256 if count >= 256 else 32)  # rows that are computed twice
+
+
+def test_grouped_linear_of_large_groups() -> None:
+    """Groups that are cut into several products, the last of which overlap, in float64."""
+    counts = [700, 0, 33, 300, 1, 1025]
+    bounds = [sum(counts[:i]) for i in range(len(counts) + 1)]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(sum(counts), 5, generator=generator, dtype=torch.float64)
+    w = torch.randn(len(counts), 3, 5, generator=generator, dtype=torch.float64)
+    b = torch.randn(len(counts), 3, generator=generator, dtype=torch.float64)
+    owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    expected = torch.einsum("si,soi->so", x, w[owner]) + b[owner]
+    torch.testing.assert_close(grouped_linear(x, w, b, bounds), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_experts_equal_transformers_experts(opened: Opened) -> None:

@@ -22,6 +22,9 @@ from moebit.model.structure import LayerSites, Structure
 PROCESS_BYTES = 3 * 2**28  # python, torch, transformers and their thread pools, before any work
 SOLVER_BYTES = 5 * 2**25  # rows of weights on their way through the solver
 MIN_SLOTS = 64
+# The largest temporary tensor of a forward, in float32, where the work can be cut finer: glibc gives allocations above 32 MiB back to
+# the system at once, and filling fresh pages again takes longer than the work on them.
+TEMPORARY_BYTES = 2**24
 CHANNEL_BYTES = 160  # of a token, for a channel of a recurrent mixer: a state of 16 numbers and a few copies
 
 
@@ -82,10 +85,11 @@ def make_budget(
     ]  # hidden states before and behind, experts' inputs and outputs
     activations = sum(min(size, allowance) for size in stored)
     per_token = max((_token_bytes(checkpoint, sites, width, item, length) for sites in structure.layers), default=1)
-    batch = max(length, min(BATCH_TOKENS, rest // 4 // per_token))
+    batch = max(length, min(BATCH_TOKENS, rest // 4 // per_token, TEMPORARY_BYTES // (4 * width)))
     layouts = {sites.index: sites.moe.layout for sites in structure.layers if sites.moe}
     per_slot = max((layout.slot_bytes for layout in layouts.values()), default=1)
-    slots = max(MIN_SLOTS, min(SLOTS, rest // 8 // per_slot))
+    widest = max((4 * max(layout.hidden, 2 * layout.intermediate) for layout in layouts.values()), default=1)
+    slots = max(MIN_SLOTS, min(SLOTS, rest // 8 // per_slot, TEMPORARY_BYTES // widest))
     room = max(rest // 2 - (SOLVER_BYTES if solve else 0), rest // 8)
     each = {index: expert_bytes(layout, item, solve=solve, hessians=hessians) for index, layout in layouts.items()}
     chunk = {index: max(1, min(layout.experts, room // each[index])) for index, layout in layouts.items()}

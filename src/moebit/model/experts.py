@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from moebit.errors import BadInputError
 
+LARGEST_BLOCK, OVERLAPPED_BLOCK, SMALLEST_BLOCK = 512, 256, 32  # rows of one product (`row_blocks`)
+
 
 @dataclass(frozen=True)
 class ExpertsLayout:
@@ -187,7 +189,7 @@ def dispatch(ids_Tk: Tensor, weights_Tk: Tensor, experts: int) -> Slots:
 def grouped_linear(x_SI: Tensor, w_COI: Tensor, bias_CO: Tensor | None, bounds: list[int]) -> Tensor:
     """[S, O]: rows [bounds[c], bounds[c+1]) times matrix c.
 
-    The groups are ragged, so on the CPU this is one product per non-empty group; CUDA has a grouped kernel.
+    The groups are ragged, so on the CPU these are products of a group's rows, some at a time; CUDA has a grouped kernel.
     """
     if x_SI.is_cuda and x_SI.dtype == torch.bfloat16 and w_COI.shape[1] % 8 == 0 and w_COI.shape[2] % 8 == 0:
         offsets = torch.tensor(bounds[1:], dtype=torch.int32, device=x_SI.device)
@@ -195,11 +197,29 @@ def grouped_linear(x_SI: Tensor, w_COI: Tensor, bias_CO: Tensor | None, bounds: 
         return y if bias_CO is None else y + bias_CO.repeat_interleave(_lengths(bounds, x_SI.device), 0)
     y = x_SI.new_empty(x_SI.shape[0], w_COI.shape[1])
     for c, (low, high) in enumerate(pairwise(bounds)):
-        if low < high:
-            torch.mm(x_SI[low:high], w_COI[c].T, out=y[low:high])
-            if bias_CO is not None:
-                y[low:high] += bias_CO[c]
+        for start, stop in row_blocks(low, high):
+            torch.mm(x_SI[start:stop], w_COI[c].T, out=y[start:stop])
+        if bias_CO is not None:
+            y[low:high] += bias_CO[c]
     return y
+
+
+def row_blocks(low: int, high: int) -> Iterator[tuple[int, int]]:
+    """Cut rows [low, high) into blocks of few different sizes: the last may begin inside the one before it.
+
+    oneDNN compiles a kernel for every shape it has not seen, which for ragged groups takes longer than the products themselves, and blocks
+    of this size are also the fastest.
+    """
+    start, size = low, LARGEST_BLOCK
+    while start < high:
+        if high - start >= size:
+            yield start, start + size
+            start += size
+        elif size > SMALLEST_BLOCK and not (size == OVERLAPPED_BLOCK and high - low >= size):
+            size //= 2
+        else:
+            yield max(low, high - size), high
+            return
 
 
 def _lengths(bounds: list[int], device: torch.device) -> Tensor:
@@ -214,8 +234,8 @@ def intermediate(module: Any, x_SH: Tensor, weights: ExpertWeights, bounds: list
 
 
 def finish(module: Any, h_SI: Tensor, affinity_S: Tensor, weights: ExpertWeights, bounds: list[int]) -> Tensor:
-    """[S, H]: the experts' outputs from the inputs of down, scaled by the affinities."""
+    """[S, H] float32: the experts' outputs from the inputs of down, scaled by the affinities."""
     y = grouped_linear(h_SI, weights.down, weights.down_bias, bounds)
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
-    return y * affinity_S.to(y.dtype).unsqueeze(1)
+    return y.float().mul_(affinity_S.unsqueeze(1))

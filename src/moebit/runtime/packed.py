@@ -171,7 +171,7 @@ def packed_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tens
         own = slots.chunk(e, e + 1)
         weights = (_dequantized if packed else _as_they_are)(module, layout, e, hidden_states.dtype)
         h = intermediate(module, hidden_states[own.tokens], weights, own.bounds)
-        output.index_add_(0, own.tokens, finish(module, h, own.affinity, weights, own.bounds).float())
+        output.index_add_(0, own.tokens, finish(module, h, own.affinity, weights, own.bounds))
     return output.to(hidden_states.dtype)
 
 

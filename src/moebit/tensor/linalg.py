@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SYRK_BLOCKS, SYRK_MIN = 8, 256  # how finely half of a symmetric product is cut out; blocks smaller than this are slow
+SYRK_BLOCKS, SYRK_MIN, SYRK_MAX = 4, 128, 512  # how finely half of a symmetric product is cut out; smaller blocks are slow
 CHOLESKY_BLOCK = 256
 
 
@@ -59,7 +59,7 @@ def _work_type(x: Tensor) -> torch.dtype:
 
 
 def _blocks(size: int) -> list[tuple[int, int]]:
-    width = max(SYRK_MIN, -(-size // SYRK_BLOCKS))
+    width = min(max(SYRK_MIN, -(-size // SYRK_BLOCKS)), SYRK_MAX)
     return [(low, min(low + width, size)) for low in range(0, size, width)]
 
 

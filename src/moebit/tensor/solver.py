@@ -24,7 +24,7 @@ from moebit.tensor.linalg import damp_, factor_, filled_diagonal, live_mean
 
 MIN_RAISED_DAMPING, MAX_DAMPING = 0.01, 1.0
 REORDER_ROWS = 1024
-ROW_BYTES, MIN_ROWS = 32 * 2**20, 128  # rows are independent of each other: so many are worked on at a time
+ROW_BYTES, MIN_ROWS = 16 * 2**20, 128  # rows are independent of each other: so many are worked on at a time
 
 
 @dataclass(frozen=True)
