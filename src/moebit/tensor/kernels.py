@@ -75,21 +75,23 @@ def _gptq_block(
         count = min(TILE, rows - first)
         top = qmax[e]
         nought = top * 0
-        # Columns of a tile lie side by side, so that the inner loops run over rows and vectorize.
-        target = np.zeros((width, TILE), dtype=w.dtype)
+        # Columns of a tile lie side by side, so that the inner loops run over rows and vectorize. What is read and written of whole
+        # rows is so in one go each: going down a column of a large matrix, every row falls on the same lines of the cache.
+        target, left = np.zeros((width, TILE), dtype=w.dtype), np.zeros((width, TILE), dtype=w.dtype)
+        chosen = np.zeros((width, TILE), dtype=np.uint8)
         s, z = np.ones(TILE, dtype=w.dtype), np.zeros(TILE, dtype=w.dtype)
-        missed, code, total = np.zeros(TILE, dtype=w.dtype), np.zeros(TILE, dtype=w.dtype), np.zeros(TILE, dtype=w.dtype)
+        total = np.zeros(TILE, dtype=w.dtype)
         for r in range(count):
             for k in range(width):
-                target[k, r] = carried[e, first + r, k] + w[e, first + r, start + k]
+                left[k, r] = w[e, first + r, start + k]
+                target[k, r] = carried[e, first + r, k] + left[k, r]
             total[r] = loss[e, first + r]
         for k in range(width - 1, -1, -1):
             column = start + k
             g = group[e, column]
             for r in range(count):
                 s[r], z[r] = scale[e, first + r, g], zero[e, first + r, g]
-                missed[r] = w[e, first + r, column]
-            row = target[k]
+            row, missed, code = target[k], left[k], chosen[k]
             dk = d[e, column]
             for r in range(TILE):
                 c = min(max(np.rint(row[r] / s[r]) + z[r], nought), top)
@@ -97,16 +99,16 @@ def _gptq_block(
                 gap = row[r] - value
                 total[r] += dk * gap * gap
                 missed[r] = missed[r] - value
-                code[r] = c
-            for r in range(count):
-                codes[e, first + r, column] = np.uint8(code[r])
-                error[e, first + r, column] = missed[r]
+                code[r] = np.uint8(c)
             for j in range(k):
                 weight = f[e, k, j]
                 ahead = target[j]
                 for r in range(TILE):
                     ahead[r] += missed[r] * weight
         for r in range(count):
+            for k in range(width):
+                codes[e, first + r, start + k] = chosen[k, r]
+                error[e, first + r, start + k] = left[k, r]
             loss[e, first + r] = total[r]
 
 
