@@ -194,6 +194,33 @@ def test_values_that_can(bits: int, group_size: int) -> None:
     assert (recipe.weights.bits, recipe.weights.group_size, recipe.solver.scales) == (bits, group_size, "dynamic")
 
 
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"router": {"bits": 2}}, r"router.bits: 2 bits: choose 3 to 8"),
+        ({"router": {"align": "kl"}}, r"router: align: kl .*set bits: 8"),
+        ({"router": {"bits": 8, "align": "kl", "top_share": 1.5}}, r"router.top_share"),
+        ({"router": {"aling": "kl"}}, r"router.aling: unknown key; did you mean 'align'"),
+        ({"calibration": {"balance": 0}}, r"calibration.balance: 0: a positive ratio"),
+        ({"calibration": {"balance": "much"}}, r"calibration.balance: 'much'"),
+        ({"calibration": {"balance": True}}, r"calibration.balance: True"),
+        ({"calibration": {"balance": 2}, "solver": {"method": "rtn"}}, r"calibration.balance: .*set solver.method: gptq"),
+    ],
+)
+def test_routers_and_balance_that_cannot_be(data: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInputError, match=says):
+        load_recipe(data)
+
+
+def test_what_looks_at_tokens_needs_them() -> None:
+    for router in ({"realign": "ridge"}, {"bits": 8, "align": "kl"}):
+        recipe = load_recipe({"router": router, "solver": {"method": "rtn"}})
+        assert recipe.needs_calibration
+        assert not recipe.needs_hessians
+    assert not load_recipe({"router": {"bits": 8}, "solver": {"method": "rtn"}}).needs_calibration
+    assert load_recipe({"calibration": {"balance": 2}}).calibration.balance == 2.0
+
+
 # --- the parts of the recipe language that this version lacks
 
 
@@ -216,13 +243,11 @@ def test_what_is_switched_off_is_accepted() -> None:
         ({"activations": {"bits": 4}}, "activations.bits: 4"),
         ({"activations": {"qkv_bits": 8}}, "activations.qkv_bits"),
         ({"activations": {"clip": 0.9}}, "activations.clip"),
-        ({"router": {"realign": "ridge"}}, "router.realign: ridge"),
         ({"smoothing": {"kind": "smoothquant"}}, "smoothing.kind: smoothquant"),
         ({"rotation": {"absorbed": "r1"}}, "rotation.absorbed: r1"),
         ({"allocation": {"kind": "fuzzy"}}, "allocation.kind: fuzzy"),
         ({"switching": {"share": 0.01}}, "switching.share: 0.01"),
         ({"calibration": {"kind": "ebss"}}, "calibration.kind: ebss"),
-        ({"calibration": {"balance": 2}}, "calibration.balance"),
         ({"solver": {"method": "awq"}}, "solver.method: awq"),
     ],
 )

@@ -13,9 +13,12 @@ from moebit.calibration.statistics import ExpertMoments, down_layer_hessians, la
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
 from moebit.formats.sink import Sink
+from moebit.methods.alignment import AdjustedRouter, adjust_router, search_rounded
+from moebit.methods.balance import draw
 from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slots, dispatch, finish, intermediate
 from moebit.model.files import ShardFile
-from moebit.model.stream import Stream, experts_names, read_experts
+from moebit.model.routing import Replace, Routing
+from moebit.model.stream import Stream, add_outputs, experts_names, read_experts
 from moebit.model.structure import LayerSites, LinearGroup
 from moebit.planning import Plan
 from moebit.recipe import Recipe
@@ -34,6 +37,7 @@ class LayerReport:
         linears: per quantized linear: bits, weight_error (|dW|^2 / |W|^2), damping, fallback.
         tokens_per_expert: routed slots in the calibration text.
         experts: per projection, lists over experts: bits, weight_error, damping, fallback.
+        router: what was done to the router (methods/alignment.py). balance: which experts drew further tokens (methods/balance.py).
     """
 
     layer: int
@@ -41,6 +45,8 @@ class LayerReport:
     tokens_per_expert: list[int] = field(default_factory=list)
     experts: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     seconds: float = 0.0
+    router: dict[str, Any] = field(default_factory=dict)
+    balance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fallbacks(self) -> int:
@@ -81,6 +87,8 @@ class LayerJob:
         layer: the loaded layer, where there is a stream.
         device: where matrices are solved.
         progress: called with ("experts", done, total) after every chunk.
+        reference: what the router of the full-precision model says to the calibration tokens, where the recipe compares with it.
+        pool: further windows before this layer, for experts that get too few tokens.
     """
 
     plan: Plan
@@ -92,6 +100,8 @@ class LayerJob:
     layer: nn.Module | None
     device: str
     progress: Progress
+    reference: Routing | None = None
+    pool: Stream | None = None
 
     def run(self) -> None:
         """Attention and whatever else runs before the experts, then shared experts, routed experts, and what runs behind them."""
@@ -101,17 +111,44 @@ class LayerJob:
             self._quantize_group(number, inputs)
         if self.sites.moe is None:
             self._finish_layer(None, None)
+            if self.pool:
+                self.pool.run(self.sites.index, advance=True)
             return
+        adjusted = self._adjust_router()
         # What the layer puts out without its experts is worth keeping only if nothing in it changes any more.
         final = self.stream is not None and not any(self._quantized(self.sites.groups[number]) for number in (*beside, *behind))
-        without = self.stream.store.allocate(tuple(self.stream.hidden.shape), self.stream.dtype) if self.stream and final else None
-        routed = self.stream.capture_routing(self.sites.index, without) if self.stream else None
+        routed, without = _capture(self.stream, self.sites.index, final) if self.stream else (None, None)
+        pooled, pool_without = _capture(self.pool, self.sites.index, final) if self.pool else (None, None)
+        if adjusted and routed:
+            self.report.router = adjusted.described(routed.ids)
         for number in beside:
             self._quantize_group(number, inputs, routed)
-        outputs = self._experts(routed)
+        outputs, pool_outputs = self._experts(routed, pooled)
         for number in behind:
             self._quantize_group(number, inputs, outputs=outputs)
         self._finish_layer(outputs, without)
+        if self.pool and pool_outputs is not None:
+            self.pool.advance_by(self.sites.index, pool_outputs, pool_without)
+
+    def _adjust_router(self) -> AdjustedRouter | None:
+        """Correct and round the router, where the recipe says so: from here on it runs, and is written, as it will be."""
+        moe, recipe = self.sites.moe, self.plan.recipe.router
+        if not recipe.active or moe is None:
+            return None
+        reason, name = self.plan.routers[self.sites.index], f"{self.sites.name}.{moe.router}.weight"
+        if moe.router is None or name in self.sink.weights.stored_together() or (reason and recipe.bits == 16):
+            self.report.router = {"skipped": dict.fromkeys(recipe.wanted, reason)}
+            return None
+        weight = self.sink.weights.parameter(name)
+        if self.stream is None:
+            self.sink.weights.add({name: (Replace(search_rounded(weight, recipe.bits, weight.dtype)),)})
+            self.report.router = {"bits": recipe.bits}
+            return None
+        adjusted = adjust_router(self.stream, self.sites, recipe, weight, self.reference, reason)
+        if adjusted.weight is not None and self.layer is not None:
+            self.sink.weights.add({name: (Replace(adjusted.weight),)})
+            self.sink.weights.refresh(self.layer, self.sites.name, [name])
+        return adjusted
 
     def _in_order(self) -> tuple[list[int], list[int], list[int]]:
         """Groups by when they can be solved: before the experts, from the experts' own input, behind the experts."""
@@ -135,7 +172,7 @@ class LayerJob:
             outputs: of the routed experts, for what runs behind them.
         """
         group = self.sites.groups[number]
-        if self.stream is None or not self._quantized(group):
+        if self.stream is None or not self._quantized(group) or not self.plan.recipe.needs_hessians:
             return None
         if routed is not None and group.moe_input:
             return self._moment(routed.x)
@@ -238,29 +275,38 @@ class LayerJob:
             self.layer.get_submodule(name).weight = nn.Parameter(value, requires_grad=False)
 
     @torch.no_grad()
-    def _experts(self, routed: RoutedTokens | None) -> Tensor | None:
-        """Solve and write the routed experts chunk by chunk; returns their outputs [T, H] for every token."""
+    def _experts(self, routed: RoutedTokens | None, pooled: RoutedTokens | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Solve and write the routed experts chunk by chunk; returns their outputs [T, H] for every token, and for those of the pool."""
         moe = self.sites.moe
         assert moe is not None
         name = f"{self.sites.name}.{moe.experts}"
         layout, step = moe.layout, self.plan.chunk[self.sites.index]
         module = self.sink.weights.model.get_submodule(name)
         wanted = experts_names(name, layout)
-        inputs = self._chunk_inputs(routed, layout) if routed is not None else None
+        inputs = self._chunk_inputs(routed, layout, pooled) if routed is not None else None
         for start in range(0, layout.experts, step):
             stop = min(start + step, layout.experts)
             self.sink.weights.expect(wanted, stop, min(stop + step, layout.experts))
             self._solve_chunk(name, layout, module, start, stop, inputs)
             self.progress("experts", stop, layout.experts)
-        return inputs.outputs if inputs else None
+        return (inputs.outputs if inputs else None), (inputs.pool.outputs if inputs and inputs.pool else None)
 
-    def _chunk_inputs(self, routed: RoutedTokens, layout: ExpertsLayout) -> _ExpertInputs:
+    def _chunk_inputs(self, routed: RoutedTokens, layout: ExpertsLayout, pooled: RoutedTokens | None = None) -> _ExpertInputs:
         assert self.stream is not None
         self.report.tokens_per_expert = routed.counts(layout.experts).tolist()
         sample = routed.x[layer_sample(len(routed.x))]
-        h_layer = self._moment(routed.x).div_(len(routed.x))
+        h_layer = self._moment(routed.x).div_(len(routed.x)) if self.plan.recipe.needs_hessians else torch.empty(0)
         slots = dispatch(routed.ids, routed.weights, layout.experts)
-        return _ExpertInputs(self.stream, routed.x, slots, sample, h_layer, self.stream.new_outputs(routed))
+        pool = self._pool_inputs(routed, layout, pooled) if pooled is not None else None
+        return _ExpertInputs(self.stream, routed.x, slots, sample, h_layer, self.stream.new_outputs(routed), pool)
+
+    def _pool_inputs(self, routed: RoutedTokens, layout: ExpertsLayout, pooled: RoutedTokens) -> _PoolInputs:
+        assert self.pool is not None
+        ratio = float(self.plan.recipe.calibration.balance)
+        drawn = draw(routed.counts(layout.experts), pooled.ids, self.pool.windows.shape[1], ratio)
+        self.report.balance = drawn.describe()
+        extra, slots = (dispatch(ids, pooled.weights, layout.experts) for ids in (drawn.ids, pooled.ids))
+        return _PoolInputs(self.pool, pooled.x, slots, extra, self.pool.new_outputs(pooled))
 
     def _solve_chunk(
         self, name: str, layout: ExpertsLayout, module: nn.Module, start: int, stop: int, inputs: _ExpertInputs | None
@@ -274,12 +320,12 @@ class LayerJob:
         quantized: dict[str, QTensor] = {}
         power = self.plan.recipe.solver.affinity_power
         if parts:
-            hessian = inputs.hessians(start, stop, power) if inputs else None
+            hessian = inputs.hessians(start, stop, power) if inputs and self.plan.recipe.needs_hessians else None
             first = self._solve_first(layout, weights.first, hessian, parts, start, stop, quantized)
             weights = ExpertWeights(first, weights.down, weights.first_bias, weights.down_bias)
             del hessian
         stored_down, weights = weights.down, weights.to(self._dtype)
-        if inputs is None or parts is None:
+        if inputs is None or parts is None or not self.plan.recipe.needs_hessians:
             h = inputs.through_first(module, weights, start, stop, None) if inputs else None
             hessian = None
         else:
@@ -295,6 +341,8 @@ class LayerJob:
             self.sink.put_experts(self.shard, name, layout, start, quantized)
         if inputs and h is not None:
             inputs.through_down(module, weights, start, stop, h)
+        if inputs and inputs.pool:
+            inputs.pool.through(module, weights, start, stop)
 
     def _stored_dtype(self, name: str, layout: ExpertsLayout) -> torch.dtype:
         """Experts are solved from the values that are stored, not from what they are rounded to for computing."""
@@ -356,7 +404,7 @@ class _ExpertInputs:
 
     Attributes:
         x: [T, H] inputs of the block; slots: all routed slots. sample: some of the layer's tokens; h_layer: the moment of all, [H, H].
-        outputs: [T, H] float32, added to.
+        outputs: [T, H] float32, added to. pool: further tokens, for experts that get too few of these.
     """
 
     stream: Stream
@@ -365,6 +413,7 @@ class _ExpertInputs:
     sample: Tensor
     h_layer: Tensor
     outputs: Tensor
+    pool: _PoolInputs | None = None
 
     def _pieces(self, start: int, stop: int) -> Iterator[Slots]:
         for piece in self.slots.pieces(start, stop, self.stream.slots):
@@ -376,6 +425,8 @@ class _ExpertInputs:
         moments = ExpertMoments.zeros(stop - start, self.x.shape[1], power)
         for piece in self._pieces(start, stop):
             moments.add(self.x[piece.tokens], piece.affinity, piece.bounds)
+        for x, piece in self.pool.drawn(start, stop) if self.pool else ():
+            moments.add(x, piece.affinity, piece.bounds)
         return moments.shrunk(self.h_layer)
 
     def through_first(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int, moments: ExpertMoments | None) -> Tensor:
@@ -386,6 +437,9 @@ class _ExpertInputs:
             h[piece.place] = inner = intermediate(module, self.x[piece.tokens], weights, piece.bounds)
             if moments is not None:
                 moments.add(inner, piece.affinity, piece.bounds)
+        if moments is not None and self.pool is not None:
+            for x, piece in self.pool.drawn(start, stop):
+                moments.add(intermediate(module, x, weights, piece.bounds), piece.affinity, piece.bounds)
         return h
 
     def through_down(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int, h: Tensor) -> None:
@@ -393,6 +447,40 @@ class _ExpertInputs:
         for piece in self._pieces(start, stop):
             y = finish(module, h[piece.place], piece.affinity, weights, piece.bounds)
             self.outputs.index_add_(0, piece.tokens, y.float())
+
+
+@dataclass(frozen=True)
+class _PoolInputs:
+    """The pool's tokens at a layer's experts.
+
+    Attributes:
+        x: [P, H] inputs of the block; slots: all routed slots; extra: those that count for an expert with too few tokens.
+        outputs: [P, H] float32, added to.
+    """
+
+    stream: Stream
+    x: Tensor
+    slots: Slots
+    extra: Slots
+    outputs: Tensor
+
+    def drawn(self, start: int, stop: int) -> Iterator[tuple[Tensor, Slots]]:
+        """(inputs [S, H], their slots) of the tokens that experts [start, stop) drew."""
+        for piece in self.extra.pieces(start, stop, self.stream.slots):
+            yield self.x[piece.tokens], piece
+            self.stream.store.release()
+
+    def through(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int) -> None:
+        """Add the outputs of these experts, as they now are, for all tokens of the pool."""
+        for piece in self.slots.pieces(start, stop, self.stream.slots):
+            add_outputs(module, self.x, weights, piece, self.outputs)
+            self.stream.store.release()
+
+
+def _capture(stream: Stream, index: int, final: bool) -> tuple[RoutedTokens, Tensor | None]:
+    """What a layer's experts are asked, and, where nothing else in the layer changes any more, what it puts out without them."""
+    without = stream.store.allocate(tuple(stream.hidden.shape), stream.dtype) if final else None
+    return stream.capture_routing(index, without), without
 
 
 def relative_error(value_EOI: Tensor, w_EOI: Tensor) -> list[float]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from moebit.formats.native import PackedSpec, average_bits
 from moebit.model.budget import Budget, make_budget
 from moebit.model.checkpoint import Checkpoint, HubWeights
 from moebit.model.coverage import Coverage, expert_coverage
+from moebit.model.routing import not_linear
 from moebit.model.structure import LayerSites, Structure
 from moebit.recipe import BIT_WIDTHS, Recipe
 
@@ -104,6 +105,7 @@ class Plan:
         size_bytes: of the output's tensors. budget: the pieces in which the work is done. seconds: an estimate.
         as_stored: stored tensors that the model class does not use; they are written as they are.
         engines: what each engine makes of the output.
+        routers: where the recipe works on routers: by layer, why this one cannot be aligned or realigned; None where it can.
     """
 
     recipe: Recipe
@@ -117,6 +119,7 @@ class Plan:
     coverage: Coverage
     engines: dict[str, Verdict]
     as_stored: tuple[str, ...] = ()
+    routers: Mapping[int, str | None] = field(default_factory=dict)
 
     @property
     def chunk(self) -> dict[int, int]:
@@ -156,7 +159,12 @@ class Plan:
             "unquantized_expert_share": self.coverage.share,
             "experts_per_chunk": self.chunk,
             "engines": {name: verdict.describe() for name, verdict in self.engines.items()},
+            **({"routers": self._describe_routers()} if self.routers else {}),
         }
+
+    def _describe_routers(self) -> dict[str, Any]:
+        left = {self.structure.layers[index].name: reason for index, reason in self.routers.items() if reason}
+        return {"changed": len(self.routers) - len(left), "left": left}
 
 
 def make_plan(
@@ -229,6 +237,7 @@ def make_plan(
     engines = verdicts(recipe.format, modules, structure, merged)
     check_engine(engine, engines)
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if recipe.needs_calibration else 0
+    tokens *= 1 + recipe.calibration.pool if recipe.calibration.balance != "none" else 1
     return Plan(
         recipe,
         structure,
@@ -237,13 +246,33 @@ def make_plan(
         kept,
         _output_size(checkpoint, linears, experts, recipe),
         make_budget(
-            checkpoint, structure, memory, tokens, length=recipe.calibration.seq_len, solve=True, hessians=recipe.needs_calibration
+            checkpoint,
+            structure,
+            memory,
+            tokens,
+            length=recipe.calibration.seq_len,
+            solve=True,
+            hessians=recipe.needs_hessians,
+            streams=1 + (recipe.router.realign != "none"),
         ),
         _seconds(checkpoint, structure, recipe, tokens),
         coverage,
         engines,
         tuple(getattr(checkpoint.weights, "unused", ())),
+        _routers(checkpoint, structure) if recipe.router.active else {},
     )
+
+
+def _routers(checkpoint: Checkpoint, structure: Structure) -> dict[int, str | None]:
+    """By layer with experts: why its router cannot be changed, or None."""
+    shared = checkpoint.weights.stored_together() if isinstance(checkpoint.weights, HubWeights) else {}
+    result: dict[int, str | None] = {}
+    for sites in structure.moe_layers:
+        assert sites.moe is not None
+        name = f"{sites.name}.{sites.moe.router}.weight"
+        together = f"it is stored in one tensor with {', '.join(shared[name])}" if name in shared else None
+        result[sites.index] = together or not_linear(checkpoint.model.get_submodule(sites.name), sites)
+    return result
 
 
 def _check_names(bits: BitPlan, linears: Mapping[str, PackedSpec], experts: Mapping[str, Mapping[str, PackedSpec]]) -> None:
@@ -309,7 +338,7 @@ def _seconds(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, token
                 module: Any = checkpoint.model.get_submodule(f"{layer.name}.{name}")
                 weights = module.in_features * module.out_features
                 flops += 6 * tokens * weights + _solve_flops(recipe, 1, module.out_features, module.in_features)
-            flops += 2 * tokens * group.in_features**2 / 2 if recipe.needs_calibration else 0
+            flops += 2 * tokens * group.in_features**2 / 2 if recipe.needs_hessians else 0
         if layer.moe:
             layout = layer.moe.layout
             slots = tokens * layer.moe.top_k

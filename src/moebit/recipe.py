@@ -98,12 +98,67 @@ class SolverSection(_Section):
         return self
 
 
+class RouterSection(_Section):
+    """What is done to the routers (methods/router.py, methods/realign.py). They are stored as plain values whatever their bits.
+
+    bits: of the grid that a router's values lie on, 3 to 8; 16 leaves them.
+    align: `kl` chooses the clipping ratios so that the same experts stay chosen, else by the rounding error of the weight.
+    top_share: `kl` looks at `k + top_share (E - k)` experts one by one and at the others together. kl_weight: lambda.
+    realign: `ridge` corrects routers for the drift of their inputs; with any recipe and any bits.
+    realign_weight: of a token in it: `one`, or `margin` for more where the choice is close.
+    """
+
+    bits: int = 16
+    align: Literal["none", "kl"] = "none"
+    top_share: float = Field(0.0, ge=0.0, le=1.0)
+    kl_weight: float = Field(1.0, ge=0.0)
+    realign: Literal["none", "ridge"] = "none"
+    realign_weight: Literal["one", "margin"] = "one"
+
+    @field_validator("bits")
+    @classmethod
+    def _known_width(cls, bits: int) -> int:
+        if bits not in (3, 4, 5, 6, 7, 8, 16):
+            raise ValueError(f"{bits} bits: choose 3 to 8, or 16 to leave the routers as they are")
+        return bits
+
+    @model_validator(mode="after")
+    def _alignment_rounds(self) -> RouterSection:
+        if self.align != "none" and self.bits == 16:
+            raise ValueError(f"align: {self.align} chooses how routers are rounded; set bits: 8 (or less), or align: none")
+        return self
+
+    @property
+    def active(self) -> bool:
+        return bool(self.wanted)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """What is to be done to the routers."""
+        asked = {"bits": self.bits < 16, "align": self.align != "none", "realign": self.realign != "none"}
+        return tuple(name for name, value in asked.items() if value)
+
+
 class CalibrationSection(_Section):
-    """What the model is calibrated on: `samples` windows of `seq_len` tokens, spread evenly over the given texts."""
+    """What the model is calibrated on: `samples` windows of `seq_len` tokens, spread evenly over the given texts.
+
+    balance: experts with fewer than `balance k seq_len / E` tokens draw further windows for themselves (methods/balance.py); `none`, or
+    the ratio. pool: there are at most so many times `samples` of those.
+    """
 
     kind: Literal["text"] = "text"
     samples: int = Field(128, ge=1)
     seq_len: int = Field(512, ge=8)
+    balance: float | str = "none"
+    pool: int = Field(4, ge=1)
+
+    @field_validator("balance", mode="before")
+    @classmethod
+    def _ratio(cls, balance: Any) -> Any:
+        number = isinstance(balance, int | float) and not isinstance(balance, bool) and 0 < balance < float("inf")
+        if balance != "none" and not number:
+            raise ValueError(f"{balance!r}: a positive ratio like 2, or none")
+        return float(balance) if number else balance
 
 
 class Recipe(_Section):
@@ -113,6 +168,7 @@ class Recipe(_Section):
     weights: WeightsSection = WeightsSection()
     solver: SolverSection = SolverSection()
     activations: ActivationsSection = ActivationsSection()
+    router: RouterSection = RouterSection()
     calibration: CalibrationSection = CalibrationSection()
     format: Literal["native", "compressed-tensors", "dense"] = "native"
 
@@ -139,8 +195,19 @@ class Recipe(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _balance_has_something_to_calibrate(self) -> Recipe:
+        if self.calibration.balance != "none" and not self.needs_hessians:
+            raise ValueError("calibration.balance: rounding to nearest looks at no tokens of an expert; set solver.method: gptq")
+        return self
+
     @property
     def needs_calibration(self) -> bool:
+        return self.needs_hessians or self.router.align != "none" or self.router.realign != "none"
+
+    @property
+    def needs_hessians(self) -> bool:
+        """Whether weights are rounded by what arrives at them."""
         return self.solver.method != "rtn"
 
     def to_yaml(self) -> str:
@@ -154,7 +221,6 @@ class Recipe(_Section):
 # Part of the recipe language that names a method this version does not have: said plainly instead of "unknown key".
 # Value that means "off", of every key that switches a method on; None for a key that only tunes one.
 _NOT_YET: dict[str, dict[str, Any]] = {
-    "router": {"bits": 16, "align": "none", "realign": "none"},
     "smoothing": {"kind": "none", "alpha": None, "aggregate": None},
     "rotation": {"absorbed": "none", "online": "none"},
     "allocation": {"kind": "uniform"},
@@ -253,11 +319,8 @@ def _drop_inactive(data: dict[str, Any]) -> None:
             if off[key] is not None and value != off[key]:
                 raise BadInputError(f"recipe: {section}.{key}: {value} is not in this version of moebit (only {off[key]!r} is)")
     calibration = data.get("calibration")
-    if isinstance(calibration, dict):
-        if calibration.get("kind", "text") != "text":
-            raise BadInputError(f"recipe: calibration.kind: {calibration['kind']} is not in this version of moebit (only 'text' is)")
-        if calibration.pop("balance", None) not in (None, "none"):
-            raise BadInputError("recipe: calibration.balance is not in this version of moebit (only 'none' is)")
+    if isinstance(calibration, dict) and calibration.get("kind", "text") != "text":
+        raise BadInputError(f"recipe: calibration.kind: {calibration['kind']} is not in this version of moebit (only 'text' is)")
     solver = data.get("solver")
     if isinstance(solver, dict) and solver.get("method") == "awq":
         raise BadInputError("recipe: solver.method: awq is not in this version of moebit (rtn and gptq are)")
