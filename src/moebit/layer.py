@@ -14,7 +14,8 @@ from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
 from moebit.formats.sink import Sink
 from moebit.methods.alignment import AdjustedRouter, adjust_router, search_rounded
-from moebit.methods.balance import draw
+from moebit.methods.balance import Drawn, draw
+from moebit.model.edits import EditedWeights
 from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slots, dispatch, finish, intermediate
 from moebit.model.files import ShardFile
 from moebit.model.routing import Replace, Routing
@@ -141,14 +142,21 @@ class LayerJob:
             return None
         weight = self.sink.weights.parameter(name)
         if self.stream is None:
-            self.sink.weights.add({name: (Replace(search_rounded(weight, recipe.bits, weight.dtype)),)})
+            self._replace(name, search_rounded(weight, recipe.bits, weight.dtype))
             self.report.router = {"bits": recipe.bits}
             return None
         adjusted = adjust_router(self.stream, self.sites, recipe, weight, self.reference, reason)
-        if adjusted.weight is not None and self.layer is not None:
-            self.sink.weights.add({name: (Replace(adjusted.weight),)})
-            self.sink.weights.refresh(self.layer, self.sites.name, [name])
+        if adjusted.weight is not None:
+            self._replace(name, adjusted.weight)
         return adjusted
+
+    def _replace(self, name: str, value: Tensor) -> None:
+        """Another value for a parameter, in the layer and in what is written."""
+        weights = self.sink.weights
+        assert isinstance(weights, EditedWeights)
+        weights.add({name: (Replace(value),)})
+        if self.layer is not None:
+            weights.refresh(self.layer, self.sites.name, [name])
 
     def _in_order(self) -> tuple[list[int], list[int], list[int]]:
         """Groups by when they can be solved: before the experts, from the experts' own input, behind the experts."""
@@ -297,16 +305,22 @@ class LayerJob:
         sample = routed.x[layer_sample(len(routed.x))]
         h_layer = self._moment(routed.x).div_(len(routed.x)) if self.plan.recipe.needs_hessians else torch.empty(0)
         slots = dispatch(routed.ids, routed.weights, layout.experts)
+        balanced = self.plan.recipe.calibration.balance != "none"
         pool = self._pool_inputs(routed, layout, pooled) if pooled is not None else None
+        if balanced and pool is None:  # the texts have no further windows
+            self.report.balance = self._drawn(routed, layout, routed.ids[:0]).describe()
         return _ExpertInputs(self.stream, routed.x, slots, sample, h_layer, self.stream.new_outputs(routed), pool)
 
     def _pool_inputs(self, routed: RoutedTokens, layout: ExpertsLayout, pooled: RoutedTokens) -> _PoolInputs:
         assert self.pool is not None
-        ratio = float(self.plan.recipe.calibration.balance)
-        drawn = draw(routed.counts(layout.experts), pooled.ids, self.pool.windows.shape[1], ratio)
+        drawn = self._drawn(routed, layout, pooled.ids)
         self.report.balance = drawn.describe()
         extra, slots = (dispatch(ids, pooled.weights, layout.experts) for ids in (drawn.ids, pooled.ids))
         return _PoolInputs(self.pool, pooled.x, slots, extra, self.pool.new_outputs(pooled))
+
+    def _drawn(self, routed: RoutedTokens, layout: ExpertsLayout, pool_ids: Tensor) -> Drawn:
+        calibration = self.plan.recipe.calibration
+        return draw(routed.counts(layout.experts), pool_ids, calibration.seq_len, float(calibration.balance))
 
     def _solve_chunk(
         self, name: str, layout: ExpertsLayout, module: nn.Module, start: int, stop: int, inputs: _ExpertInputs | None

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress
 from moebit.methods.balance import further_windows
 from moebit.model.checkpoint import Checkpoint, HubWeights
+from moebit.model.edits import EditedWeights
 from moebit.model.files import TensorSpec, check_finite, read_header
 from moebit.model.routing import reference_step
 from moebit.model.shipped import check_shipped, plain_config
@@ -162,6 +163,8 @@ def quantize(
         check_finite(checkpoint.entries)
         check_shipped(checkpoint.weights.entries.values())
     identity = _identity(checkpoint, chosen, windows, memory, seed) | ({"bit_plan": bits.digest()} if bits else {})
+    if chosen.router.active and not isinstance(checkpoint.weights, EditedWeights):
+        checkpoint = replace(checkpoint, weights=EditedWeights(checkpoint.weights))
     identity |= {"pool": digest(pool)} if pool is not None else {}
     try:
         with OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite) as output:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,17 @@ from transformers import PreTrainedModel
 import moebit
 from moebit import pipeline
 from moebit.calibration.text import TokenText, calibration_windows
+from moebit.layer import _ExpertInputs, _PoolInputs
 from moebit.methods.balance import further_windows
+from moebit.model.activations import ActivationStore
 from moebit.model.checkpoint import skeleton
+from moebit.model.experts import RoutedTokens, dispatch
 from moebit.model.routing import not_linear
 from moebit.model.structure import find_structure
 from tests.models import ARCHITECTURES, EXPERTS, TOP_K, Architecture, Checkpoints, load_reference
 from tests.outputs import file_bytes, small_recipe, stored_tensors, token_file, with_weights
 
-SAMPLES, LENGTH = 8, 24
+SAMPLES, LENGTH, MANY = 8, 24, 80
 MIXTRAL, QWEN2, DEEPSEEK, GPT_OSS = (ARCHITECTURES[name] for name in ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"))
 TIGHT = 2**17
 REALIGN = {"router": {"realign": "ridge"}}
@@ -44,9 +48,15 @@ def quantize(model: Path, out: Path, text: Path | None, wanted: dict[str, Any], 
     return result
 
 
-def base_windows(text: Path) -> Tensor:
+def base_windows(text: Path, samples: int = SAMPLES) -> Tensor:
     ids = torch.tensor(json.loads(text.read_text())["input_ids"])
-    return calibration_windows([TokenText("t", ids, None)], SAMPLES, LENGTH, 0)
+    return calibration_windows([TokenText("t", ids, None)], samples, LENGTH, 0)
+
+
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough tokens for a regression on 64 channels to be worth while."""
+    return token_file(tmp_path_factory.mktemp("text") / "text.jsonl", MANY * LENGTH)
 
 
 @torch.no_grad()
@@ -67,12 +77,12 @@ def router_names(architecture: Architecture, layers: str) -> list[str]:
 
 @pytest.mark.parametrize("architecture", [MIXTRAL, GPT_OSS], ids=str)
 def test_realigned_routers_are_the_ridge_regression(
-    architecture: Architecture, checkpoints: Checkpoints, text: Path, tmp_path: Path
+    architecture: Architecture, checkpoints: Checkpoints, long_text: Path, tmp_path: Path
 ) -> None:
     """Layer after layer, from transformers' own hidden states: of the original, and of what was written with the routers before it."""
     path = checkpoints.path(architecture)
-    result = quantize(path, tmp_path / "out", text, recipe(bits=2, **REALIGN))
-    reference, windows, stored = load_reference(architecture, path), base_windows(text), stored_tensors(tmp_path / "out")
+    result = quantize(path, tmp_path / "out", long_text, recipe(bits=2, calibration={"samples": MANY}, **REALIGN))
+    reference, windows, stored = load_reference(architecture, path), base_windows(long_text, MANY), stored_tensors(tmp_path / "out")
     model, parameters = with_weights(architecture, path, tmp_path / "out"), dict(reference.model.named_parameters())
     reports = [layer.router for layer in result.layers]
     for name, report in zip(router_names(architecture, reference.layers_name), reports, strict=True):
@@ -90,11 +100,11 @@ def test_realigned_routers_are_the_ridge_regression(
             model.get_parameter(f"{name}.weight").copy_(written.float())
 
 
-def test_the_report_says_what_transformers_says(checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
+def test_the_report_says_what_transformers_says(checkpoints: Checkpoints, long_text: Path, tmp_path: Path) -> None:
     """First layer: sets of experts and divergence of the router on quantized attention, before and after, counted here."""
     path = checkpoints.path(MIXTRAL)
-    result = quantize(path, tmp_path / "out", text, recipe(bits=2, **REALIGN))
-    reference, windows = load_reference(MIXTRAL, path), base_windows(text)
+    result = quantize(path, tmp_path / "out", long_text, recipe(bits=2, calibration={"samples": MANY}, **REALIGN))
+    reference, windows = load_reference(MIXTRAL, path), base_windows(long_text, MANY)
     model = with_weights(MIXTRAL, path, tmp_path / "out")
     name = router_names(MIXTRAL, reference.layers_name)[0]
     old, new = reference.model.get_parameter(f"{name}.weight").detach(), stored_tensors(tmp_path / "out")[f"{name}.weight"]
@@ -158,8 +168,12 @@ def test_other_formats_hold_the_changed_router(output: str, checkpoints: Checkpo
     quantize(path, tmp_path / "native", text, wanted)
     quantize(path, tmp_path / "other", text, wanted, format=output)
     native, other = stored_tensors(tmp_path / "native"), stored_tensors(tmp_path / "other")
-    for name in router_names(QWEN2, "model.layers")[:1]:  # behind it, formats may differ in how they round a product
-        assert torch.equal(native[f"{name}.weight"], other[f"{name}.weight"])
+    original = load_reference(QWEN2, path).model
+    for name in router_names(QWEN2, "model.layers"):  # formats differ in how they round what stands in front of it
+        mine, theirs, before = native[f"{name}.weight"].float(), other[f"{name}.weight"].float(), original.get_parameter(f"{name}.weight")
+        moved = float((theirs - before).norm())
+        assert moved > 0
+        assert float((mine - theirs).norm()) < 0.3 * moved
 
 
 @pytest.mark.parametrize("memory", [2**32, TIGHT])
@@ -182,7 +196,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(memory: int, checkpoints: 
 
 
 def test_balance_gives_rare_experts_tokens_of_their_own(checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
-    path, ratio = checkpoints.path(MIXTRAL), 6.0
+    path, ratio = checkpoints.path(MIXTRAL), 8.0
     plain = quantize(path, tmp_path / "plain", text, recipe())
     balanced = quantize(path, tmp_path / "balanced", text, recipe(calibration={"balance": ratio, "pool": 2}))
     before, report = plain.layers[0].tokens_per_expert, balanced.layers[0].balance
@@ -200,24 +214,34 @@ def test_balance_gives_rare_experts_tokens_of_their_own(checkpoints: Checkpoints
         assert changed == [count < wanted for count in before]  # the extra tokens count for the rare experts alone
 
 
-def test_balanced_hessians_are_those_of_all_tokens_of_an_expert(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """With a ratio that nobody reaches, base and pool together calibrate like a set of all of them: the same codes at the first layer."""
-    tokens = 12 * LENGTH
-    text = token_file(tmp_path / "t.jsonl", tokens, seed=3)
-    path = checkpoints.path(MIXTRAL)
-    base = recipe(weights={"bits": 3, "group_size": -1, "scope": "experts"})
-    few = {**base, "calibration": {"samples": 6, "seq_len": LENGTH, "balance": 1e6, "pool": 1}}
-    many = {**base, "calibration": {"samples": 12, "seq_len": LENGTH}}
-    report = quantize(path, tmp_path / "few", text, few).layers[0]
-    whole = quantize(path, tmp_path / "many", text, many).layers[0]
-    assert [a + b for a, b in zip(report.tokens_per_expert, report.balance["drawn"], strict=True)] == whole.tokens_per_expert
-    a, b = stored_tensors(tmp_path / "few"), stored_tensors(tmp_path / "many")
-    name = "model.layers.0.mlp.experts.gate_proj.codes"
-    same = float((a[name] == b[name]).float().mean())
-    assert same > 0.9  # the shrinkage target is the base set's alone, which moves a few codes
-    plain = {**base, "calibration": {"samples": 6, "seq_len": LENGTH}}
-    quantize(path, tmp_path / "plain", text, plain)
-    assert float((stored_tensors(tmp_path / "plain")[name] == b[name]).float().mean()) < same
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_drawn_tokens_count_for_the_expert_that_drew_them(power: float) -> None:
+    """Hessians against a loop over tokens: those of the set for everyone, those of the pool for who took them."""
+    g = torch.Generator().manual_seed(0)
+    experts, size, stream = 4, 6, SimpleNamespace(slots=7, store=ActivationStore())
+
+    def tokens(count: int) -> RoutedTokens:
+        ids = torch.rand(count, experts, generator=g).topk(2, 1).indices
+        return RoutedTokens(torch.randn(count, size, generator=g), ids, torch.rand(count, 2, generator=g))
+
+    base, pool = tokens(20), tokens(30)
+    taken = pool.ids.masked_fill(torch.rand(pool.ids.shape, generator=g) < 0.5, experts)
+    slots, extra, every = (dispatch(ids, of.weights, experts) for ids, of in ((base.ids, base), (taken, pool), (pool.ids, pool)))
+    h_layer = base.x.T @ base.x / len(base.x)
+    pooled = _PoolInputs(stream, pool.x, every, extra, torch.zeros_like(pool.x))  # type: ignore[arg-type]
+    inputs = _ExpertInputs(stream, base.x, slots, base.x, h_layer, torch.zeros_like(base.x), pooled)  # type: ignore[arg-type]
+    result = inputs.hessians(1, 4, power)
+    for e in range(1, 4):
+        total, weight, squares = np.zeros((size, size)), 0.0, 0.0
+        for of, ids in ((base, base.ids), (pool, taken)):
+            for t in range(len(ids)):
+                for slot in range(2):
+                    if int(ids[t, slot]) == e:
+                        w, x = float(of.weights[t, slot]) ** power, of.x[t].double().numpy()
+                        total, weight, squares = total + w * np.outer(x, x), weight + w, squares + w * w
+        c = size / (size + weight**2 / squares)
+        expected = (1 - c) * total / weight + c * h_layer.double().numpy()
+        np.testing.assert_allclose(result[e - 1].double().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_text_without_further_windows_says_so(checkpoints: Checkpoints, tmp_path: Path) -> None:

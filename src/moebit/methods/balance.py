@@ -76,7 +76,8 @@ def draw(counts_E: Tensor, pool_ids: Tensor, length: int, ratio: float) -> Drawn
     experts, top_k = len(counts_E), pool_ids.shape[1]
     wanted = ratio * top_k * length / experts
     windows = pool_ids.view(-1, length * top_k)
-    per_window = torch.stack([torch.bincount(ids[(ids >= 0) & (ids < experts)], minlength=experts) for ids in windows])  # [P, E]
+    counted = [torch.bincount(ids[(ids >= 0) & (ids < experts)], minlength=experts) for ids in windows]
+    per_window = torch.stack(counted) if counted else torch.zeros(0, experts, dtype=torch.int64)  # [P, E]
     have = counts_E + torch.cat([torch.zeros(1, experts, dtype=torch.int64), per_window.cumsum(0)])  # after 0 ... P windows
     windows_drawn = (have[:-1] < wanted).sum(0)  # it draws the next one as long as it has too few
     after = have.gather(0, windows_drawn[None])[0]
