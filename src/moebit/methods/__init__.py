@@ -1,1 +1,1 @@
-"""Quantization methods, one file per idea: each names its source, writes its equation out and lists where it departs from it."""
+"""Methods of quantization: one file per idea, each citing its source and listing its departures."""
