@@ -98,6 +98,15 @@ class SolverSection(_Section):
         return self
 
 
+class RotationSection(_Section):
+    """Orthogonal transforms.
+
+    absorbed: in the weights, at no run-time cost (`methods/rotation.py`): `r1` of the hidden states, `r1r2` of attention's values too.
+    """
+
+    absorbed: Literal["none", "r1", "r1r2"] = "none"
+
+
 class CalibrationSection(_Section):
     """What the model is calibrated on: `samples` windows of `seq_len` tokens, spread evenly over the given texts."""
 
@@ -113,6 +122,7 @@ class Recipe(_Section):
     weights: WeightsSection = WeightsSection()
     solver: SolverSection = SolverSection()
     activations: ActivationsSection = ActivationsSection()
+    rotation: RotationSection = RotationSection()
     calibration: CalibrationSection = CalibrationSection()
     format: Literal["native", "compressed-tensors", "dense"] = "native"
 
@@ -143,6 +153,11 @@ class Recipe(_Section):
     def needs_calibration(self) -> bool:
         return self.solver.method != "rtn"
 
+    @property
+    def scales_channels(self) -> bool:
+        """Whether channels are scaled, layer by layer, before weights are rounded."""
+        return False
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
@@ -156,7 +171,6 @@ class Recipe(_Section):
 _NOT_YET: dict[str, dict[str, Any]] = {
     "router": {"bits": 16, "align": "none", "realign": "none"},
     "smoothing": {"kind": "none", "alpha": None, "aggregate": None},
-    "rotation": {"absorbed": "none", "online": "none"},
     "allocation": {"kind": "uniform"},
     "switching": {"share": 0.0},
 }
@@ -258,6 +272,11 @@ def _drop_inactive(data: dict[str, Any]) -> None:
             raise BadInputError(f"recipe: calibration.kind: {calibration['kind']} is not in this version of moebit (only 'text' is)")
         if calibration.pop("balance", None) not in (None, "none"):
             raise BadInputError("recipe: calibration.balance is not in this version of moebit (only 'none' is)")
+    rotation = data.get("rotation")
+    if isinstance(rotation, dict):
+        rotation = data["rotation"] = dict(rotation)
+        if (online := rotation.pop("online", "none")) != "none":
+            raise BadInputError(f"recipe: rotation.online: {online} is not in this version of moebit (only 'none' is)")
     solver = data.get("solver")
     if isinstance(solver, dict) and solver.get("method") == "awq":
         raise BadInputError("recipe: solver.method: awq is not in this version of moebit (rtn and gptq are)")
