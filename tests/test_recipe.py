@@ -204,6 +204,8 @@ def test_values_that_can(bits: int, group_size: int) -> None:
         ({"calibration": {"balance": 0}}, r"calibration.balance: 0: a positive ratio"),
         ({"calibration": {"balance": "much"}}, r"calibration.balance: 'much'"),
         ({"calibration": {"balance": True}}, r"calibration.balance: True"),
+        ({"smoothing": {"alpha": 1.5}}, r"smoothing.alpha"),
+        ({"smoothing": {"kind": "awq"}}, r"smoothing.kind"),
         ({"calibration": {"balance": 2}, "solver": {"method": "rtn"}}, r"calibration.balance: .*set solver.method: gptq"),
     ],
 )
@@ -243,7 +245,6 @@ def test_what_is_switched_off_is_accepted() -> None:
         ({"activations": {"bits": 4}}, "activations.bits: 4"),
         ({"activations": {"qkv_bits": 8}}, "activations.qkv_bits"),
         ({"activations": {"clip": 0.9}}, "activations.clip"),
-        ({"smoothing": {"kind": "smoothquant"}}, "smoothing.kind: smoothquant"),
         ({"rotation": {"absorbed": "r1"}}, "rotation.absorbed: r1"),
         ({"allocation": {"kind": "fuzzy"}}, "allocation.kind: fuzzy"),
         ({"switching": {"share": 0.01}}, "switching.share: 0.01"),

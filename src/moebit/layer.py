@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from moebit.formats.native import PackedSpec
 from moebit.formats.sink import Sink
 from moebit.methods.alignment import AdjustedRouter, adjust_router, search_rounded
 from moebit.methods.balance import Drawn, draw
+from moebit.methods.smooth_layer import LayerSmoothing
+from moebit.methods.smoothing import outlier_factors
 from moebit.model.edits import EditedWeights
 from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slots, dispatch, finish, intermediate
 from moebit.model.files import ShardFile
@@ -38,6 +41,7 @@ class LayerReport:
         linears: per quantized linear: bits, weight_error (|dW|^2 / |W|^2), damping, fallback.
         tokens_per_expert: routed slots in the calibration text.
         experts: per projection, lists over experts: bits, weight_error, damping, fallback.
+        smoothing: which channels were scaled (methods/smooth_layer.py).
         router: what was done to the router (methods/alignment.py). balance: which experts drew further tokens (methods/balance.py).
     """
 
@@ -46,6 +50,7 @@ class LayerReport:
     tokens_per_expert: list[int] = field(default_factory=list)
     experts: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     seconds: float = 0.0
+    smoothing: dict[str, Any] = field(default_factory=dict)
     router: dict[str, Any] = field(default_factory=dict)
     balance: dict[str, Any] = field(default_factory=dict)
 
@@ -106,6 +111,7 @@ class LayerJob:
 
     def run(self) -> None:
         """Attention and whatever else runs before the experts, then shared experts, routed experts, and what runs behind them."""
+        self._smooth()
         before, beside, behind = self._in_order()
         inputs: dict[int, Tensor] = {}
         for number in before:
@@ -130,6 +136,35 @@ class LayerJob:
         self._finish_layer(outputs, without)
         if self.pool and pool_outputs is not None:
             self.pool.advance_by(self.sites.index, pool_outputs, pool_without)
+
+    def _smooth(self) -> None:
+        """Scale channels, where the recipe says so, before anything is rounded."""
+        recipe, plan = self.plan.recipe.smoothing, self.plan
+        if recipe.kind == "none" or self.stream is None or self.layer is None:
+            return
+        weights, balance = self.sink.weights, plan.recipe.calibration.balance
+        assert isinstance(weights, EditedWeights)
+        smoothed = LayerSmoothing(
+            self.stream, self.sites, plan.transforms.scales[self.sites.index], recipe, weights, frozenset((*plan.linears, *plan.experts)),
+            plan.chunk.get(self.sites.index, 1), self.pool, 0.0 if balance == "none" else float(balance),
+        ).run()  # fmt: skip
+        weights.add(smoothed.edits)
+        weights.refresh(self.layer, self.sites.name, smoothed.edits)
+        self.report.smoothing = smoothed.describe()
+
+    def _without_outliers(
+        self, name: str, module: nn.Module, weights: ExpertWeights, inputs: _ExpertInputs, start: int, stop: int
+    ) -> ExpertWeights:
+        """Outlier channels between up and down moved into down, where the recipe says so and h is linear in up."""
+        layout, scales = inputs.layout, self.plan.transforms.scales
+        wanted = self.plan.recipe.smoothing.kind == "expert_aware" and name in self.plan.experts
+        if not wanted or not scales[self.sites.index].experts or layout.bias:  # a bias is stored as it is
+            return weights
+        factors = outlier_factors(*inputs.extremes(module, weights.to(self._dtype), start, stop))
+        self.report.smoothing.setdefault("outliers", []).extend((factors > 1).sum(1).tolist())
+        first, factors = weights.first.float(), factors.float()
+        first[:, layout.rows("up_proj")] /= factors.unsqueeze(2)
+        return ExpertWeights(first, weights.down.float() * factors.unsqueeze(1))
 
     def _adjust_router(self) -> AdjustedRouter | None:
         """Correct and round the router, where the recipe says so: from here on it runs, and is written, as it will be."""
@@ -309,7 +344,7 @@ class LayerJob:
         pool = self._pool_inputs(routed, layout, pooled) if pooled is not None else None
         if balanced and pool is None:  # the texts have no further windows
             self.report.balance = self._drawn(routed, layout, routed.ids[:0]).describe()
-        return _ExpertInputs(self.stream, routed.x, slots, sample, h_layer, self.stream.new_outputs(routed), pool)
+        return _ExpertInputs(self.stream, layout, routed.x, slots, sample, h_layer, self.stream.new_outputs(routed), pool)
 
     def _pool_inputs(self, routed: RoutedTokens, layout: ExpertsLayout, pooled: RoutedTokens) -> _PoolInputs:
         assert self.pool is not None
@@ -331,6 +366,8 @@ class LayerJob:
         """
         parts = self.plan.experts.get(name)
         weights = read_experts(self.sink.weights, name, layout, start, stop, self._stored_dtype(name, layout))
+        if inputs is not None:
+            weights = self._without_outliers(name, module, weights, inputs, start, stop)
         quantized: dict[str, QTensor] = {}
         power = self.plan.recipe.solver.affinity_power
         if parts:
@@ -422,6 +459,7 @@ class _ExpertInputs:
     """
 
     stream: Stream
+    layout: ExpertsLayout
     x: Tensor
     slots: Slots
     sample: Tensor
@@ -442,6 +480,20 @@ class _ExpertInputs:
         for x, piece in self.pool.drawn(start, stop) if self.pool else ():
             moments.add(x, piece.affinity, piece.bounds)
         return moments.shrunk(self.h_layer)
+
+    def extremes(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """[C, I] largest and smallest input of every channel of down; zero for experts without tokens."""
+        high = torch.full((stop - start, self.layout.intermediate), -torch.inf)
+        low = -high
+        own = ((self.x[piece.tokens], piece) for piece in self._pieces(start, stop))
+        for x, piece in chain(own, self.pool.drawn(start, stop) if self.pool else ()):
+            h = intermediate(module, x, weights, piece.bounds).float()
+            for c, (begin, end) in enumerate(pairwise(piece.bounds)):
+                if begin < end:
+                    torch.maximum(high[c], h[begin:end].amax(0), out=high[c])
+                    torch.minimum(low[c], h[begin:end].amin(0), out=low[c])
+        seen = high > -torch.inf
+        return torch.where(seen, high, 0.0), torch.where(seen, low, 0.0)
 
     def through_first(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int, moments: ExpertMoments | None) -> Tensor:
         """[S, I] inputs of down, for all slots of these experts; their moments are added to `moments`."""

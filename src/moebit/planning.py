@@ -24,6 +24,7 @@ from moebit.model.coverage import Coverage, expert_coverage
 from moebit.model.routing import not_linear
 from moebit.model.structure import LayerSites, Structure
 from moebit.recipe import BIT_WIDTHS, Recipe
+from moebit.transforms import NO_TRANSFORMS, Transforms
 
 FLOPS_PER_THREAD = 50e9  # float32 products on an AVX-512 core, cautiously; only for the time estimate
 
@@ -104,6 +105,7 @@ class Plan:
         coverage: which expert parameters of the files the structure covers. What the recipe ignores by name is the user's wish.
         size_bytes: of the output's tensors. budget: the pieces in which the work is done. seconds: an estimate.
         as_stored: stored tensors that the model class does not use; they are written as they are.
+        transforms: what is done to the weights before they are quantized, and where it can be.
         engines: what each engine makes of the output.
         routers: where the recipe works on routers: by layer, why this one cannot be aligned or realigned; None where it can.
     """
@@ -119,6 +121,7 @@ class Plan:
     coverage: Coverage
     engines: dict[str, Verdict]
     as_stored: tuple[str, ...] = ()
+    transforms: Transforms = NO_TRANSFORMS
     routers: Mapping[int, str | None] = field(default_factory=dict)
 
     @property
@@ -159,6 +162,7 @@ class Plan:
             "unquantized_expert_share": self.coverage.share,
             "experts_per_chunk": self.chunk,
             "engines": {name: verdict.describe() for name, verdict in self.engines.items()},
+            **({"transforms": self.transforms.describe()} if self.transforms else {}),
             **({"routers": self._describe_routers()} if self.routers else {}),
         }
 
@@ -168,13 +172,20 @@ class Plan:
 
 
 def make_plan(
-    checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memory: int, bits: BitPlan | None = None, engine: str = ANY
+    checkpoint: Checkpoint,
+    structure: Structure,
+    recipe: Recipe,
+    memory: int,
+    bits: BitPlan | None = None,
+    engine: str = ANY,
+    transforms: Transforms = NO_TRANSFORMS,
 ) -> Plan:
     """Decide what is quantized and how, and check that it can be.
 
     Args:
         bits: widths that differ from the recipe's.
         engine: what has to run the output: transformers, vllm, or any of them.
+        transforms: what was found out about the weights' transforms; `checkpoint` is the transformed one.
 
     Raises:
         BadInputError: a group size that does not divide (naming the layer and what would), an ignore pattern that matches nothing,
@@ -259,6 +270,7 @@ def make_plan(
         coverage,
         engines,
         tuple(getattr(checkpoint.weights, "unused", ())),
+        transforms,
         _routers(checkpoint, structure) if recipe.router.active else {},
     )
 

@@ -98,6 +98,28 @@ class SolverSection(_Section):
         return self
 
 
+class RotationSection(_Section):
+    """Orthogonal transforms.
+
+    absorbed: in the weights, at no run-time cost (`methods/rotation.py`): `r1` of the hidden states, `r1r2` of attention's values too.
+    """
+
+    absorbed: Literal["none", "r1", "r1r2"] = "none"
+
+
+class SmoothingSection(_Section):
+    """Scales between activations and weights that leave the function as it is, absorbed in both (methods/smoothing.py).
+
+    kind: `smoothquant` behind norms, from all tokens of a layer; `expert_aware` from every expert's own, and behind values and up as well.
+    alpha: how much of an activation's extremes moves into the weights.
+    aggregate: how experts' scales become the one of their norm; `none` does not ask them.
+    """
+
+    kind: Literal["none", "smoothquant", "expert_aware"] = "none"
+    alpha: float = Field(0.6, ge=0.0, le=1.0)
+    aggregate: Literal["max", "frequency", "router", "none"] = "max"
+
+
 class RouterSection(_Section):
     """What is done to the routers (methods/router.py, methods/realign.py). They are stored as plain values whatever their bits.
 
@@ -168,6 +190,8 @@ class Recipe(_Section):
     weights: WeightsSection = WeightsSection()
     solver: SolverSection = SolverSection()
     activations: ActivationsSection = ActivationsSection()
+    rotation: RotationSection = RotationSection()
+    smoothing: SmoothingSection = SmoothingSection()
     router: RouterSection = RouterSection()
     calibration: CalibrationSection = CalibrationSection()
     format: Literal["native", "compressed-tensors", "dense"] = "native"
@@ -197,18 +221,26 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _balance_has_something_to_calibrate(self) -> Recipe:
-        if self.calibration.balance != "none" and not self.needs_hessians:
-            raise ValueError("calibration.balance: rounding to nearest looks at no tokens of an expert; set solver.method: gptq")
+        if self.calibration.balance != "none" and not self.needs_hessians and self.smoothing.kind != "expert_aware":
+            raise ValueError(
+                "calibration.balance: rounding to nearest looks at no tokens of an expert; "
+                "set solver.method: gptq, or smoothing.kind: expert_aware"
+            )
         return self
 
     @property
     def needs_calibration(self) -> bool:
-        return self.needs_hessians or self.router.align != "none" or self.router.realign != "none"
+        return self.needs_hessians or self.scales_channels or self.router.align != "none" or self.router.realign != "none"
 
     @property
     def needs_hessians(self) -> bool:
         """Whether weights are rounded by what arrives at them."""
         return self.solver.method != "rtn"
+
+    @property
+    def scales_channels(self) -> bool:
+        """Whether channels are scaled, layer by layer, before weights are rounded."""
+        return self.smoothing.kind != "none"
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
@@ -221,8 +253,6 @@ class Recipe(_Section):
 # Part of the recipe language that names a method this version does not have: said plainly instead of "unknown key".
 # Value that means "off", of every key that switches a method on; None for a key that only tunes one.
 _NOT_YET: dict[str, dict[str, Any]] = {
-    "smoothing": {"kind": "none", "alpha": None, "aggregate": None},
-    "rotation": {"absorbed": "none", "online": "none"},
     "allocation": {"kind": "uniform"},
     "switching": {"share": 0.0},
 }
@@ -321,6 +351,11 @@ def _drop_inactive(data: dict[str, Any]) -> None:
     calibration = data.get("calibration")
     if isinstance(calibration, dict) and calibration.get("kind", "text") != "text":
         raise BadInputError(f"recipe: calibration.kind: {calibration['kind']} is not in this version of moebit (only 'text' is)")
+    rotation = data.get("rotation")
+    if isinstance(rotation, dict):
+        rotation = data["rotation"] = dict(rotation)
+        if (online := rotation.pop("online", "none")) != "none":
+            raise BadInputError(f"recipe: rotation.online: {online} is not in this version of moebit (only 'none' is)")
     solver = data.get("solver")
     if isinstance(solver, dict) and solver.get("method") == "awq":
         raise BadInputError("recipe: solver.method: awq is not in this version of moebit (rtn and gptq are)")

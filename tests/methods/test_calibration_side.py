@@ -20,7 +20,7 @@ from moebit.layer import _ExpertInputs, _PoolInputs
 from moebit.methods.balance import further_windows
 from moebit.model.activations import ActivationStore
 from moebit.model.checkpoint import skeleton
-from moebit.model.experts import RoutedTokens, dispatch
+from moebit.model.experts import ExpertsLayout, RoutedTokens, dispatch
 from moebit.model.routing import not_linear
 from moebit.model.structure import find_structure
 from tests.models import ARCHITECTURES, EXPERTS, TOP_K, Architecture, Checkpoints, load_reference
@@ -229,7 +229,8 @@ def test_drawn_tokens_count_for_the_expert_that_drew_them(power: float) -> None:
     slots, extra, every = (dispatch(ids, of.weights, experts) for ids, of in ((base.ids, base), (taken, pool), (pool.ids, pool)))
     h_layer = base.x.T @ base.x / len(base.x)
     pooled = _PoolInputs(stream, pool.x, every, extra, torch.zeros_like(pool.x))  # type: ignore[arg-type]
-    inputs = _ExpertInputs(stream, base.x, slots, base.x, h_layer, torch.zeros_like(base.x), pooled)  # type: ignore[arg-type]
+    layout = ExpertsLayout(experts, size, 3, True, False, False, False)
+    inputs = _ExpertInputs(stream, layout, base.x, slots, base.x, h_layer, torch.zeros_like(base.x), pooled)  # type: ignore[arg-type]
     result = inputs.hessians(1, 4, power)
     for e in range(1, 4):
         total, weight, squares = np.zeros((size, size)), 0.0, 0.0

@@ -29,7 +29,7 @@ from moebit.model.sites import TOLERANCE, HeadSite, find_heads, head_rotation
 from moebit.model.structure import Structure
 from moebit.tensor.rotation import randomised_hadamard
 
-# Operations between attention's product and its output linear that are no rearrangement: what they are called in messages.
+# Operations on the way of attention's values that are no rearrangement: what they are called in messages.
 GATES = {"Sigmoid": "an elementwise gate", "Silu": "an elementwise gate", "Clamp": "a clip", "Tanh": "an elementwise function"}
 
 
@@ -187,7 +187,7 @@ def _check_heads(flow: LayerFlow, heads: list[HeadSite]) -> None:
     """Attention whose values cannot be rotated is refused; layers without attention have no R2."""
     for output, between in flow.attention:
         if all(site.output != output for site in heads):
-            why = next((f"{text} stands between attention and {output}" for kind, text in GATES.items() if kind in between), None)
+            why = next((f"{text} is on the way of attention's values to {output}" for kind, text in GATES.items() if kind in between), None)
             raise _refuse("r1r2", why or f"values do not reach {output} from one linear, head by head and unchanged")
 
 

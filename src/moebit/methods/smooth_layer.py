@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebit.methods.awq import representable
+from moebit.methods.balance import draw
 from moebit.methods.smoothing import aggregated, centred, expert_extremes, smooth
 from moebit.model.checkpoint import Weights
 from moebit.model.edits import Edit, joined
@@ -65,7 +67,7 @@ class LayerSmoothing:
     Attributes:
         stream: in front of the layer, which is loaded. weights: of the layer as it is. chunk: experts to read at a time.
         quantized: full names of what will be rounded.
-        extra: as `_Seen.extra`.
+        pool, ratio: further windows in front of the layer, of which experts with too few tokens draw some (`balance.py`).
     """
 
     stream: Stream
@@ -75,7 +77,8 @@ class LayerSmoothing:
     weights: Weights
     quantized: frozenset[str]
     chunk: int
-    extra: tuple[Tensor, Tensor] | None = None
+    pool: Stream | None = None
+    ratio: float = 0.0
     layouts: dict[str, ExpertsLayout] = field(default_factory=dict)
 
     def run(self) -> SmoothedLayer:
@@ -88,7 +91,8 @@ class LayerSmoothing:
         skipped |= {site.norm: NOTHING_ROUNDED for site in self.scales.norms if site not in norms}
         seen = self._look(norms, pairs)
         for site in norms:
-            s = self._behind_norm(site, seen)
+            gain = self.weights.parameter(f"{site.norm}.weight")
+            s = representable(gain, self._behind_norm(site, seen), site.offset)
             edits.append(scale_behind_norm(site, s, self.layouts))
             report[site.norm] = _range(s)
         for pair in pairs:
@@ -123,7 +127,13 @@ class LayerSmoothing:
             routed = self.stream.capture_routing(self.sites.index)
         experts = f"{prefix}{self.sites.moe.experts}"
         extremes[experts] = torch.stack([piece.abs().amax(0).float() for piece in routed.x.split(PIECE)]).amax(0)
-        return _Seen(extremes, routed, self.extra)
+        return _Seen(extremes, routed, self._drawn(routed, self.sites.moe.layout.experts))
+
+    def _drawn(self, routed: RoutedTokens, experts: int) -> tuple[Tensor, Tensor] | None:
+        if self.pool is None or self.recipe.kind != "expert_aware" or self.recipe.aggregate == "none":
+            return None
+        more = self.pool.capture_routing(self.sites.index)
+        return more.x, draw(routed.counts(experts), more.ids, self.pool.windows.shape[1], self.ratio).ids
 
     def _behind_norm(self, site: NormSite, seen: _Seen) -> Tensor:
         activation = seen.extremes[site.readers[0] if site.readers else str(site.experts)]

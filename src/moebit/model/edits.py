@@ -124,6 +124,14 @@ def joined(*several: Edits) -> dict[str, tuple[Edit, ...]]:
     return result
 
 
+def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a model whose head has become its own."""
+    result = {**config, "tie_word_embeddings": False}
+    if isinstance(inner := config.get("text_config"), dict):
+        result["text_config"] = {**inner, "tie_word_embeddings": False}
+    return result
+
+
 def input_axis(layout: ExpertsLayout) -> int:
     """Where the input channels of stacked experts lie as they are stored."""
     return -2 if layout.transposed else -1

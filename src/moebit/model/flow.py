@@ -38,7 +38,7 @@ SUMS = SAME | {
 }
 SUMS |= {"IndexAdd", "IndexPut", "CopySlices", "Neg", "Unbind", "Stack", "Where", "MaskedFill", "Repeat"}
 PRODUCTS = {"Mm", "Bmm", "Addmm", "Baddbmm", "Dot", "Mv"}
-SOFTMAX = {"Softmax", "ScaledDotProduct"}
+SOFTMAX = {"Softmax", "SafeSoftmax"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class LayerFlow:
         writers: linears whose output is added to the hidden states. experts_write: the experts' is, too.
         behind: norms whose output is added to the hidden states, or handed on in their place.
         pairs: (linear, linear behind it) where the first's output reaches the second's input by products and sums alone.
-        attention: (output linear, operations between it and the attention's product) where values come out of a softmax.
+        attention: (output linear, operations between it and the linear that makes the values) where values come out of a softmax.
         called: shape of the weight of everything that reads something, by name.
     """
 
@@ -193,7 +193,11 @@ def _flow(
     attention = []
     for call in (c for c in called if isinstance(c.module, nn.Linear) and not sums[id(c)]):
         products, between = _walk(call.x.grad_fn, set(), SUMS)[1:]
-        if any(_softmax_behind(node) for node in products):
+        products = [node for node in products if _softmax_behind(node)]
+        for node in products:
+            operand = 2 if _kind(node).startswith("ScaledDotProduct") else 1
+            between |= _walk(node.next_functions[operand][0], ends, SUMS)[2]
+        if products:
             attention.append((call.name, tuple(sorted(between))))
     return LayerFlow(
         name,
@@ -268,7 +272,7 @@ def _softmax_behind(node: Any) -> bool:
         if other is None or other in seen:
             continue
         seen.add(other)
-        if _kind(other) == "Softmax":
+        if _kind(other) in SOFTMAX:
             return True
         if _kind(other) in SUMS:
             waiting += [more for more, _ in other.next_functions]
