@@ -149,9 +149,8 @@ class LayerAWQ:
         """Rows of the first that reach several channels of the second have one scale for all of them."""
         channel = magnitudes(x_SN.unsqueeze(0), self._whole(x_SN, pair.second))[0]
         rows = torch.zeros(pair.rows).scatter_reduce_(0, pair.channels, channel, "amax")
-        reached = torch.zeros(pair.rows, dtype=torch.bool).index_fill_(0, pair.channels, True)
         s_RO = torch.ones(len(RATIOS), pair.rows)
-        s_RO[:, reached] = candidates(rows[reached].unsqueeze(0))[:, 0]
+        s_RO[:, pair.reached] = candidates(rows[pair.reached].unsqueeze(0))[:, 0]
         loss_R = self._linear_losses(pair.second, s_RO[:, None, pair.channels], x_SN)
         report[pair.second] = RATIOS[int(loss_R.argmin())]
         return scale_pair(pair, s_RO[int(loss_R.argmin())].double())
