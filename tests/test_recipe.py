@@ -44,6 +44,19 @@ def test_presets_compare_rounding_alone(bits: int) -> None:
     assert not rtn.needs_calibration
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_presets_of_moequant_differ_from_their_baselines_in_the_method_alone(bits: int) -> None:
+    for suffix, group in (("", -1), ("-g128", 128)):
+        moequant, quarot = load_recipe(f"moequant-w{bits}{suffix}"), load_recipe(f"quarot-gptq-w{bits}{suffix}")
+        gptq = load_recipe(f"gptq-w{bits}", {"weights.group_size": group})
+        assert (moequant.rotation.absorbed, moequant.solver.affinity_power) == ("r1", 1)
+        assert load_recipe(moequant, {"solver.affinity_power": 0}) == quarot
+        assert load_recipe(quarot, {"rotation.absorbed": "none"}) == gptq
+        awq = load_recipe(f"moequant-awq-w{bits}{suffix}")
+        assert (awq.solver.method, awq.solver.affinity_power, awq.weights.group_size) == ("awq", 1, group)
+    assert load_recipe(awq, {"solver.affinity_power": 0}) == load_recipe(f"awq-w{bits}")
+
+
 def test_the_default_is_gptq_w4() -> None:
     assert load_recipe(None) == load_recipe("gptq-w4")
 
@@ -245,11 +258,10 @@ def test_what_is_switched_off_is_accepted() -> None:
         ({"activations": {"bits": 4}}, "activations.bits: 4"),
         ({"activations": {"qkv_bits": 8}}, "activations.qkv_bits"),
         ({"activations": {"clip": 0.9}}, "activations.clip"),
-        ({"rotation": {"absorbed": "r1"}}, "rotation.absorbed: r1"),
+        ({"rotation": {"online": "hadamard"}}, "rotation.online: hadamard"),
         ({"allocation": {"kind": "fuzzy"}}, "allocation.kind: fuzzy"),
         ({"switching": {"share": 0.01}}, "switching.share: 0.01"),
         ({"calibration": {"kind": "ebss"}}, "calibration.kind: ebss"),
-        ({"solver": {"method": "awq"}}, "solver.method: awq"),
     ],
 )
 def test_what_is_switched_on_is_refused_by_name(data: dict[str, Any], says: str) -> None:

@@ -18,6 +18,7 @@ from moebit.errors import BadInputError
 from moebit.formats import compressed_tensors
 from moebit.formats.engines import ANY, Verdict, check_engine, verdicts
 from moebit.formats.native import PackedSpec, average_bits
+from moebit.methods.awq import SAMPLE
 from moebit.model.budget import Budget, make_budget
 from moebit.model.checkpoint import Checkpoint, HubWeights
 from moebit.model.coverage import Coverage, expert_coverage
@@ -364,6 +365,8 @@ def _solve_flops(recipe: Recipe, count: int, out: int, inputs: int) -> float:
     search = 100 * out * inputs if recipe.solver.clip_search else 0
     if recipe.solver.method == "rtn":
         return float(count * (search + 10 * out * inputs))
+    if recipe.solver.method == "awq":
+        return float(count * (search + 20 * out * inputs * (10 + 2 * SAMPLE)))
     return float(count * (out * inputs**2 + 2 * inputs**3 + search))
 
 

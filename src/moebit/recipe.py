@@ -80,11 +80,12 @@ class ActivationsSection(_Section):
 class SolverSection(_Section):
     """How weights are rounded.
 
+    method: `rtn` to nearest; `gptq`; `awq` to nearest after channels were scaled (`methods/awq.py`).
     scales: `static` from the original weights, `dynamic` from the columns as updated when a group begins (not with act_order).
     affinity_power: power p of the routing weight in the Hessians, `sum g^p x x^T`; 0 weighs all routed tokens alike.
     """
 
-    method: Literal["rtn", "gptq"] = "gptq"
+    method: Literal["rtn", "gptq", "awq"] = "gptq"
     scales: Literal["static", "dynamic"] = "static"
     act_order: bool = True
     damping: float = Field(0.01, ge=0.0, le=1.0)
@@ -220,6 +221,12 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _channels_are_scaled_once(self) -> Recipe:
+        if self.solver.method == "awq" and self.smoothing.kind != "none":
+            raise ValueError(f"smoothing.kind: {self.smoothing.kind} and solver.method: awq scale the same channels; set one of the two")
+        return self
+
+    @model_validator(mode="after")
     def _balance_has_something_to_calibrate(self) -> Recipe:
         if self.calibration.balance != "none" and not self.needs_hessians and self.smoothing.kind != "expert_aware":
             raise ValueError(
@@ -240,7 +247,7 @@ class Recipe(_Section):
     @property
     def scales_channels(self) -> bool:
         """Whether channels are scaled, layer by layer, before weights are rounded."""
-        return self.smoothing.kind != "none"
+        return self.solver.method == "awq" or self.smoothing.kind != "none"
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
@@ -356,9 +363,6 @@ def _drop_inactive(data: dict[str, Any]) -> None:
         rotation = data["rotation"] = dict(rotation)
         if (online := rotation.pop("online", "none")) != "none":
             raise BadInputError(f"recipe: rotation.online: {online} is not in this version of moebit (only 'none' is)")
-    solver = data.get("solver")
-    if isinstance(solver, dict) and solver.get("method") == "awq":
-        raise BadInputError("recipe: solver.method: awq is not in this version of moebit (rtn and gptq are)")
     activations = data.get("activations")
     if isinstance(activations, dict):
         activations = data["activations"] = dict(activations)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moebit
-from moebit.errors import BadInputError
 from moebit.formats.opening import open_checkpoint
 from moebit.methods.rotation import plan_rotation
 from moebit.model.structure import find_structure
-from tests.models import ARCHITECTURES, Architecture, Checkpoints, quiet, random_model, save, windows
-from tests.outputs import read_config, stored_tensors
+from tests.models import ARCHITECTURES, Architecture, quiet, random_model, save, windows
 
 # What each model allows, as a reader of its modelling code knows it.
 REFUSED_R1 = {"phimoe": "LayerNorm", "minimax": "stands behind its block"}

@@ -60,7 +60,7 @@ class RotationPlan:
         """Every parameter's edits; the gains that are folded are read from `weights`."""
         generator = torch.Generator().manual_seed(seed)
         turn = Rotate(randomised_hadamard(self.size, generator))
-        parts = [{f"{self.embeddings}.weight": (turn,)}]
+        parts: list[dict[str, tuple[Edit, ...]]] = [{f"{self.embeddings}.weight": (turn,)}]
         parts += [self._layer(flow, turn, weights) for flow in self.flows]
         parts += [head_rotation(site, generator) for site in self.heads]
         return joined(*parts, self._folded(self.final, weights, turn))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebit.errors import BadInputError
 from moebit.model.checkpoint import Checkpoint
 from moebit.model.edits import Edit, Edits, RotateHeads, Scale, input_axis, joined, output_axis
 from moebit.model.experts import ExpertsLayout
@@ -37,6 +38,11 @@ class PairSite:
     channels: Tensor
     rows: int
     bias: bool
+
+    @property
+    def reached(self) -> Tensor:
+        """bool [rows]: which rows of the first reach the second; the others must not be scaled."""
+        return torch.zeros(self.rows, dtype=torch.bool).index_fill_(0, self.channels, True)
 
     def renamed(self, old: str, new: str) -> PairSite:
         """The same in a layer of another name."""
@@ -113,7 +119,7 @@ def scale_behind_norm(site: NormSite, s: Tensor, layouts: Mapping[str, ExpertsLa
 
 
 def scale_pair(pair: PairSite, s: Tensor) -> dict[str, tuple[Edit, ...]]:
-    """Rows of the first divided by s [rows], columns of the second multiplied."""
+    """Rows of the first divided by s [rows], columns of the second multiplied; s is 1 for rows that are not `reached`."""
     edits: dict[str, tuple[Edit, ...]] = {f"{pair.first}.weight": (Scale(1 / s, 0),), f"{pair.second}.weight": (Scale(s[pair.channels]),)}
     return edits | ({f"{pair.first}.bias": (Scale(1 / s),)} if pair.bias else {})
 
@@ -159,7 +165,10 @@ def _check_handed_on(rehearsal: Rehearsal, edits: Edits) -> None:
         rehearsal.step(edited, index)
         if (far := difference(plain.hidden, edited.hidden)) > TOLERANCE:
             name = rehearsal.structure.layers[index].name
-            raise AssertionError(f"{name}: scaled channels change what the layer puts out ({far:.1e})")
+            raise BadInputError(
+                f"{name}: channels that can be scaled one by one cannot be scaled together, or are handed to other layers "
+                f"(difference {far:.1e} on random values); use a method that scales none"
+            )
 
 
 def _scales_of(rehearsal: Rehearsal, stream: Stream, index: int) -> LayerScales:
@@ -176,7 +185,7 @@ def _scales_of(rehearsal: Rehearsal, stream: Stream, index: int) -> LayerScales:
         else:
             skipped[site.norm] = "something beside linears reads this norm"
     for pair in plain_pairs(rehearsal, flow):
-        if keeps(scale_pair(pair, _random(pair.rows))):
+        if keeps(scale_pair(pair, _random_rows(pair))):
             pairs.append(pair)
     heads = find_heads(rehearsal, stream, index, flow)
     pairs += [site.as_pair() for site in heads]
@@ -271,6 +280,11 @@ def _random(size: int) -> Tensor:
     return torch.exp2(2 * torch.rand(size, dtype=torch.float64, generator=torch.Generator().manual_seed(size)) - 1)
 
 
+def _random_rows(pair: PairSite) -> Tensor:
+    """Factors for the rows of the first that reach the second, 1 for the others."""
+    return _random(pair.rows).where(pair.reached, torch.ones(pair.rows, dtype=torch.float64))
+
+
 def _random_edits(rehearsal: Rehearsal, scales: LayerScales) -> dict[str, tuple[Edit, ...]]:
     norms = [scale_behind_norm(site, _random(site.size), rehearsal.layouts) for site in scales.norms]
-    return joined(*norms, *(scale_pair(pair, _random(pair.rows)) for pair in scales.pairs))
+    return joined(*norms, *(scale_pair(pair, _random_rows(pair)) for pair in scales.pairs))
