@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ import torch
 
 from moebit.errors import BadInputError
 from moebit.formats import compressed_tensors
+from moebit.formats.activations import describe_activations
 from moebit.formats.engines import ANY, Verdict, check_engine, verdicts
 from moebit.formats.native import PackedSpec, average_bits
+from moebit.methods.activations import ActivationPlan, plan_activations
 from moebit.model.budget import Budget, make_budget
 from moebit.model.checkpoint import Checkpoint, HubWeights
 from moebit.model.coverage import Coverage, expert_coverage
+from moebit.model.inputs import Activations
 from moebit.model.structure import LayerSites, Structure
 from moebit.recipe import BIT_WIDTHS, Recipe
 
@@ -104,6 +107,7 @@ class Plan:
         size_bytes: of the output's tensors. budget: the pieces in which the work is done. seconds: an estimate.
         as_stored: stored tensors that the model class does not use; they are written as they are.
         engines: what each engine makes of the output.
+        inputs: which inputs are rounded and transformed as the output runs.
     """
 
     recipe: Recipe
@@ -117,6 +121,11 @@ class Plan:
     coverage: Coverage
     engines: dict[str, Verdict]
     as_stored: tuple[str, ...] = ()
+    inputs: ActivationPlan = field(default_factory=ActivationPlan)
+
+    @property
+    def activations(self) -> Activations:
+        return self.inputs.activations
 
     @property
     def chunk(self) -> dict[int, int]:
@@ -156,7 +165,13 @@ class Plan:
             "unquantized_expert_share": self.coverage.share,
             "experts_per_chunk": self.chunk,
             "engines": {name: verdict.describe() for name, verdict in self.engines.items()},
+            **({"activations": _describe_inputs(self.inputs)} if self.recipe.activations.rounded or self.activations else {}),
         }
+
+
+def _describe_inputs(inputs: ActivationPlan) -> dict[str, Any]:
+    """What happens to activations, for people and JSON: names of layers and counts instead of every module."""
+    return {**describe_activations(inputs.activations), "inputs_only": inputs.inputs_only, "untransformed": inputs.untransformed}
 
 
 def make_plan(
@@ -226,7 +241,8 @@ def make_plan(
     if recipe.format == compressed_tensors.METHOD and isinstance(checkpoint.weights, HubWeights):
         compressed_tensors.check(checkpoint.weights, modules)
     merged = checkpoint.weights.merged() if isinstance(checkpoint.weights, HubWeights) else ()
-    engines = verdicts(recipe.format, modules, structure, merged)
+    inputs = plan_activations(checkpoint.model, structure, recipe, modules)
+    engines = verdicts(recipe.format, modules, structure, merged, inputs.activations)
     check_engine(engine, engines)
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if recipe.needs_calibration else 0
     return Plan(
@@ -235,14 +251,13 @@ def make_plan(
         linears,
         experts,
         kept,
-        _output_size(checkpoint, linears, experts, recipe),
-        make_budget(
-            checkpoint, structure, memory, tokens, length=recipe.calibration.seq_len, solve=True, hessians=recipe.needs_calibration
-        ),
+        _output_size(checkpoint, linears, experts, recipe) + sum(spec.nbytes for spec in inputs.activations.transforms.values()),
+        make_budget(checkpoint, structure, memory, tokens, length=recipe.calibration.seq_len, solve=True, hessians=recipe.needs_hessians),
         _seconds(checkpoint, structure, recipe, tokens),
         coverage,
         engines,
         tuple(getattr(checkpoint.weights, "unused", ())),
+        inputs,
     )
 
 
@@ -275,7 +290,8 @@ def _spec(recipe: Recipe, name: str, shape: tuple[int, int], bits: tuple[int, ..
             f"set weights.group_size to one of {', '.join(fitting)}, "
             "or keep this module in full precision with weights.ignore"
         )
-    return PackedSpec(bits, shape, w.group_size, w.symmetric, dtype, stacked, w.type == "fp8", recipe.activations.bits)
+    engine_rounds = recipe.activations.bits if recipe.format == compressed_tensors.METHOD else 16  # native says so apart: plan.activations
+    return PackedSpec(bits, shape, w.group_size, w.symmetric, dtype, stacked, w.type == "fp8", engine_rounds)
 
 
 def _dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
@@ -309,7 +325,7 @@ def _seconds(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, token
                 module: Any = checkpoint.model.get_submodule(f"{layer.name}.{name}")
                 weights = module.in_features * module.out_features
                 flops += 6 * tokens * weights + _solve_flops(recipe, 1, module.out_features, module.in_features)
-            flops += 2 * tokens * group.in_features**2 / 2 if recipe.needs_calibration else 0
+            flops += 2 * tokens * group.in_features**2 / 2 if recipe.needs_hessians else 0
         if layer.moe:
             layout = layer.moe.layout
             slots = tokens * layer.moe.top_k

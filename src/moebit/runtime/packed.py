@@ -88,7 +88,7 @@ class PackedMatrices(PackedModule):
 
 
 class PackedLinear(PackedModule):
-    """A linear layer over a packed weight. Whatever quantizes activations belongs in front of `forward`'s product."""
+    """A linear layer over a packed weight. What happens to its input comes in front, as a hook (`model/inputs.py`)."""
 
     bias: nn.Parameter | None
 
@@ -190,7 +190,9 @@ def _gather(slots: Slots, chosen: list[int]) -> Slots:
 
 def _few(module: Any, layout: ExpertsLayout, x_TH: Tensor, chosen: list[int], own: Slots) -> Tensor:
     """[S, H]: what `intermediate` and `finish` make, by products with the packed codes of all chosen experts at once."""
-    # Whatever quantizes activations belongs in front of these two products.
+    steps = getattr(module, "moebit_inputs", None)
+    if steps is not None:
+        x_TH = steps.first(x_TH)
     wide = torch.empty(len(own.tokens), layout.intermediate * (2 if layout.gated else 1))
     for projection in layout.projections[:-1]:
         part = getattr(module, projection)
@@ -198,6 +200,8 @@ def _few(module: Any, layout: ExpertsLayout, x_TH: Tensor, chosen: list[int], ow
     first_bias, down_bias = _slot_biases(module, layout, chosen, own)
     first = wide.to(x_TH.dtype) + first_bias
     h = module._apply_gate(first) if module.has_gate else module.act_fn(first)
+    if steps is not None:
+        h = _down_step(steps, h, chosen, own)
     y = torch.empty(len(own.tokens), layout.hidden)
     down = module.down_proj
     packed_product(down.path, down.stack(), h, chosen, own.bounds, torch.arange(len(own.tokens)), y)
@@ -205,6 +209,13 @@ def _few(module: Any, layout: ExpertsLayout, x_TH: Tensor, chosen: list[int], ow
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
     return y * own.affinity.to(y.dtype).unsqueeze(1)
+
+
+def _down_step(steps: Any, h_SI: Tensor, chosen: list[int], own: Slots) -> Tensor:
+    """What happens to the inputs of down, whose slots are those of the chosen experts."""
+    counts = dict.fromkeys(range(max(chosen) + 1), 0) | {e: own.bounds[i + 1] - own.bounds[i] for i, e in enumerate(chosen)}
+    stepped: Tensor = steps.down(h_SI, [0, *accumulate(counts.values())], 0)
+    return stepped
 
 
 def _slot_biases(module: Any, layout: ExpertsLayout, chosen: list[int], own: Slots) -> tuple[Any, Any]:
@@ -217,7 +228,7 @@ def _slot_biases(module: Any, layout: ExpertsLayout, chosen: list[int], own: Slo
 
 def _as_they_are(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype) -> ExpertWeights:
     first, down = (layout.stacked(getattr(module, leaf)[e : e + 1]).to(dtype) for leaf in (layout.first, "down_proj"))
-    return ExpertWeights(first, down, *_biases(module, layout, e))
+    return ExpertWeights(first, down, *_biases(module, layout, e), e)
 
 
 def _biases(module: Any, layout: ExpertsLayout, e: int) -> tuple[Tensor | None, Tensor | None]:
@@ -231,7 +242,7 @@ def _dequantized(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype)
     first = down.new_empty(1, layout.intermediate * (2 if layout.gated else 1), layout.hidden)
     for projection in layout.projections[:-1]:
         getattr(module, projection).unpack_into(e, first[0], layout.rows(projection))
-    return ExpertWeights(first, down, *_biases(module, layout, e))
+    return ExpertWeights(first, down, *_biases(module, layout, e), e)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, packed_experts_forward)
