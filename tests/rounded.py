@@ -25,10 +25,10 @@ ORACLE = "oracle"
 
 
 def rounded(x: Tensor, said: dict[str, Any] | None) -> Tensor:
-    """Rows of the last axis on their grids."""
+    """Rows of the last axis on their grids, in float32 as the format has it: where a model clips its values, there are ties."""
     if said is None:
         return x
-    rows, bits, clip = x.detach().double().numpy(), said["bits"], said["clip"]
+    rows, bits, clip = x.detach().float().numpy(), said["bits"], np.float32(said["clip"])
     if said["symmetric"]:
         scale = clip * np.abs(rows).max(-1, keepdims=True) / (2 ** (bits - 1) - 1)
         scale = np.where(scale == 0, 1.0, scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from moebit.errors import BadInputError
 from moebit.formats.opening import open_checkpoint
 from moebit.model.attention import PREFIX, AttentionStep, find_attention, round_attention
 from moebit.model.structure import find_structure
@@ -101,15 +103,19 @@ def test_round_attention_keeps_one_prefix() -> None:
     class Attention(torch.nn.Module):
         config: Any
 
+    @dataclass
     class Config:
-        _attn_implementation_internal = "eager"
+        _attn_implementation_internal: str
 
         @property
         def _attn_implementation(self) -> str:
             return self._attn_implementation_internal
 
-    config, modules = Config(), [Attention(), Attention()]
-    for module in modules:
+    config, modules = Config("eager"), [Attention(), Attention(), Attention()]
+    for module in modules[:2]:
         module.config = config
         round_attention(module, Rounding(4, True))
     assert config._attn_implementation == "moebit-eager"
+    modules[2].config = Config("flex_attention")
+    with pytest.raises(BadInputError, match=r"'flex_attention'.*attn_implementation='sdpa' or 'eager'"):
+        round_attention(modules[2], Rounding(4, True))

@@ -63,7 +63,7 @@ def duquant_transform(x_MSN: Tensor, generator: torch.Generator, steps: int = ST
 def zigzag(magnitude_MN: Tensor, size: int) -> Tensor:
     """int64 [M, N]: channels by descending magnitude, dealt to the blocks first to last, last to first, and so on."""
     m, channels = magnitude_MN.shape
-    order = magnitude_MN.argsort(-1, descending=True, stable=True).view(m, size, channels // size)
+    order = magnitude_MN.argsort(dim=-1, descending=True, stable=True).view(m, size, channels // size)
     order[:, 1::2] = order[:, 1::2].flip(-1)
     return order.transpose(1, 2).reshape(m, channels)
 

@@ -59,7 +59,8 @@ class TransformSpec:
     def transform(self, tensors: Mapping[str, Tensor]) -> BlockTransform:
         """The inverse of `tensors`."""
         if self.kind == "hadamard":
-            return BlockTransform(signs=tensors["signs"], first=hadamard(self.block).expand(self.count, 1, -1, -1))
+            block = hadamard(self.block).to(tensors["signs"].device)
+            return BlockTransform(signs=tensors["signs"], first=block.expand(self.count, 1, -1, -1))
         return BlockTransform(first=tensors["first"], permutation=tensors["permutation"], second=tensors["second"])
 
 
