@@ -41,7 +41,8 @@ def read_activations(config: Mapping[str, Any]) -> Activations:
         BadInputError: a kind of transform that this moebit does not know, or numbers that do not fit together.
     """
     said = config.get(KEY) or {}
-    transforms, reads = {}, {}
+    transforms: dict[str, TransformSpec] = {}
+    reads: dict[str, str] = {}
     for name, entry in said.get("transforms", {}).items():
         spec = TransformSpec(entry["kind"], entry["channels"], entry["count"])
         if spec.kind not in KINDS or spec.block != entry["block"]:

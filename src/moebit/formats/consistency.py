@@ -101,7 +101,7 @@ def _activations(quantization: Mapping[str, Any], entries: Mapping[str, TensorEn
     except (BadInputError, KeyError, TypeError, ValueError, AttributeError) as error:
         return [Finding(f"{ACTIVATIONS!r} cannot be understood ({type(error).__name__}: {error})", CONFIG, CONFIG_REMEDY)]
     found = [Finding(f"{ACTIVATIONS!r} has a transform for {name!r}, which is not quantized", CONFIG, CONFIG_REMEDY) for name in strange]
-    known = set()
+    known: set[str] = set()
     for name, spec in activations.transforms.items():
         tensors = {f"{name}.{leaf}": wanted for leaf, wanted in spec.specs().items()}
         known |= tensors.keys()

@@ -229,7 +229,7 @@ def _random_instead(layer: nn.Module, skip: list[nn.Module]) -> Iterator[None]:
             if id(module) in skipped:
                 continue
             for table in (module._parameters, module._buffers):
-                entries: dict[str, Any] = table  # type: ignore[assignment]
+                entries: dict[str, Any] = table
                 for leaf, value in list(entries.items()):
                     if value is None or value.device.type != "meta":
                         continue

@@ -33,12 +33,14 @@ def hadamard(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     h = torch.ones(1, 1, dtype=torch.float64)
     while len(h) < size:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return (h / size**0.5).to(dtype)
+    normalised: Tensor = h / size**0.5
+    return normalised.to(dtype)
 
 
 def rotate_blocks(x: Tensor, block: Tensor) -> Tensor:
     """[..., N] times the block-diagonal matrix that repeats one [B, B] block."""
-    return (x.unflatten(-1, (-1, block.shape[-1])) @ block.to(x.dtype)).flatten(-2)
+    parts: Tensor = x.unflatten(-1, (-1, block.shape[-1]))
+    return (parts @ block.to(x.dtype)).flatten(-2)
 
 
 @dataclass(frozen=True)
