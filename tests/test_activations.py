@@ -21,7 +21,7 @@ from moebit.model.stream import Stream
 from moebit.model.structure import find_structure
 from moebit.pipeline import Result
 from moebit.planning import Plan
-from tests.models import ARCHITECTURES, Checkpoints, quiet, random_model, save, windows
+from tests.models import ARCHITECTURES, Architecture, Checkpoints, quiet, random_model, save, windows
 from tests.outputs import file_bytes, quantization, read_config, small_recipe, stored_tensors, token_file
 from tests.rounded import oracle
 
@@ -99,6 +99,20 @@ def test_against_a_naive_run(case: str, made: dict[str, Path], checkpoints: Chec
     for got in (loaded, at_once, in_chunks):
         assert distance(got, wanted) < (FLIPPED if "activations" in CASES[case][1] else SAME)
     assert distance(wanted, checkpoints.reference(architecture).logits[:3]) > 2 * FLIPPED  # there is something to see
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=str)
+def test_every_architecture(architecture: Architecture, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Rotated inputs alone, where every digit counts, and with everything that can be rounded."""
+    original = checkpoints.path(architecture)
+    rotation = {"online": "hadamard", "down": "expert"}
+    for name, sections in {"turned": {"rotation": rotation}, "rounded": {"rotation": rotation, "activations": {**A4, "bits": 8}}}.items():
+        output = tmp_path / name
+        moebit.quantize(original, output, recipe=recipe(**sections))
+        wanted, limit = logits(oracle(architecture, original, output)), SAME if name == "turned" else FLIPPED
+        assert distance(logits(load(output, dtype=torch.float32)), wanted) < limit
+        assert distance(streamed(output, 3), wanted) < limit
 
 
 def test_what_is_written(made: dict[str, Path]) -> None:

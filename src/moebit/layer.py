@@ -350,7 +350,7 @@ class LayerJob:
         assert self.stream is not None
         self.report.tokens_per_expert = routed.counts(layout.experts).tolist()
         sample = routed.x[layer_sample(len(routed.x))]
-        h_layer = self._moment(routed.x).div_(len(routed.x))
+        h_layer = self._moment(routed.x).div_(len(routed.x)) if self.plan.recipe.needs_hessians else torch.empty(0)
         slots = dispatch(routed.ids, routed.weights, layout.experts)
         return _ExpertInputs(self.stream, routed.x, slots, sample, h_layer, self.stream.new_outputs(routed))
 

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from moebit.calibration.statistics import LAYER_SAMPLE
 from moebit.errors import BadInputError
 from moebit.formats import compressed_tensors
 from moebit.formats.activations import describe_activations
 from moebit.formats.engines import ANY, Verdict, check_engine, verdicts
 from moebit.formats.native import PackedSpec, average_bits
 from moebit.methods.activations import ActivationPlan, plan_activations
+from moebit.methods.online import search_flops
 from moebit.model.budget import Budget, make_budget
 from moebit.model.checkpoint import Checkpoint, HubWeights
 from moebit.model.coverage import Coverage, expert_coverage
@@ -253,7 +255,7 @@ def make_plan(
         kept,
         _output_size(checkpoint, linears, experts, recipe) + sum(spec.nbytes for spec in inputs.activations.transforms.values()),
         make_budget(checkpoint, structure, memory, tokens, length=recipe.calibration.seq_len, solve=True, hessians=recipe.needs_hessians),
-        _seconds(checkpoint, structure, recipe, tokens),
+        _seconds(checkpoint, structure, recipe, tokens) + _search_seconds(inputs.activations),
         coverage,
         engines,
         tuple(getattr(checkpoint.weights, "unused", ())),
@@ -333,6 +335,12 @@ def _seconds(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, token
             flops += _solve_flops(recipe, layout.experts, 2 * layout.intermediate, layout.hidden)
             flops += _solve_flops(recipe, layout.experts, layout.hidden, layout.intermediate)
     return 1 + flops / (FLOPS_PER_THREAD * torch.get_num_threads())
+
+
+def _search_seconds(activations: Activations) -> float:
+    """Of finding online transforms."""
+    found = [spec for spec in activations.transforms.values() if spec.kind == "duquant"]
+    return sum(search_flops(spec.channels, LAYER_SAMPLE, spec.count) for spec in found) / (FLOPS_PER_THREAD * torch.get_num_threads())
 
 
 def _solve_flops(recipe: Recipe, count: int, out: int, inputs: int) -> float:

@@ -49,8 +49,8 @@ def called(architecture: Architecture, checkpoints: Checkpoints) -> list[str]:
     return [names[module] for module in _called]
 
 
-def check(architecture: Architecture, checkpoints: Checkpoints) -> None:
-    checkpoint = open_checkpoint(checkpoints.path(architecture))
+def check(architecture: Architecture, checkpoints: Checkpoints, compute: torch.dtype = torch.float32) -> None:
+    checkpoint = open_checkpoint(checkpoints.path(architecture), compute)
     structure = find_structure(checkpoint.model)
     found = find_attention(checkpoint.model, structure)
     assert list(found.modules) == called(architecture, checkpoints)
@@ -64,6 +64,11 @@ def check(architecture: Architecture, checkpoints: Checkpoints) -> None:
 @pytest.mark.parametrize("architecture", QUICK, ids=str)
 def test_found_where_transformers_calls_it(architecture: Architecture, checkpoints: Checkpoints) -> None:
     check(architecture, checkpoints)
+
+
+@pytest.mark.parametrize("architecture", QUICK[:2], ids=str)
+def test_found_whatever_it_is_computed_in(architecture: Architecture, checkpoints: Checkpoints) -> None:
+    check(architecture, checkpoints, torch.bfloat16)
 
 
 @pytest.mark.slow

@@ -1,1 +1,1 @@
-"""What is done to a model before or around rounding, one idea per file, each citing its source and listing its departures."""
+"""Methods of quantization: one file per idea, each citing its source and listing its departures."""

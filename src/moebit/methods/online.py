@@ -60,6 +60,12 @@ def duquant_transform(x_MSN: Tensor, generator: torch.Generator, steps: int = ST
     return BlockTransform(first=first, permutation=permutation, second=greedy_rotation(x, size, generator, steps))
 
 
+def search_flops(channels: int, samples: int, count: int = 1) -> float:
+    """Floating-point operations of `duquant_transform`, about: tokens and rotations times a block, in every step of two searches."""
+    size = block_size(channels)
+    return 2.0 * STEPS * count * channels * size * (2 * samples + 4 * size)
+
+
 def zigzag(magnitude_MN: Tensor, size: int) -> Tensor:
     """int64 [M, N]: channels by descending magnitude, dealt to the blocks first to last, last to first, and so on."""
     m, channels = magnitude_MN.shape

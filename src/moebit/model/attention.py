@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moebit.errors import BadInputError
-from moebit.model.replay import LayerCall, record, zeros_outside
+from moebit.model.replay import LayerCall, record, swapped, zeros_outside
 from moebit.model.seam import experts_handler
 from moebit.model.structure import LayerSites, Structure
 from moebit.tensor.activations import Rounding
@@ -134,7 +134,7 @@ def find_attention(model: PreTrainedModel, structure: Structure) -> AttentionSit
         first, calls = record(model, structure.list_name, structure.returns, input_ids=tokens)
         with _twins(configs):
             _, twin_calls = record(model, structure.list_name, structure.returns, input_ids=tokens)
-    hidden = torch.randn(first.shape, generator=torch.Generator().manual_seed(0)).to(first.dtype)
+    hidden = torch.randn(first.shape, generator=torch.Generator().manual_seed(0))
     kinds: dict[tuple[Any, ...], tuple[tuple[str, ...], str]] = {}
     modules: list[str] = []
     inputs_only: dict[str, str] = {}
@@ -142,7 +142,7 @@ def find_attention(model: PreTrainedModel, structure: Structure) -> AttentionSit
         layer = model.get_submodule(sites.name)
         kind = tuple((name, type(module)) for name, module in layer.named_modules())
         if kind not in kinds:
-            kinds[kind] = _prove(layer, sites, hidden, calls[sites.index], twin_calls[sites.index], configs)
+            kinds[kind] = _prove(layer, sites, hidden, _in_float32(calls[sites.index]), _in_float32(twin_calls[sites.index]), configs)
         names, why = kinds[kind]
         modules += [f"{sites.name}.{name}" for name in names]
         if why:
@@ -176,6 +176,15 @@ def _prove(
     if not float((rotated - wanted).norm()) <= CHANGE * float(wanted.norm()):
         return (), "rotating its queries and keys together changes what it computes"
     return tuple(names[module] for module in seen), ""
+
+
+def _in_float32(call: LayerCall) -> LayerCall:
+    """The same call of a layer that computes in float32, whatever the model will be computed in: the proof needs the digits."""
+
+    def wide(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return replace(call, args=swapped(call.args, wide), kwargs=swapped(call.kwargs, wide))
 
 
 def _configs(model: PreTrainedModel, structure: Structure) -> list[Any]:
@@ -221,7 +230,7 @@ def _steps(modules: list[Any]) -> Iterator[None]:
 
 @contextmanager
 def _random_instead(layer: nn.Module, skip: list[nn.Module]) -> Iterator[None]:
-    """Random values in place of a layer's meta tensors, of the size that trained ones have; those of `skip` stay on meta."""
+    """Random float32 values in place of a layer's meta tensors, of the size that trained ones have; those of `skip` stay on meta."""
     generator, saved = torch.Generator().manual_seed(0), []
     skipped = {id(module) for module in skip}
     try:
@@ -245,7 +254,7 @@ def _random_like(value: Tensor, generator: torch.Generator) -> Tensor:
     if not value.is_floating_point():
         filled = torch.zeros(value.shape, dtype=value.dtype)
     elif value.ndim < 2:
-        filled = (1 + 0.1 * torch.randn(value.shape, generator=generator)).to(value.dtype)
+        filled = 1 + 0.1 * torch.randn(value.shape, generator=generator)
     else:
-        filled = (torch.randn(value.shape, generator=generator) / value.shape[-1] ** 0.5).to(value.dtype)
+        filled = torch.randn(value.shape, generator=generator) / value.shape[-1] ** 0.5
     return nn.Parameter(filled, requires_grad=False) if isinstance(value, nn.Parameter) else filled

@@ -1,7 +1,7 @@
 """What happens to the inputs of quantized matrices before they are multiplied: an online transform, and rounding.
 
-One place for all who run a quantized model: the streaming skeleton and packed modules get the same steps from `attach`, linears as a hook
-in front of their forward, experts as an attribute that `model/experts.py` looks at. Full-precision models have none.
+One place for all who run a quantized model: the streaming skeleton and packed modules get the same steps from `attach`, as their attribute
+`moebit_inputs`: linears with a hook in front of their forward, experts for `model/experts.py` to look at. Full-precision models have none.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class InputStep:
 
 @dataclass(frozen=True)
 class ExpertSteps:
-    """The two inputs of an experts module: of gate and up (or the lone up), and of down. Found as `moebit_inputs` of the module."""
+    """The two inputs of an experts module: of gate and up (or the lone up), and of down."""
 
     first: InputStep
     down: InputStep
@@ -155,6 +155,7 @@ def attach(model: nn.Module, activations: Activations, quantized: Iterable[str],
             first, down = owned.get(f"{name}.{FIRST}"), owned.get(f"{name}.{DOWN}")
             module.moebit_inputs = ExpertSteps(InputStep(first, activations.inputs), InputStep(down, activations.inputs))
         else:
-            module.register_forward_pre_hook(InputStep(owned.get(activations.reads.get(name, "")), activations.inputs).before)
+            module.moebit_inputs = InputStep(owned.get(activations.reads.get(name, "")), activations.inputs)
+            module.register_forward_pre_hook(module.moebit_inputs.before)
     for name in activations.attention_modules:
         round_attention(model.get_submodule(place(name)), activations.attention)

@@ -13,6 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec, unpack_matrices
 from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots, dispatch, finish, intermediate, layout_of
+from moebit.model.inputs import InputStep
 from moebit.runtime.kernels import Stack
 from moebit.runtime.paths import PATHS, Path, compiled, dequantized, few_rows, packed_product, why_not_integer
 
@@ -104,8 +105,14 @@ class PackedLinear(PackedModule):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, made anew at every access: some architectures read a linear's weight instead of calling it."""
-        return self.unpacked(self.dtype)
+        """The dequantized weight, made anew at every access: some architectures read a linear's weight instead of calling it.
+
+        It is for inputs as they are, whatever the packed one expects.
+        """
+        step: InputStep | None = getattr(self, "moebit_inputs", None)
+        if step is None or step.transform is None:
+            return self.unpacked(self.dtype)
+        return step.transform.value().undo(self.unpacked(torch.float32)).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
