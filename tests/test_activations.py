@@ -167,8 +167,14 @@ def test_evaluate_sees_the_rounding(checkpoints: Checkpoints, made: dict[str, Pa
 # --- transforms
 
 
-@pytest.mark.parametrize("online", ["hadamard", "duquant"])
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize(
+    ("method", "online"),
+    [
+        ("rtn", "hadamard"),
+        ("gptq", "duquant"),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in (("rtn", "duquant"), ("gptq", "hadamard"))),
+    ],
+)
 def test_the_function_stays(method: str, online: str, checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
     """Eight bits of weights and whole activations: hardly anything changes, rotated or not."""
     architecture = ARCHITECTURES["qwen2_moe"]
@@ -218,7 +224,7 @@ def test_channels_that_no_block_divides(checkpoints: Checkpoints, tmp_path: Path
 # --- bytes
 
 
-@pytest.mark.parametrize("case", ["qwen2_moe-duquant-a4", "deepseek_v3-duquant-expert"])
+@pytest.mark.parametrize("case", ["qwen2_moe-duquant-a4", pytest.param("deepseek_v3-duquant-expert", marks=pytest.mark.slow)])
 def test_the_same_bytes_again_and_after_an_interruption(
     case: str, made: dict[str, Path], checkpoints: Checkpoints, text: Path, tmp_path: Path
 ) -> None:
@@ -240,6 +246,7 @@ def test_the_same_bytes_again_and_after_an_interruption(
     }
 
 
+@pytest.mark.slow
 def test_little_memory(made: dict[str, Path], checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
     """A few experts at a time, activations in files: transforms of experts are written in pieces."""
     architecture = ARCHITECTURES["deepseek_v3"]
