@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from moebit.calibration.text import calibration_windows, digest, load_tokenizer, parse_texts, tokenize
 from moebit.documents import documents
 from moebit.errors import BadInputError
+from moebit.formats.activations import describe_activations
 from moebit.formats.compressed_tensors import CompressedWeights
 from moebit.formats.engines import ANY, verdicts
-from moebit.formats.opening import average_bits, open_checkpoint, quantized_modules
+from moebit.formats.opening import activations_of, average_bits, open_checkpoint, quantized_modules
 from moebit.formats.output import JOURNAL, OutputDirectory, check_free, check_space, disk_error, partial_of, read_journal
 from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress
@@ -85,10 +86,12 @@ def inspect(
     packed = quantized_modules(checkpoint)
     if packed is not None:
         merged = checkpoint.weights.merged() if isinstance(checkpoint.weights, CompressedWeights) else ()
+        activations = activations_of(checkpoint)
         result["quantized"] = {
             "average_bits": average_bits(checkpoint),
             "format": packed[0],
-            "engines": {name: verdict.describe() for name, verdict in verdicts(*packed, structure, merged).items()},
+            "engines": {name: verdict.describe() for name, verdict in verdicts(*packed, structure, merged, activations).items()},
+            **({"activations": describe_activations(activations)} if activations else {}),
         }
         if recipe is not None:
             raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
@@ -170,8 +173,9 @@ def quantize(
     try:
         with OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite) as output:
             assert isinstance(checkpoint.weights, HubWeights)
-            sink = SINKS[chosen.format](checkpoint.weights, decided.modules)
-            reports = _Work(checkpoint, decided, output, sink, device, progress or (lambda what, done, total: None)).run(windows, pool)
+            sink = SINKS[chosen.format](checkpoint.weights, decided.modules, decided.activations)
+            work = _Work(checkpoint, decided, output, sink, device, progress or (lambda what, done, total: None), seed)
+            reports = work.run(windows, pool)
             written = documents(checkpoint, decided, identity, reports, time.perf_counter() - began)
             _check_unchanged(checkpoint, seen)
             output.finish(checkpoint.path, sink.config(_config(checkpoint)), written)
@@ -271,6 +275,7 @@ class _Work:
     sink: Sink
     device: str
     progress: Progress
+    seed: int = 0
 
     def run(self, windows: Tensor | None, pool: Tensor | None = None) -> list[LayerReport]:
         """All layers that the journal does not have yet, then the rest of the model."""
@@ -310,7 +315,7 @@ class _Work:
         loaded: AbstractContextManager[nn.Module | None] = stream.loaded(sites.index) if stream else nullcontext()
         names = self.sink.parameters(sites.name + ".")
         with self.output.shard(files[0], self.sink.specs(names)) as shard, loaded as layer:
-            job = LayerJob(self.plan, self.sink, sites, shard, report, stream, layer, self.device, self.progress)
+            job = LayerJob(self.plan, self.sink, sites, shard, report, stream, layer, self.device, self.progress, self.seed)
             job.reference, job.pool = reference, streams.pool if streams else None
             job.run()
         report.seconds = round(time.perf_counter() - began, 3)

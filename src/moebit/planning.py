@@ -14,14 +14,19 @@ from typing import Any
 
 import torch
 
+from moebit.calibration.statistics import LAYER_SAMPLE
 from moebit.errors import BadInputError
 from moebit.formats import compressed_tensors
+from moebit.formats.activations import describe_activations
 from moebit.formats.engines import ANY, Verdict, check_engine, verdicts
 from moebit.formats.native import PackedSpec, average_bits
+from moebit.methods.activations import ActivationPlan, plan_activations
 from moebit.methods.awq import SAMPLE
+from moebit.methods.online import search_flops
 from moebit.model.budget import Budget, make_budget
 from moebit.model.checkpoint import Checkpoint, HubWeights
 from moebit.model.coverage import Coverage, expert_coverage
+from moebit.model.inputs import Activations
 from moebit.model.routing import not_linear
 from moebit.model.structure import LayerSites, Structure
 from moebit.recipe import BIT_WIDTHS, Recipe
@@ -109,6 +114,7 @@ class Plan:
         transforms: what is done to the weights before they are quantized, and where it can be.
         engines: what each engine makes of the output.
         routers: where the recipe works on routers: by layer, why this one cannot be aligned or realigned; None where it can.
+        inputs: which inputs are rounded and transformed as the output runs.
     """
 
     recipe: Recipe
@@ -124,6 +130,11 @@ class Plan:
     as_stored: tuple[str, ...] = ()
     transforms: Transforms = NO_TRANSFORMS
     routers: Mapping[int, str | None] = field(default_factory=dict)
+    inputs: ActivationPlan = field(default_factory=ActivationPlan)
+
+    @property
+    def activations(self) -> Activations:
+        return self.inputs.activations
 
     @property
     def chunk(self) -> dict[int, int]:
@@ -165,11 +176,17 @@ class Plan:
             "engines": {name: verdict.describe() for name, verdict in self.engines.items()},
             **({"transforms": self.transforms.describe()} if self.transforms else {}),
             **({"routers": self._describe_routers()} if self.routers else {}),
+            **({"activations": _describe_inputs(self.inputs)} if self.recipe.activations.rounded or self.activations else {}),
         }
 
     def _describe_routers(self) -> dict[str, Any]:
         left = {self.structure.layers[index].name: reason for index, reason in self.routers.items() if reason}
         return {"changed": len(self.routers) - len(left), "left": left}
+
+
+def _describe_inputs(inputs: ActivationPlan) -> dict[str, Any]:
+    """What happens to activations, for people and JSON: names of layers and counts instead of every module."""
+    return {**describe_activations(inputs.activations), "inputs_only": inputs.inputs_only, "untransformed": inputs.untransformed}
 
 
 def make_plan(
@@ -246,7 +263,8 @@ def make_plan(
     if recipe.format == compressed_tensors.METHOD and isinstance(checkpoint.weights, HubWeights):
         compressed_tensors.check(checkpoint.weights, modules)
     merged = checkpoint.weights.merged() if isinstance(checkpoint.weights, HubWeights) else ()
-    engines = verdicts(recipe.format, modules, structure, merged)
+    inputs = plan_activations(checkpoint.model, structure, recipe, modules)
+    engines = verdicts(recipe.format, modules, structure, merged, inputs.activations)
     check_engine(engine, engines)
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if recipe.needs_calibration else 0
     tokens *= 1 + recipe.calibration.pool if recipe.calibration.balance != "none" else 1
@@ -256,7 +274,7 @@ def make_plan(
         linears,
         experts,
         kept,
-        _output_size(checkpoint, linears, experts, recipe),
+        _output_size(checkpoint, linears, experts, recipe) + sum(spec.nbytes for spec in inputs.activations.transforms.values()),
         make_budget(
             checkpoint,
             structure,
@@ -267,12 +285,13 @@ def make_plan(
             hessians=recipe.needs_hessians,
             streams=1 + (recipe.router.realign != "none"),
         ),
-        _seconds(checkpoint, structure, recipe, tokens),
+        _seconds(checkpoint, structure, recipe, tokens) + _search_seconds(inputs.activations),
         coverage,
         engines,
         tuple(getattr(checkpoint.weights, "unused", ())),
         transforms,
         _routers(checkpoint, structure) if recipe.router.active else {},
+        inputs,
     )
 
 
@@ -317,7 +336,8 @@ def _spec(recipe: Recipe, name: str, shape: tuple[int, int], bits: tuple[int, ..
             f"set weights.group_size to one of {', '.join(fitting)}, "
             "or keep this module in full precision with weights.ignore"
         )
-    return PackedSpec(bits, shape, w.group_size, w.symmetric, dtype, stacked, w.type == "fp8", recipe.activations.bits)
+    engine_rounds = recipe.activations.bits if recipe.format == compressed_tensors.METHOD else 16  # native says so apart: plan.activations
+    return PackedSpec(bits, shape, w.group_size, w.symmetric, dtype, stacked, w.type == "fp8", engine_rounds)
 
 
 def _dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
@@ -359,6 +379,12 @@ def _seconds(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, token
             flops += _solve_flops(recipe, layout.experts, 2 * layout.intermediate, layout.hidden)
             flops += _solve_flops(recipe, layout.experts, layout.hidden, layout.intermediate)
     return 1 + flops / (FLOPS_PER_THREAD * torch.get_num_threads())
+
+
+def _search_seconds(activations: Activations) -> float:
+    """Of finding online transforms."""
+    found = [spec for spec in activations.transforms.values() if spec.kind == "duquant"]
+    return sum(search_flops(spec.channels, LAYER_SAMPLE, spec.count) for spec in found) / (FLOPS_PER_THREAD * torch.get_num_threads())
 
 
 def _solve_flops(recipe: Recipe, count: int, out: int, inputs: int) -> float:

@@ -17,6 +17,7 @@ from moebit.errors import BadInputError
 
 GROUP_SIZES = (-1, 32, 64, 128)
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8)
+ACTIVATION_WIDTHS = (3, 4, 5, 6, 7, 8, 16)
 
 
 class _Section(BaseModel):
@@ -68,13 +69,45 @@ class WeightsSection(_Section):
 
 
 class ActivationsSection(_Section):
-    """What the engine rounds the inputs of quantized matrices to, per token and as it runs: 16 not at all, 8 to the weights' type.
+    """What the inputs of quantized matrices are rounded to as the model runs, every token on a grid of its own.
 
-    It concerns the engine: calibration and `moebit evaluate` run with unrounded activations.
+    bits: of the inputs of quantized linears and experts and of the experts' down projections; 16 for not at all.
+    symmetric: without a zero point. clip: share of a token's range that the grid covers.
+    qkv_bits: of query, key and value, per token and head, where the architecture's attention allows it; the plan says where not.
+
+    The native format carries it: moebit's runtime and `moebit evaluate` do it. compressed-tensors has 8 bits, symmetric, which engines do.
+    Calibration runs on unrounded activations.
     """
 
-    bits: Literal[16, 8] = 16
+    bits: int = 16
     symmetric: bool = False
+    clip: float = Field(1.0, gt=0.0, le=1.0)
+    qkv_bits: int = 16
+
+    @field_validator("bits", "qkv_bits")
+    @classmethod
+    def _known_width(cls, bits: int) -> int:
+        if bits not in ACTIVATION_WIDTHS:
+            raise ValueError(f"{bits} bits: choose one of {', '.join(map(str, ACTIVATION_WIDTHS))} (16: not rounded)")
+        return bits
+
+    @property
+    def rounded(self) -> bool:
+        return min(self.bits, self.qkv_bits) < 16
+
+
+class RotationSection(_Section):
+    """Orthogonal transforms.
+
+    absorbed: in the weights, at no run-time cost (`methods/rotation.py`): `r1` of the hidden states, `r1r2` of attention's values too.
+    online: of the inputs of quantized matrices, applied as the model runs and merged into the weights (`methods/online.py`): `hadamard`,
+        random signs and Hadamard blocks, or `duquant`, rotations found on the calibration tokens. The native format carries it.
+    down: whether the experts of a layer share one in front of their down projections, or have one each.
+    """
+
+    absorbed: Literal["none", "r1", "r1r2"] = "none"
+    online: Literal["none", "hadamard", "duquant"] = "none"
+    down: Literal["shared", "expert"] = "shared"
 
 
 class SolverSection(_Section):
@@ -97,15 +130,6 @@ class SolverSection(_Section):
         if self.method == "gptq" and self.scales == "dynamic" and self.act_order:
             raise ValueError("scales: dynamic needs act_order: false (columns would need a group index each); set one of the two")
         return self
-
-
-class RotationSection(_Section):
-    """Orthogonal transforms.
-
-    absorbed: in the weights, at no run-time cost (`methods/rotation.py`): `r1` of the hidden states, `r1r2` of attention's values too.
-    """
-
-    absorbed: Literal["none", "r1", "r1r2"] = "none"
 
 
 class SmoothingSection(_Section):
@@ -198,21 +222,33 @@ class Recipe(_Section):
     format: Literal["native", "compressed-tensors", "dense"] = "native"
 
     @model_validator(mode="after")
-    def _eight_bit_activations_belong_to_eight_bit_weights(self) -> Recipe:
+    def _fp8_is_for_engines(self) -> Recipe:
         if self.weights.type == "fp8" and self.solver.method != "rtn":
             raise ValueError("weights.type: fp8 is rounded to nearest; set solver.method: rtn")
         if self.weights.type == "fp8" and self.activations.bits != 8:
             raise ValueError("weights.type: fp8 is written for engines that multiply in fp8; set activations.bits: 8")
-        if self.activations.bits == 16:
+        if self.weights.type == "fp8" and self.format != "compressed-tensors":
+            raise ValueError(f"weights.type: fp8: format {self.format} does not hold it; set format: compressed-tensors")
+        return self
+
+    @model_validator(mode="after")
+    def _the_format_says_what_happens_to_inputs(self) -> Recipe:
+        a, w = self.activations, self.weights
+        if self.format == "native" or not (a.rounded or self.rotation.online != "none"):
             return self
-        if self.format != "compressed-tensors":
+        if self.rotation.online != "none":
+            raise ValueError(f"rotation.online: {self.rotation.online}: format {self.format} has no place to say so; set format: native")
+        if self.format == "dense":
             raise ValueError(
-                f"activations.bits: 8: format {self.format} has no place to say so and moebit does not run it; "
-                "set format: compressed-tensors"
+                f"activations.bits: {a.bits}: format dense has no place to say so; set format: native, or compressed-tensors for 8 bits"
             )
-        if not self.activations.symmetric:
+        if (a.bits, a.clip, a.qkv_bits) != (8, 1.0, 16):
+            raise ValueError(
+                f"activations of {a.bits} bits (query, key and value {a.qkv_bits}, clip {a.clip}): format compressed-tensors is written "
+                "with 8 bits, clip 1.0 and whole query, key and value; set those, or format: native"
+            )
+        if not a.symmetric:
             raise ValueError("activations.bits: 8 is written for engines with symmetric activations; set activations.symmetric: true")
-        w = self.weights
         if (w.bits, w.group_size, w.symmetric, w.signed) != (8, -1, True, False):
             raise ValueError(
                 "activations.bits: 8 needs 8-bit symmetric weights with one scale per output channel; "
@@ -237,11 +273,12 @@ class Recipe(_Section):
 
     @property
     def needs_calibration(self) -> bool:
-        return self.needs_hessians or self.scales_channels or self.router.align != "none" or self.router.realign != "none"
+        looks = self.scales_channels or self.router.align != "none" or self.router.realign != "none" or self.rotation.online == "duquant"
+        return self.needs_hessians or looks
 
     @property
     def needs_hessians(self) -> bool:
-        """Whether weights are rounded by what arrives at them."""
+        """Whether weights are rounded by the second moments of what arrives at them."""
         return self.solver.method != "rtn"
 
     @property
@@ -358,19 +395,6 @@ def _drop_inactive(data: dict[str, Any]) -> None:
     calibration = data.get("calibration")
     if isinstance(calibration, dict) and calibration.get("kind", "text") != "text":
         raise BadInputError(f"recipe: calibration.kind: {calibration['kind']} is not in this version of moebit (only 'text' is)")
-    rotation = data.get("rotation")
-    if isinstance(rotation, dict):
-        rotation = data["rotation"] = dict(rotation)
-        if (online := rotation.pop("online", "none")) != "none":
-            raise BadInputError(f"recipe: rotation.online: {online} is not in this version of moebit (only 'none' is)")
-    activations = data.get("activations")
-    if isinstance(activations, dict):
-        activations = data["activations"] = dict(activations)
-        if activations.get("bits", 16) not in (16, 8):
-            raise BadInputError(f"recipe: activations.bits: {activations['bits']} is not in this version of moebit (16 and 8 are)")
-        for key, neutral in {"qkv_bits": 16, "clip": 1.0}.items():
-            if activations.pop(key, neutral) != neutral:
-                raise BadInputError(f"recipe: activations.{key} is not in this version of moebit (only {neutral!r} is)")
 
 
 def _explain(item: Any) -> str:

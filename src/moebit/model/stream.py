@@ -337,7 +337,8 @@ def read_experts(
 ) -> ExpertWeights:
     """Experts [start, stop) of the module called `name`, in `dtype`."""
     first, down, *biases = (weights.expert_rows(full, start, stop).to(dtype) for full in experts_names(name, layout))
-    return ExpertWeights(layout.stacked(first), layout.stacked(down), *biases)
+    first_bias, down_bias = biases or (None, None)
+    return ExpertWeights(layout.stacked(first), layout.stacked(down), first_bias, down_bias, start)
 
 
 @torch.no_grad()
