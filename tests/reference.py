@@ -271,3 +271,18 @@ def pack_row(values: list[int], bits: int) -> bytes:
 def unpack_row(row: bytes, bits: int, count: int) -> list[int]:
     number = int.from_bytes(row, "little")
     return [(number >> (index * bits)) & (2**bits - 1) for index in range(count)]
+
+
+def naive_round_row(row: list[float], bits: int, symmetric: bool, clip: float) -> list[float]:
+    """One token's activations on their grid. Python rounds halves to even, as IEEE does."""
+    if symmetric:
+        scale = clip * max(abs(v) for v in row) / (2 ** (bits - 1) - 1)
+        if scale == 0:
+            return [0.0] * len(row)
+        return [scale * min(max(round(v / scale), -(2 ** (bits - 1))), 2 ** (bits - 1) - 1) for v in row]
+    low, high = clip * min(0.0, *row), clip * max(0.0, *row)
+    scale = (high - low) / (2**bits - 1)
+    if scale == 0:
+        return [0.0] * len(row)
+    zero = round(-low / scale)
+    return [scale * (min(max(round(v / scale) + zero, 0), 2**bits - 1) - zero) for v in row]

@@ -44,6 +44,19 @@ def test_presets_compare_rounding_alone(bits: int) -> None:
     assert not rtn.needs_calibration
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_presets_of_moequant_differ_from_their_baselines_in_the_method_alone(bits: int) -> None:
+    for suffix, group in (("", -1), ("-g128", 128)):
+        moequant, quarot = load_recipe(f"moequant-w{bits}{suffix}"), load_recipe(f"quarot-gptq-w{bits}{suffix}")
+        gptq = load_recipe(f"gptq-w{bits}", {"weights.group_size": group})
+        assert (moequant.rotation.absorbed, moequant.solver.affinity_power) == ("r1", 1)
+        assert load_recipe(moequant, {"solver.affinity_power": 0}) == quarot
+        assert load_recipe(quarot, {"rotation.absorbed": "none"}) == gptq
+        awq = load_recipe(f"moequant-awq-w{bits}{suffix}")
+        assert (awq.solver.method, awq.solver.affinity_power, awq.weights.group_size) == ("awq", 1, group)
+    assert load_recipe(awq, {"solver.affinity_power": 0}) == load_recipe(f"awq-w{bits}")
+
+
 def test_the_default_is_gptq_w4() -> None:
     assert load_recipe(None) == load_recipe("gptq-w4")
 
@@ -173,13 +186,27 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ({"calibration": {"samples": 0}}, r"calibration\.samples"),
         ({"version": 2}, "version"),
         ({"format": "gguf"}, "format.*native.*compressed-tensors.*dense"),
-        ({"activations": {"bits": 8}}, r"activations\.bits: 8.*native.*compressed-tensors"),
+        ({"activations": {"bits": 2}}, r"activations\.bits: 2 bits.*3, 4, 5, 6, 7, 8, 16"),
+        ({"activations": {"qkv_bits": 9}}, r"activations\.qkv_bits: 9 bits.*3, 4"),
+        ({"activations": {"clip": 0}}, r"activations\.clip"),
+        ({"activations": {"clip": 1.1}}, r"activations\.clip"),
         ({"activations": {"bits": 8}, "format": "dense"}, r"activations\.bits: 8.*dense.*compressed-tensors"),
+        ({"activations": {"qkv_bits": 4}, "format": "dense"}, "dense has no place"),
+        ({"activations": {"bits": 4}, "format": "compressed-tensors"}, "4 bits.*format: native"),
+        ({"activations": {"bits": 8, "symmetric": True, "clip": 0.9}, "format": "compressed-tensors"}, r"clip 0\.9.*format: native"),
+        ({"activations": {"bits": 8, "symmetric": True, "qkv_bits": 8}, "format": "compressed-tensors"}, "query, key and value 8"),
+        ({"rotation": {"online": "hadamard"}, "format": "compressed-tensors"}, r"rotation\.online: hadamard.*format: native"),
+        ({"rotation": {"online": "magic"}}, r"rotation\.online.*hadamard.*duquant"),
+        ({"rotation": {"down": "all"}}, r"rotation\.down.*shared.*expert"),
         ({"activations": {"bits": 8}, "format": "compressed-tensors"}, r"activations\.symmetric: true"),
         ({"activations": {"bits": 8, "symmetric": True}, "format": "compressed-tensors"}, r"weights\.bits: 8.*weights\.group_size: -1"),
         ({"weights": {"type": "fp8"}}, r"weights: type: fp8.*group_size: -1"),
         ({"weights": FP8}, r"weights\.type: fp8.*solver\.method: rtn"),
         ({"weights": FP8, "solver": {"method": "rtn"}}, r"weights\.type: fp8.*activations\.bits: 8"),
+        (
+            {"weights": FP8, "solver": {"method": "rtn"}, "activations": {"bits": 8, "symmetric": True}},
+            r"weights\.type: fp8.*native.*format: compressed-tensors",
+        ),
     ],
 )
 def test_values_that_cannot_be(data: dict[str, Any], says: str) -> None:
@@ -192,6 +219,59 @@ def test_values_that_cannot_be(data: dict[str, Any], says: str) -> None:
 def test_values_that_can(bits: int, group_size: int) -> None:
     recipe = load_recipe({"weights": {"bits": bits, "group_size": group_size}, "solver": {"scales": "dynamic", "act_order": False}})
     assert (recipe.weights.bits, recipe.weights.group_size, recipe.solver.scales) == (bits, group_size, "dynamic")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"router": {"bits": 2}}, r"router.bits: 2 bits: choose 3 to 8"),
+        ({"router": {"align": "kl"}}, r"router: align: kl .*set bits: 8"),
+        ({"router": {"bits": 8, "align": "kl", "top_share": 1.5}}, r"router.top_share"),
+        ({"router": {"aling": "kl"}}, r"router.aling: unknown key; did you mean 'align'"),
+        ({"calibration": {"balance": 0}}, r"calibration.balance: 0: a positive ratio"),
+        ({"calibration": {"balance": "much"}}, r"calibration.balance: 'much'"),
+        ({"calibration": {"balance": True}}, r"calibration.balance: True"),
+        ({"smoothing": {"alpha": 1.5}}, r"smoothing.alpha"),
+        ({"smoothing": {"kind": "awq"}}, r"smoothing.kind"),
+        ({"calibration": {"balance": 2}, "solver": {"method": "rtn"}}, r"calibration.balance: .*set solver.method: gptq"),
+    ],
+)
+def test_routers_and_balance_that_cannot_be(data: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInputError, match=says):
+        load_recipe(data)
+
+
+def test_what_looks_at_tokens_needs_them() -> None:
+    for router in ({"realign": "ridge"}, {"bits": 8, "align": "kl"}):
+        recipe = load_recipe({"router": router, "solver": {"method": "rtn"}})
+        assert recipe.needs_calibration
+        assert not recipe.needs_hessians
+    assert not load_recipe({"router": {"bits": 8}, "solver": {"method": "rtn"}}).needs_calibration
+    assert load_recipe({"calibration": {"balance": 2}}).calibration.balance == 2.0
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 7, 8])
+def test_rounded_activations(bits: int) -> None:
+    given = {"bits": bits, "symmetric": bits % 2 == 0, "clip": 0.9, "qkv_bits": bits}
+    assert load_recipe({"activations": given}).activations.model_dump() == given
+
+
+@pytest.mark.parametrize("online", ["none", "hadamard", "duquant"])
+def test_what_needs_text(online: str) -> None:
+    """Hadamard rotations are drawn, DuQuant's are found on tokens."""
+    rtn = load_recipe({"solver": {"method": "rtn"}, "rotation": {"online": online, "absorbed": "none"}})
+    assert rtn.rotation.online == online
+    assert (rtn.needs_calibration, rtn.needs_hessians) == (online == "duquant", False)
+    assert load_recipe({"rotation": {"online": online}}).needs_hessians
+
+
+def test_presets_with_rounded_activations_differ_in_the_rotation_alone() -> None:
+    recipes = {online: load_recipe(f"{name}-w4a4") for name, online in (("rtn", "none"), ("hadamard", "hadamard"), ("duquant", "duquant"))}
+    assert {online: recipe.rotation.online for online, recipe in recipes.items()} == {online: online for online in recipes}
+    first = recipes["none"]
+    assert all(load_recipe(recipe, {"rotation.online": "none"}) == first for recipe in recipes.values())
+    assert (first.weights.bits, first.weights.group_size, first.weights.symmetric, first.solver.clip_search) == (4, -1, False, True)
+    assert first.activations.model_dump() == {"bits": 4, "symmetric": False, "clip": 0.9, "qkv_bits": 4}
 
 
 # --- the parts of the recipe language that this version lacks
@@ -213,17 +293,9 @@ def test_what_is_switched_off_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        ({"activations": {"bits": 4}}, "activations.bits: 4"),
-        ({"activations": {"qkv_bits": 8}}, "activations.qkv_bits"),
-        ({"activations": {"clip": 0.9}}, "activations.clip"),
-        ({"router": {"realign": "ridge"}}, "router.realign: ridge"),
-        ({"smoothing": {"kind": "smoothquant"}}, "smoothing.kind: smoothquant"),
-        ({"rotation": {"absorbed": "r1"}}, "rotation.absorbed: r1"),
         ({"allocation": {"kind": "fuzzy"}}, "allocation.kind: fuzzy"),
         ({"switching": {"share": 0.01}}, "switching.share: 0.01"),
         ({"calibration": {"kind": "ebss"}}, "calibration.kind: ebss"),
-        ({"calibration": {"balance": 2}}, "calibration.balance"),
-        ({"solver": {"method": "awq"}}, "solver.method: awq"),
     ],
 )
 def test_what_is_switched_on_is_refused_by_name(data: dict[str, Any], says: str) -> None:

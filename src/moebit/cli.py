@@ -316,6 +316,8 @@ def _show_structure(result: dict[str, Any]) -> None:
     out.print(table)
     if "quantized" in result:
         out.print(f"quantized: {result['quantized']['format']}, {result['quantized']['average_bits']:.3f} bits per quantized weight")
+        if "activations" in result["quantized"]:
+            _show_activations(result["quantized"]["activations"])
         _show_engines(result["quantized"]["engines"])
     if result["shipped"]:
         out.print(f"shipped quantized: {result['shipped']['scheme']}, read as {result['shipped']['read_as']}")
@@ -334,6 +336,8 @@ def _show_plan(plan: dict[str, Any], before: int | None) -> None:
     table.add_row("peak memory, about", size(plan["peak_memory_bytes"]))
     table.add_row("time, about", _duration(plan["seconds"]))
     out.print(table)
+    if "activations" in plan:
+        _show_activations(plan["activations"])
     if plan["peak_memory_bytes"] > plan["memory"]:
         out.print(f"[yellow]more than --memory {size(plan['memory'])}[/yellow]: the smallest pieces of this model need that much")
     _show_engines(plan["engines"])
@@ -348,6 +352,28 @@ def _show_plan(plan: dict[str, Any], before: int | None) -> None:
         )
     if plan["unquantized_expert_share"]:
         out.print(f"[yellow]{plan['unquantized_expert_share']:.1%} of the expert parameters[/yellow] stay in full precision")
+
+
+def _show_activations(said: dict[str, Any]) -> None:
+    """How inputs are rounded and rotated, and where not."""
+
+    def grid(part: dict[str, Any]) -> str:
+        kind = "symmetric" if part["symmetric"] else "asymmetric"
+        return f"{part['bits']} bits per token, {kind}, clip {part['clip']}"
+
+    if said["inputs"]:
+        out.print(f"inputs: {grid(said['inputs'])}")
+    if said["attention"]:
+        out.print(f"query, key and value: {grid(said['attention'])}, in {said['attention']['modules']} attention modules")
+    if said["transforms"]:
+        out.print(f"inputs rotated: {said['transforms']['kind']}, {said['transforms']['count']} transforms")
+    for key, what in (("inputs_only", "query, key and value stay whole in"), ("untransformed", "not rotated:")):
+        reasons: dict[str, list[str]] = {}
+        for name, why in said.get(key, {}).items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            out.print(f"[yellow]{what}[/yellow] {escape(names[0])}{more}: {escape(why)}")
 
 
 def _show_engines(engines: dict[str, Any]) -> None:

@@ -39,6 +39,15 @@ def documents(
     }
 
 
+def _inputs(plan: Plan) -> str:
+    """What happens to activations as the model runs."""
+    a, rotation = plan.recipe.activations, plan.recipe.rotation.online
+    said = [f"inputs are rotated ({rotation})"] if plan.activations.transforms else []
+    said += [f"inputs are rounded to {a.bits} bits per token"] if a.bits < 16 else []
+    said += [f"query, key and value to {a.qkv_bits}"] if plan.activations.attention_modules else []
+    return f"As it runs, {', '.join(said)}.\n" if said else ""
+
+
 def _card(checkpoint: Checkpoint, plan: Plan) -> str:
     base = checkpoint.path.name
     w, s = plan.recipe.weights, plan.recipe.solver
@@ -51,7 +60,7 @@ def _card(checkpoint: Checkpoint, plan: Plan) -> str:
         f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [moebit, quantized, moe]\n---\n\n# {base}, quantized\n\n"
         f"{base}, quantized by moebit: {s.method}, {w.bits} bits, {'symmetric' if w.symmetric else 'asymmetric'}, "
         f"{'per channel' if w.group_size == -1 else f'groups of {w.group_size}'}, scope {w.scope}; "
-        f"{plan.average_bits:.3f} bits per quantized weight on disk.\n{shipped}"
+        f"{plan.average_bits:.3f} bits per quantized weight on disk.\n{_inputs(plan)}{shipped}"
         f"Runs in: {', '.join(name for name, verdict in plan.engines.items() if verdict.runs)}.\n"
         f"`recipe.yaml` is the exact recipe, `report.json` says what happened in each layer.\n\n```python\n{load}\n```\n"
     )

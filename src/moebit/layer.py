@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -13,17 +14,29 @@ from moebit.calibration.statistics import ExpertMoments, down_layer_hessians, la
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
 from moebit.formats.sink import Sink
+from moebit.methods.alignment import AdjustedRouter, adjust_router, search_rounded
+from moebit.methods.awq_layer import LayerAWQ, Rounding
+from moebit.methods.balance import Drawn, draw
+from moebit.methods.online import check_orthogonal, duquant_transform, hadamard_transform, site_generator
+from moebit.methods.smooth_layer import LayerSmoothing
+from moebit.methods.smoothing import outlier_factors
+from moebit.model.edits import EditedWeights
 from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slots, dispatch, finish, intermediate
 from moebit.model.files import ShardFile
-from moebit.model.stream import Stream, experts_names, read_experts
+from moebit.model.inputs import DOWN, FIRST
+from moebit.model.routing import Replace, Routing
+from moebit.model.stream import Stream, add_outputs, experts_names, read_experts
 from moebit.model.structure import LayerSites, LinearGroup
 from moebit.planning import Plan
 from moebit.recipe import Recipe
 from moebit.tensor import QTensor, QuantScheme, SolveInfo, add_second_moment, mirror_, solve_gptq, solve_rtn
+from moebit.tensor.blocks import BlockTransform
+from moebit.tensor.linalg import filled_diagonal
 
 Progress = Callable[[str, int, int], None]
 ROWS = 4096  # tokens that are looked at together where nothing else sets a limit
 ERROR_WEIGHTS = 2**20  # weights whose errors are summed together
+SAMPLED_EXPERTS, SAMPLED_SLOTS = 16, 128  # that a transform of down projections is made from: experts, and tokens of each
 
 
 @dataclass
@@ -34,6 +47,9 @@ class LayerReport:
         linears: per quantized linear: bits, weight_error (|dW|^2 / |W|^2), damping, fallback.
         tokens_per_expert: routed slots in the calibration text.
         experts: per projection, lists over experts: bits, weight_error, damping, fallback.
+        smoothing: which channels were scaled (methods/smooth_layer.py).
+        router: what was done to the router (methods/alignment.py). balance: which experts drew further tokens (methods/balance.py).
+        scales: AWQ's exponent behind every norm and linear, and for every expert's down.
     """
 
     layer: int
@@ -41,6 +57,10 @@ class LayerReport:
     tokens_per_expert: list[int] = field(default_factory=list)
     experts: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     seconds: float = 0.0
+    smoothing: dict[str, Any] = field(default_factory=dict)
+    router: dict[str, Any] = field(default_factory=dict)
+    balance: dict[str, Any] = field(default_factory=dict)
+    scales: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fallbacks(self) -> int:
@@ -52,12 +72,21 @@ class LayerReport:
         return sum(count == 0 for count in self.tokens_per_expert)
 
 
+def scheme_of(recipe: Recipe, scale_dtype: torch.dtype) -> QuantScheme:
+    """The recipe's grid, with scales of one type."""
+    grid = recipe.weights
+    return QuantScheme(grid.group_size, grid.symmetric, grid.signed, scale_dtype, grid.type == "fp8")
+
+
 def solve(
     recipe: Recipe, w_EOI: Tensor, h_EII: Tensor | None, bits_E: Tensor, scale_dtype: torch.dtype, device: str
 ) -> tuple[QTensor, SolveInfo | None]:
-    """Round a stack of matrices as the recipe says: to nearest without a Hessian, else with GPTQ."""
-    solver, grid = recipe.solver, recipe.weights
-    scheme = QuantScheme(grid.group_size, grid.symmetric, grid.signed, scale_dtype, grid.type == "fp8")
+    """Round a stack of matrices as the recipe says: to nearest without a Hessian (awq: with it, for the clipping), else with GPTQ."""
+    solver = recipe.solver
+    scheme = scheme_of(recipe, scale_dtype)
+    if solver.method == "awq" and h_EII is not None:
+        importance = filled_diagonal(h_EII.to(device))
+        return solve_rtn(w_EOI.to(device), bits_E, scheme, importance_EI=importance, clip_search=solver.clip_search), None
     if h_EII is None:
         return solve_rtn(w_EOI.to(device), bits_E, scheme, clip_search=solver.clip_search), None
     return solve_gptq(
@@ -81,6 +110,10 @@ class LayerJob:
         layer: the loaded layer, where there is a stream.
         device: where matrices are solved.
         progress: called with ("experts", done, total) after every chunk.
+        reference: what the router of the full-precision model says to the calibration tokens, where the recipe compares with it.
+        pool: further windows before this layer, for experts that get too few tokens.
+        outliers: channels between up and down that were scaled, by expert.
+        seed: of the online transforms; those that are made, by name.
     """
 
     plan: Plan
@@ -92,26 +125,116 @@ class LayerJob:
     layer: nn.Module | None
     device: str
     progress: Progress
+    seed: int = 0
+    transforms: dict[str, BlockTransform] = field(default_factory=dict)
+    reference: Routing | None = None
+    pool: Stream | None = None
+    outliers: dict[int, int] = field(default_factory=dict)
 
     def run(self) -> None:
         """Attention and whatever else runs before the experts, then shared experts, routed experts, and what runs behind them."""
+        self._smooth()
+        if self.plan.recipe.solver.method == "awq" and self.stream is not None:
+            self._scale(self.stream)
         before, beside, behind = self._in_order()
         inputs: dict[int, Tensor] = {}
         for number in before:
             self._quantize_group(number, inputs)
         if self.sites.moe is None:
             self._finish_layer(None, None)
+            if self.pool:
+                self.pool.run(self.sites.index, advance=True)
             return
+        adjusted = self._adjust_router()
         # What the layer puts out without its experts is worth keeping only if nothing in it changes any more.
         final = self.stream is not None and not any(self._quantized(self.sites.groups[number]) for number in (*beside, *behind))
-        without = self.stream.store.allocate(tuple(self.stream.hidden.shape), self.stream.dtype) if self.stream and final else None
-        routed = self.stream.capture_routing(self.sites.index, without) if self.stream else None
+        routed, without = _capture(self.stream, self.sites.index, final) if self.stream else (None, None)
+        pooled, pool_without = _capture(self.pool, self.sites.index, final) if self.pool else (None, None)
+        if adjusted and routed:
+            self.report.router = adjusted.described(routed.ids)
         for number in beside:
             self._quantize_group(number, inputs, routed)
-        outputs = self._experts(routed)
+        outputs, pool_outputs = self._experts(routed, pooled)
         for number in behind:
             self._quantize_group(number, inputs, outputs=outputs)
         self._finish_layer(outputs, without)
+        if self.pool and pool_outputs is not None:
+            self.pool.advance_by(self.sites.index, pool_outputs, pool_without)
+
+    def _smooth(self) -> None:
+        """Scale channels, where the recipe says so, before anything is rounded."""
+        recipe, plan = self.plan.recipe.smoothing, self.plan
+        if recipe.kind == "none" or self.stream is None or self.layer is None:
+            return
+        weights, balance = self.sink.weights, plan.recipe.calibration.balance
+        assert isinstance(weights, EditedWeights)
+        smoothed = LayerSmoothing(
+            self.stream, self.sites, plan.transforms.scales[self.sites.index], recipe, weights, frozenset((*plan.linears, *plan.experts)),
+            plan.chunk.get(self.sites.index, 1), self.pool, 0.0 if balance == "none" else float(balance),
+        ).run()  # fmt: skip
+        weights.add(smoothed.edits)
+        weights.refresh(self.layer, self.sites.name, smoothed.edits)
+        self.report.smoothing = smoothed.describe()
+
+    def _without_outliers(
+        self, name: str, module: nn.Module, weights: ExpertWeights, inputs: _ExpertInputs, start: int, stop: int
+    ) -> ExpertWeights:
+        """Outlier channels between up and down moved into down, where the recipe says so and h is linear in up."""
+        scales = self.plan.transforms.scales
+        wanted = self.plan.recipe.smoothing.kind == "expert_aware" and name in self.plan.experts
+        if not wanted or not scales[self.sites.index].experts or inputs.layout.bias:  # a bias is stored as it is
+            return weights
+        factors = outlier_factors(*inputs.extremes(module, weights.to(self._dtype), start, stop)).float()
+        self.outliers |= dict(zip(range(start, stop), (factors > 1).sum(1).tolist(), strict=True))
+        first = weights.first.float().clone()
+        first[:, inputs.layout.rows("up_proj")] /= factors.unsqueeze(2)
+        return ExpertWeights(first, weights.down.float() * factors.unsqueeze(1))
+
+    def _adjust_router(self) -> AdjustedRouter | None:
+        """Correct and round the router, where the recipe says so: from here on it runs, and is written, as it will be."""
+        moe, recipe = self.sites.moe, self.plan.recipe.router
+        if not recipe.active or moe is None:
+            return None
+        reason, name = self.plan.routers[self.sites.index], f"{self.sites.name}.{moe.router}.weight"
+        if moe.router is None or name in self.sink.weights.stored_together() or (reason and recipe.bits == 16):
+            self.report.router = {"skipped": dict.fromkeys(recipe.wanted, reason)}
+            return None
+        weight = self.sink.weights.parameter(name)
+        if self.stream is None:
+            self._replace(name, search_rounded(weight, recipe.bits, weight.dtype))
+            self.report.router = {"bits": recipe.bits}
+            return None
+        adjusted = adjust_router(self.stream, self.sites, recipe, weight, self.reference, reason)
+        if adjusted.weight is not None:
+            self._replace(name, adjusted.weight)
+        return adjusted
+
+    def _replace(self, name: str, value: Tensor) -> None:
+        """Another value for a parameter, in the layer and in what is written."""
+        weights = self.sink.weights
+        assert isinstance(weights, EditedWeights)
+        weights.add({name: (Replace(value),)})
+        if self.layer is not None:
+            weights.refresh(self.layer, self.sites.name, [name])
+
+    def _scale(self, stream: Stream) -> None:
+        """Scale channels up where that spares the large ones some rounding (methods/awq.py), in the loaded layer and what is written."""
+        weights, name, plan = self.sink.weights, self.sites.name, self.plan
+        assert isinstance(weights, EditedWeights)
+        assert self.layer is not None
+
+        def rounding(spec: PackedSpec) -> Rounding:
+            return Rounding(spec.bits, scheme_of(plan.recipe, spec.scale_dtype))
+
+        linears = {full: rounding(spec) for full, spec in plan.linears.items() if full.startswith(f"{name}.")}
+        parts = plan.experts.get(f"{name}.{self.sites.moe.experts}", {}) if self.sites.moe else {}
+        experts = {projection: rounding(spec) for projection, spec in parts.items()}
+        scales, chunk = plan.transforms.scales[self.sites.index], plan.chunk.get(self.sites.index, 1)
+        power = plan.recipe.solver.affinity_power
+        found = LayerAWQ(stream, self.sites, scales, weights, linears, experts, chunk, power, self.device).run()
+        weights.add(found.edits)
+        weights.refresh(self.layer, name, found.edits)
+        self.report.scales = found.report
 
     def _in_order(self) -> tuple[list[int], list[int], list[int]]:
         """Groups by when they can be solved: before the experts, from the experts' own input, behind the experts."""
@@ -125,27 +248,28 @@ class LayerJob:
                 before.append(number)
         return before, beside, behind
 
-    def _group_hessian(
+    def _group_statistics(
         self, number: int, inputs: dict[int, Tensor], routed: RoutedTokens | None = None, outputs: Tensor | None = None
-    ) -> Tensor | None:
-        """Second moment [N, N] of a group's input: from a stored input where there is one, else by running the layer up to it.
+    ) -> _Statistics | None:
+        """Of a group's input: from a stored input where there is one, else by running the layer up to it.
 
         Args:
             inputs: stored inputs of groups that others are replayed from, by number; added to.
             outputs: of the routed experts, for what runs behind them.
         """
         group = self.sites.groups[number]
-        if self.stream is None or not self._quantized(group):
+        recipe = self.plan.recipe
+        if self.stream is None or not self._quantized(group) or not (recipe.needs_hessians or recipe.rotation.online == "duquant"):
             return None
+        seen_by = self._new_statistics(group)
         if routed is not None and group.moe_input:
-            return self._moment(routed.x)
+            return self._over_stored(seen_by, routed.x)
         if group.replay is not None:
             origin = self.sites.groups[group.replay_of] if group.replay_of is not None else None
             if routed is not None and (origin is None or origin.moe_input):
-                return self._replayed_hessian(group, routed.x)
+                return self._replayed(seen_by, group, routed.x)
             if group.replay_of in inputs:
-                return self._replayed_hessian(group, inputs[group.replay_of])
-        total = torch.zeros(group.in_features, group.in_features)
+                return self._replayed(seen_by, group, inputs[group.replay_of])
         stream, seen = self.stream, 0
         keep = any(other.replay_of == number for other in self.sites.groups)
         kept = stream.store.allocate((stream.windows.numel(), group.in_features), stream.dtype) if keep else None
@@ -153,7 +277,7 @@ class LayerJob:
         def on_input(x: Tensor) -> None:
             nonlocal seen
             flat = x.reshape(-1, x.shape[-1])
-            add_second_moment(total, flat)
+            seen_by.add(flat)
             if kept is not None:
                 kept[seen : seen + len(flat)] = flat
                 seen += len(flat)
@@ -163,7 +287,20 @@ class LayerJob:
         stream.run(self.sites.index, inputs={group.names[0]: on_input}, experts=experts)
         if kept is not None:
             inputs[number] = kept
-        return mirror_(total)
+        return seen_by
+
+    def _new_statistics(self, group: LinearGroup) -> _Statistics:
+        assert self.stream is not None
+        total = torch.zeros(group.in_features, group.in_features) if self.plan.recipe.needs_hessians else None
+        return _Statistics(total, layer_sample(self.stream.windows.numel()))
+
+    def _over_stored(self, seen_by: _Statistics, x_TN: Tensor) -> _Statistics:
+        """Of stored inputs, which may lie in a file."""
+        assert self.stream is not None
+        for piece in x_TN.split(ROWS):
+            seen_by.add(piece)
+            self.stream.store.release()
+        return seen_by
 
     def _moment(self, x_TN: Tensor) -> Tensor:
         """[N, N] second moment of stored inputs, which may lie in a file."""
@@ -174,15 +311,15 @@ class LayerJob:
             self.stream.store.release()
         return mirror_(total)
 
-    def _replayed_hessian(self, group: LinearGroup, x_TN: Tensor) -> Tensor:
+    def _replayed(self, seen_by: _Statistics, group: LinearGroup, x_TN: Tensor) -> _Statistics:
         """The same for a group behind an already quantized one, by running only the module around it (a shared expert, a dense MLP)."""
         assert self.stream is not None
         assert self.layer is not None
         assert group.replay is not None
-        module, total = self.layer.get_submodule(group.replay), torch.zeros(group.in_features, group.in_features)
+        module = self.layer.get_submodule(group.replay)
 
         def on_call(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-            add_second_moment(total, args[0].reshape(-1, args[0].shape[-1]))
+            seen_by.add(args[0].reshape(-1, args[0].shape[-1]))
 
         hook = self.layer.get_submodule(group.names[0]).register_forward_pre_hook(on_call)
         try:
@@ -192,7 +329,7 @@ class LayerJob:
                     self.stream.store.release()
         finally:
             hook.remove()
-        return mirror_(total)
+        return seen_by
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -209,7 +346,11 @@ class LayerJob:
         self, number: int, inputs: dict[int, Tensor], routed: RoutedTokens | None = None, outputs: Tensor | None = None
     ) -> None:
         """Solve linears that share an input, those of one width as one matrix: their rows stacked, one factorisation."""
-        group, hessian = self.sites.groups[number], self._group_hessian(number, inputs, routed, outputs)
+        group, statistics = self.sites.groups[number], self._group_statistics(number, inputs, routed, outputs)
+        hessian = statistics.hessian if statistics else None
+        transform = self._transform_of(group, statistics)
+        if transform is not None and hessian is not None:
+            hessian = transform.moments(hessian)
         by_grid: dict[tuple[tuple[int, ...], torch.dtype], list[str]] = {}
         for name in self._quantized(group):
             spec = self.plan.linears[f"{self.sites.name}.{name}"]
@@ -218,16 +359,40 @@ class LayerJob:
             matrices = [self.sink.weights.parameter(f"{self.sites.name}.{name}.weight") for name in names]
             h = None if hessian is None else hessian.unsqueeze(0)
             together = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+            together = together if transform is None else transform.apply(together.float())
             q, info = self._solve(together.unsqueeze(0), h, torch.tensor(bits), scale_dtype)
             begin = 0
             for name, matrix in zip(names, matrices, strict=True):
-                self._put_linear(name, matrix, _rows(q, slice(begin, begin + len(matrix))), info)
+                self._put_linear(name, matrix, _rows(q, slice(begin, begin + len(matrix))), info, transform)
                 begin += len(matrix)
 
-    def _put_linear(self, name: str, matrix: Tensor, q: QTensor, info: SolveInfo | None) -> None:
-        """Write one quantized linear, report it, and put it in place for what runs after it."""
+    def _transform_of(self, group: LinearGroup, statistics: _Statistics | None) -> BlockTransform | None:
+        """The online transform of a group's input."""
+        reads = {self.plan.activations.reads.get(f"{self.sites.name}.{name}") for name in self._quantized(group)}
+        name = next(iter(reads - {None}), None)
+        return None if name is None else self._transform(name, statistics.sample if statistics else None)
+
+    def _transform(self, name: str, sample: Tensor | None) -> BlockTransform:
+        """An online transform, made from a sample [S, N] of the input where it wants one, and written, when it is first asked for."""
+        if name not in self.transforms:
+            spec, generator = self.plan.activations.transforms[name], site_generator(self.seed, name)
+            if spec.kind == "hadamard":
+                made = hadamard_transform(spec.channels, generator, spec.count)
+            else:
+                assert sample is not None
+                made = duquant_transform(sample.unsqueeze(0), generator)
+            self._keep_transform(name, made)
+            self.transforms[name] = made
+        return self.transforms[name]
+
+    def _keep_transform(self, name: str, made: BlockTransform, start: int = 0) -> None:
+        check_orthogonal(made, self.plan.activations.transforms[name].channels, name)
+        self.sink.put_transform(self.shard, name, made, start)
+
+    def _put_linear(self, name: str, matrix: Tensor, q: QTensor, info: SolveInfo | None, transform: BlockTransform | None) -> None:
+        """Write one quantized linear, report it, and put it in place for what runs after it: on inputs as they are."""
         self.sink.put_linear(self.shard, f"{self.sites.name}.{name}", q)
-        value = self.sink.used(q, self._dtype)[0]
+        value = self._on_plain_inputs(self.sink.used(q, self._dtype), transform)[0]
         self.report.linears[name] = {
             "bits": int(q.bits[0]),
             "weight_error": relative_error(value.unsqueeze(0), matrix.unsqueeze(0))[0],
@@ -238,29 +403,89 @@ class LayerJob:
             self.layer.get_submodule(name).weight = nn.Parameter(value, requires_grad=False)
 
     @torch.no_grad()
-    def _experts(self, routed: RoutedTokens | None) -> Tensor | None:
-        """Solve and write the routed experts chunk by chunk; returns their outputs [T, H] for every token."""
+    def _experts(self, routed: RoutedTokens | None, pooled: RoutedTokens | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Solve and write the routed experts chunk by chunk; returns their outputs [T, H] for every token, and for those of the pool."""
         moe = self.sites.moe
         assert moe is not None
         name = f"{self.sites.name}.{moe.experts}"
         layout, step = moe.layout, self.plan.chunk[self.sites.index]
         module = self.sink.weights.model.get_submodule(name)
         wanted = experts_names(name, layout)
-        inputs = self._chunk_inputs(routed, layout) if routed is not None else None
+        inputs = self._chunk_inputs(routed, layout, pooled) if routed is not None else None
+        self._experts_transforms(name, layout, module, inputs)
         for start in range(0, layout.experts, step):
             stop = min(start + step, layout.experts)
             self.sink.weights.expect(wanted, stop, min(stop + step, layout.experts))
             self._solve_chunk(name, layout, module, start, stop, inputs)
             self.progress("experts", stop, layout.experts)
-        return inputs.outputs if inputs else None
+        if self.outliers:
+            self.report.smoothing["outliers"] = [self.outliers[e] for e in range(layout.experts)]
+        return (inputs.outputs if inputs else None), (inputs.pool.outputs if inputs and inputs.pool else None)
 
-    def _chunk_inputs(self, routed: RoutedTokens, layout: ExpertsLayout) -> _ExpertInputs:
+    def _experts_transforms(self, name: str, layout: ExpertsLayout, module: nn.Module, inputs: _ExpertInputs | None) -> None:
+        """The online transforms that all experts share, before the first of them is solved.
+
+        That of the down projections is made from what the gate and up projections of some experts, not quantized yet, deliver.
+        """
+        specs = self.plan.activations.transforms
+        if f"{name}.{FIRST}" in specs:
+            self._transform(f"{name}.{FIRST}", inputs.sample if inputs else None)
+        spec = specs.get(f"{name}.{DOWN}")
+        if spec is None or (spec.count > 1 and spec.kind == "duquant"):  # the latter: chunk by chunk, from each expert's own tokens
+            return
+        sample = None
+        if spec.kind == "duquant":
+            assert inputs is not None
+            some = layer_sample(layout.experts, SAMPLED_EXPERTS).tolist()
+            sample = torch.cat([self._down_sample(name, layout, module, inputs, e) for e in some])
+        self._transform(f"{name}.{DOWN}", sample)
+
+    def _down_sample(self, name: str, layout: ExpertsLayout, module: nn.Module, inputs: _ExpertInputs, expert: int) -> Tensor:
+        """[S, I] some inputs of an expert's down projection as the checkpoint has it; of the layer's tokens if it has none of its own."""
+        weights = read_experts(self.sink.weights, name, layout, expert, expert + 1, self._dtype)
+        weights = self._without_outliers(name, module, weights, inputs, expert, expert + 1).to(self._dtype)
+        own = inputs.slots.chunk(expert, expert + 1).tokens
+        x = inputs.x[own[layer_sample(len(own), SAMPLED_SLOTS)]] if len(own) else inputs.sample[:SAMPLED_SLOTS]
+        return intermediate(module, x, weights, [0, len(x)])
+
+    def _expert_transforms(
+        self, name: str, module: nn.Module, weights: ExpertWeights, start: int, inputs: _ExpertInputs | None, h: Tensor | None
+    ) -> BlockTransform | None:
+        """Of the down projections of some experts: the shared one, or their own."""
+        spec = self.plan.activations.transforms.get(name)
+        if spec is None:
+            return None
+        stop = start + len(weights.down)
+        if name in self.transforms:
+            return self.transforms[name].of(start, stop)
+        assert inputs is not None
+        assert h is not None
+        made = duquant_transform(inputs.down_samples(module, weights, start, stop, h), site_generator(self.seed, f"{name}.{start}"))
+        self._keep_transform(name, made, start)
+        return made
+
+    def _chunk_inputs(self, routed: RoutedTokens, layout: ExpertsLayout, pooled: RoutedTokens | None = None) -> _ExpertInputs:
         assert self.stream is not None
         self.report.tokens_per_expert = routed.counts(layout.experts).tolist()
         sample = routed.x[layer_sample(len(routed.x))]
-        h_layer = self._moment(routed.x).div_(len(routed.x))
+        h_layer = self._moment(routed.x).div_(len(routed.x)) if self.plan.recipe.needs_hessians else torch.empty(0)
         slots = dispatch(routed.ids, routed.weights, layout.experts)
-        return _ExpertInputs(self.stream, routed.x, slots, sample, h_layer, self.stream.new_outputs(routed))
+        balanced = self.plan.recipe.calibration.balance != "none"
+        pool = self._pool_inputs(routed, layout, pooled) if pooled is not None else None
+        if balanced and pool is None:  # the texts have no further windows
+            self.report.balance = self._drawn(routed, layout, routed.ids[:0]).describe()
+        return _ExpertInputs(self.stream, layout, routed.x, slots, sample, h_layer, self.stream.new_outputs(routed), pool)
+
+    def _pool_inputs(self, routed: RoutedTokens, layout: ExpertsLayout, pooled: RoutedTokens) -> _PoolInputs:
+        assert self.pool is not None
+        drawn = self._drawn(routed, layout, pooled.ids)
+        self.report.balance = drawn.describe()
+        extra, slots = (dispatch(ids, pooled.weights, layout.experts) for ids in (drawn.ids, pooled.ids))
+        return _PoolInputs(self.pool, pooled.x, slots, extra, self.pool.new_outputs(pooled))
+
+    def _drawn(self, routed: RoutedTokens, layout: ExpertsLayout, pool_ids: Tensor) -> Drawn:
+        calibration = self.plan.recipe.calibration
+        return draw(routed.counts(layout.experts), pool_ids, calibration.seq_len, float(calibration.balance))
 
     def _solve_chunk(
         self, name: str, layout: ExpertsLayout, module: nn.Module, start: int, stop: int, inputs: _ExpertInputs | None
@@ -269,17 +494,20 @@ class LayerJob:
 
         Their outputs are added to those of the layer.
         """
-        parts = self.plan.experts.get(name)
+        parts, wanted = self.plan.experts.get(name), self.plan.recipe.needs_hessians
         weights = read_experts(self.sink.weights, name, layout, start, stop, self._stored_dtype(name, layout))
+        if inputs is not None:
+            weights = self._without_outliers(name, module, weights, inputs, start, stop)
         quantized: dict[str, QTensor] = {}
         power = self.plan.recipe.solver.affinity_power
         if parts:
-            hessian = inputs.hessians(start, stop, power) if inputs else None
-            first = self._solve_first(layout, weights.first, hessian, parts, start, stop, quantized)
+            hessian = inputs.hessians(start, stop, power) if inputs and wanted else None
+            transform = self.transforms.get(f"{name}.{FIRST}")
+            first = self._solve_first(layout, weights.first, hessian, parts, start, stop, quantized, transform)
             weights = ExpertWeights(first, weights.down, weights.first_bias, weights.down_bias)
             del hessian
         stored_down, weights = weights.down, weights.to(self._dtype)
-        if inputs is None or parts is None:
+        if inputs is None or parts is None or not wanted:
             h = inputs.through_first(module, weights, start, stop, None) if inputs else None
             hessian = None
         else:
@@ -288,13 +516,17 @@ class LayerJob:
             hessian = moments.shrunk(down_layer_hessians(module, inputs.sample, weights, inputs.stream.slots))
         if parts:
             spec = parts["down_proj"]
+            transform = self._expert_transforms(f"{name}.{DOWN}", module, weights, start, inputs, h)
+            stored_down, hessian = _transformed(transform, stored_down, hessian)
             q, info = self._solve(stored_down, hessian, torch.tensor(spec.bits[start:stop]), spec.scale_dtype)
-            down = self._note("down_proj", q, info, stored_down)
+            down = self._on_plain_inputs(self._note("down_proj", q, info, stored_down), transform)
             quantized["down_proj"] = q
             weights = ExpertWeights(weights.first, down, weights.first_bias, weights.down_bias)
             self.sink.put_experts(self.shard, name, layout, start, quantized)
         if inputs and h is not None:
             inputs.through_down(module, weights, start, stop, h)
+        if inputs and inputs.pool:
+            inputs.pool.through(module, weights, start, stop)
 
     def _stored_dtype(self, name: str, layout: ExpertsLayout) -> torch.dtype:
         """Experts are solved from the values that are stored, not from what they are rounded to for computing."""
@@ -309,6 +541,7 @@ class LayerJob:
         start: int,
         stop: int,
         quantized: dict[str, QTensor],
+        transform: BlockTransform | None,
     ) -> Tensor:
         """Gate and up (or the lone up): one solve where their widths agree, since they share their inputs.
 
@@ -317,6 +550,7 @@ class LayerJob:
         projections = [p for p in layout.projections if p != "down_proj"]
         widths = {p: torch.tensor(parts[p].bits[start:stop]) for p in projections}
         result = torch.empty(w.shape, dtype=self._dtype)
+        w, hessian = _transformed(transform, w, hessian)
         same = all(torch.equal(widths[p], widths[projections[0]]) for p in projections)
         if same:
             together, info = self._solve(w, hessian, widths[projections[0]], parts[projections[0]].scale_dtype)
@@ -326,8 +560,12 @@ class LayerJob:
             if q is None:
                 q, info = self._solve(w[:, rows], hessian, widths[p], parts[p].scale_dtype)
             quantized[p] = q
-            result[:, rows] = self._note(p, q, info, w[:, rows])
+            result[:, rows] = self._on_plain_inputs(self._note(p, q, info, w[:, rows]), transform)
         return result
+
+    def _on_plain_inputs(self, value: Tensor, transform: BlockTransform | None) -> Tensor:
+        """Weights [C, out, in] that were quantized for transformed inputs, as they act on inputs as they are."""
+        return value if transform is None else transform.undo(value.float()).to(self._dtype)
 
     def _note(self, projection: str, q: QTensor, info: SolveInfo | None, w: Tensor) -> Tensor:
         """Report a chunk of one projection; returns its weights as they will be used."""
@@ -350,21 +588,56 @@ class LayerJob:
             self.stream.advance_by(self.sites.index, outputs, without)
 
 
+@dataclass
+class _Statistics:
+    """What is seen of a group's input while it passes by.
+
+    Attributes:
+        total: [N, N] second moments, complete above the diagonal only; None where nothing is solved from them.
+        positions: tokens that are kept as a sample, in order. kept: them. seen: tokens so far.
+    """
+
+    total: Tensor | None
+    positions: Tensor
+    kept: list[Tensor] = field(default_factory=list)
+    seen: int = 0
+
+    def add(self, x_TN: Tensor) -> None:
+        if self.total is not None:
+            add_second_moment(self.total, x_TN)
+        inside = self.positions[(self.positions >= self.seen) & (self.positions < self.seen + len(x_TN))]
+        if len(inside):
+            self.kept.append(x_TN[inside - self.seen].float())
+        self.seen += len(x_TN)
+
+    @property
+    def hessian(self) -> Tensor | None:
+        """[N, N]."""
+        return None if self.total is None else mirror_(self.total)
+
+    @property
+    def sample(self) -> Tensor:
+        """[S, N] float32."""
+        return torch.cat(self.kept)
+
+
 @dataclass(frozen=True)
 class _ExpertInputs:
     """What a layer's experts are calibrated on, a limited number of routed slots at a time.
 
     Attributes:
         x: [T, H] inputs of the block; slots: all routed slots. sample: some of the layer's tokens; h_layer: the moment of all, [H, H].
-        outputs: [T, H] float32, added to.
+        outputs: [T, H] float32, added to. pool: further tokens, for experts that get too few of these.
     """
 
     stream: Stream
+    layout: ExpertsLayout
     x: Tensor
     slots: Slots
     sample: Tensor
     h_layer: Tensor
     outputs: Tensor
+    pool: _PoolInputs | None = None
 
     def _pieces(self, start: int, stop: int) -> Iterator[Slots]:
         for piece in self.slots.pieces(start, stop, self.stream.slots):
@@ -376,7 +649,23 @@ class _ExpertInputs:
         moments = ExpertMoments.zeros(stop - start, self.x.shape[1], power)
         for piece in self._pieces(start, stop):
             moments.add(self.x[piece.tokens], piece.affinity, piece.bounds)
+        for x, piece in self.pool.drawn(start, stop) if self.pool else ():
+            moments.add(x, piece.affinity, piece.bounds)
         return moments.shrunk(self.h_layer)
+
+    def extremes(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """[C, I] largest and smallest input of every channel of down; zero for experts without tokens."""
+        high = torch.full((stop - start, self.layout.intermediate), -torch.inf)
+        low = -high
+        own = ((self.x[piece.tokens], piece) for piece in self._pieces(start, stop))
+        for x, piece in chain(own, self.pool.drawn(start, stop) if self.pool else ()):
+            h = intermediate(module, x, weights, piece.bounds).float()
+            for c, (begin, end) in enumerate(pairwise(piece.bounds)):
+                if begin < end:
+                    torch.maximum(high[c], h[begin:end].amax(0), out=high[c])
+                    torch.minimum(low[c], h[begin:end].amin(0), out=low[c])
+        seen = high > -torch.inf
+        return torch.where(seen, high, 0.0), torch.where(seen, low, 0.0)
 
     def through_first(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int, moments: ExpertMoments | None) -> Tensor:
         """[S, I] inputs of down, for all slots of these experts; their moments are added to `moments`."""
@@ -386,13 +675,68 @@ class _ExpertInputs:
             h[piece.place] = inner = intermediate(module, self.x[piece.tokens], weights, piece.bounds)
             if moments is not None:
                 moments.add(inner, piece.affinity, piece.bounds)
+        if moments is not None and self.pool is not None:
+            for x, piece in self.pool.drawn(start, stop):
+                moments.add(intermediate(module, x, weights, piece.bounds), piece.affinity, piece.bounds)
         return h
+
+    def down_samples(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int, h: Tensor) -> Tensor:
+        """[C, S, I] some inputs of each expert's down projection, filled up with zeros; an expert without tokens gets the layer's."""
+        samples = torch.zeros(stop - start, SAMPLED_SLOTS, h.shape[1])
+        bounds = self.slots.chunk(start, stop).bounds
+        for c, (low, high) in enumerate(pairwise(bounds)):
+            x = self.sample[:SAMPLED_SLOTS]
+            own = h[low + layer_sample(high - low, SAMPLED_SLOTS)] if low < high else None
+            rows = own if own is not None else intermediate(module, x, weights.experts(c, c + 1), [0, len(x)])
+            samples[c, : len(rows)] = rows
+        return samples
 
     def through_down(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int, h: Tensor) -> None:
         """Add the experts' outputs."""
         for piece in self._pieces(start, stop):
             y = finish(module, h[piece.place], piece.affinity, weights, piece.bounds)
             self.outputs.index_add_(0, piece.tokens, y)
+
+
+@dataclass(frozen=True)
+class _PoolInputs:
+    """The pool's tokens at a layer's experts.
+
+    Attributes:
+        x: [P, H] inputs of the block; slots: all routed slots; extra: those that count for an expert with too few tokens.
+        outputs: [P, H] float32, added to.
+    """
+
+    stream: Stream
+    x: Tensor
+    slots: Slots
+    extra: Slots
+    outputs: Tensor
+
+    def drawn(self, start: int, stop: int) -> Iterator[tuple[Tensor, Slots]]:
+        """(inputs [S, H], their slots) of the tokens that experts [start, stop) drew."""
+        for piece in self.extra.pieces(start, stop, self.stream.slots):
+            yield self.x[piece.tokens], piece
+            self.stream.store.release()
+
+    def through(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int) -> None:
+        """Add the outputs of these experts, as they now are, for all tokens of the pool."""
+        for piece in self.slots.pieces(start, stop, self.stream.slots):
+            add_outputs(module, self.x, weights, piece, self.outputs)
+            self.stream.store.release()
+
+
+def _capture(stream: Stream, index: int, final: bool) -> tuple[RoutedTokens, Tensor | None]:
+    """What a layer's experts are asked, and, where nothing else in the layer changes any more, what it puts out without them."""
+    without = stream.store.allocate(tuple(stream.hidden.shape), stream.dtype) if final else None
+    return stream.capture_routing(index, without), without
+
+
+def _transformed(transform: BlockTransform | None, w_EOI: Tensor, h_EII: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weights and second moments for transformed inputs."""
+    if transform is None:
+        return w_EOI, h_EII
+    return transform.apply(w_EOI.float()), None if h_EII is None else transform.moments(h_EII)
 
 
 def relative_error(value_EOI: Tensor, w_EOI: Tensor) -> list[float]:

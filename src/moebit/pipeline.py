@@ -24,19 +24,25 @@ from torch import Tensor, nn
 from moebit.calibration.text import calibration_windows, digest, load_tokenizer, parse_texts, tokenize
 from moebit.documents import documents
 from moebit.errors import BadInputError
+from moebit.formats.activations import describe_activations
 from moebit.formats.compressed_tensors import CompressedWeights
 from moebit.formats.engines import ANY, verdicts
-from moebit.formats.opening import average_bits, open_checkpoint, quantized_modules
+from moebit.formats.opening import activations_of, average_bits, open_checkpoint, quantized_modules
 from moebit.formats.output import JOURNAL, OutputDirectory, check_free, check_space, disk_error, partial_of, read_journal
 from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress
+from moebit.methods.balance import further_windows
 from moebit.model.checkpoint import Checkpoint, HubWeights
+from moebit.model.edits import EditedWeights, untied_config
 from moebit.model.files import TensorSpec, check_finite, read_header
+from moebit.model.routing import reference_step
 from moebit.model.shipped import check_shipped, plain_config
 from moebit.model.stream import Stream
+from moebit.model.streams import Streams
 from moebit.model.structure import LayerSites, find_structure
 from moebit.planning import BitPlan, Plan, describe_structure, load_bit_plan, make_plan
 from moebit.recipe import Recipe, load_recipe
+from moebit.transforms import transformed
 
 DEFAULT_MEMORY = 4 * 2**30
 
@@ -80,16 +86,19 @@ def inspect(
     packed = quantized_modules(checkpoint)
     if packed is not None:
         merged = checkpoint.weights.merged() if isinstance(checkpoint.weights, CompressedWeights) else ()
+        activations = activations_of(checkpoint)
         result["quantized"] = {
             "average_bits": average_bits(checkpoint),
             "format": packed[0],
-            "engines": {name: verdict.describe() for name, verdict in verdicts(*packed, structure, merged).items()},
+            "engines": {name: verdict.describe() for name, verdict in verdicts(*packed, structure, merged, activations).items()},
+            **({"activations": describe_activations(activations)} if activations else {}),
         }
         if recipe is not None:
             raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
     elif recipe is not None:
         chosen = load_recipe(recipe, {"format": format} if format else {})
-        result["plan"] = make_plan(checkpoint, structure, chosen, memory, engine=engine).describe()
+        checkpoint, transforms = transformed(checkpoint, structure, chosen, 0)
+        result["plan"] = make_plan(checkpoint, structure, chosen, memory, engine=engine, transforms=transforms).describe()
     return result
 
 
@@ -141,26 +150,32 @@ def quantize(
         raise BadInputError(f"--seed {seed}: a number from 0 to 2^63 - 1")
     checkpoint = open_checkpoint(model, compute=None)
     seen = _changed(checkpoint)
-    if not isinstance(checkpoint.weights, HubWeights):
+    if not isinstance(weights := checkpoint.weights, HubWeights):
         raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
     _check_output(out, checkpoint.path)
     structure = find_structure(checkpoint.model)
     bits = load_bit_plan(plan) if isinstance(plan, str | Path) else plan
-    decided = make_plan(checkpoint, structure, chosen, memory, bits, engine)
+    checkpoint, transforms = transformed(checkpoint, structure, chosen, seed)
+    decided = make_plan(checkpoint, structure, chosen, memory, bits, engine, transforms)
     decided.coverage.check(accept_unquantized)
     windows = _calibration(checkpoint, chosen, text, seed)
+    pool = _pool(checkpoint, chosen, text, seed)
     if dry_run:
         check_free(out, resume=resume, overwrite=overwrite)
         return decided
-    check_space(out, decided.size_bytes + (windows.numel() * _width(checkpoint) * 4 * 2 if windows is not None else 0))
+    streamed = sum(w.numel() for w in (windows, windows if chosen.router.realign != "none" else None, pool) if w is not None)
+    check_space(out, decided.size_bytes + streamed * _width(checkpoint) * 4 * 2)
     if not (resume and read_journal(partial_of(out) / JOURNAL)):  # a run that began has looked, and knows the files again
         check_finite(checkpoint.entries)
-        check_shipped(checkpoint.weights.entries.values())
+        check_shipped(weights.entries.values())
     identity = _identity(checkpoint, chosen, windows, memory, seed) | ({"bit_plan": bits.digest()} if bits else {})
+    identity |= {"pool": digest(pool)} if pool is not None else {}
     try:
         with OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite) as output:
-            sink = SINKS[chosen.format](checkpoint.weights, decided.modules)
-            reports = _Work(checkpoint, decided, output, sink, device, progress or (lambda what, done, total: None)).run(windows)
+            assert isinstance(checkpoint.weights, HubWeights)
+            sink = SINKS[chosen.format](checkpoint.weights, decided.modules, decided.activations)
+            work = _Work(checkpoint, decided, output, sink, device, progress or (lambda what, done, total: None), seed)
+            reports = work.run(windows, pool)
             written = documents(checkpoint, decided, identity, reports, time.perf_counter() - began)
             _check_unchanged(checkpoint, seen)
             output.finish(checkpoint.path, sink.config(_config(checkpoint)), written)
@@ -194,6 +209,16 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: Sequence[str] | M
             f"calibration.seq_len {recipe.calibration.seq_len} is longer than the model's context of {limit}; set a smaller one"
         )
     return calibration_windows(texts, recipe.calibration.samples, recipe.calibration.seq_len, seed)
+
+
+def _pool(checkpoint: Checkpoint, recipe: Recipe, text: Sequence[str] | Mapping[str, str | Path], seed: int) -> Tensor | None:
+    """Further windows of the calibration texts, for experts that get too few tokens; None where the recipe does not balance."""
+    chosen = recipe.calibration
+    if chosen.balance == "none":
+        return None
+    tokenizer, vocabulary = load_tokenizer(checkpoint.path), int(checkpoint.config.get_text_config().vocab_size)
+    texts = [tokenize(name, file, tokenizer, vocabulary) for name, file in parse_texts(text).items()]
+    return further_windows(texts, chosen.samples, chosen.seq_len, seed, chosen.pool)
 
 
 def _width(checkpoint: Checkpoint) -> int:
@@ -250,42 +275,53 @@ class _Work:
     sink: Sink
     device: str
     progress: Progress
+    seed: int = 0
 
-    def run(self, windows: Tensor | None) -> list[LayerReport]:
+    def run(self, windows: Tensor | None, pool: Tensor | None = None) -> list[LayerReport]:
         """All layers that the journal does not have yet, then the rest of the model."""
         layers = self.plan.structure.layers
         reports = [LayerReport(**entry["report"]) for entry in self.output.entries if entry["kind"] == "layer"]
-        stream = self._stream(windows, len(reports)) if windows is not None and len(reports) < len(layers) else None
+        streams = self._streams(windows, pool, len(reports)) if windows is not None and len(reports) < len(layers) else None
         for sites in layers[len(reports) :]:
             self.progress("layers", sites.index, len(layers))
-            reports.append(self._layer(sites, stream))
+            reports.append(self._layer(sites, streams))
         self.progress("layers", len(layers), len(layers))
         if not any(entry["kind"] == "rest" for entry in self.output.entries):
             self._rest()
         return reports
 
-    def _stream(self, windows: Tensor, done: int) -> Stream:
-        """The calibration windows behind the layers that are done."""
+    def _streams(self, windows: Tensor, pool: Tensor | None, done: int) -> Streams:
+        """The calibration windows behind the layers that are done, with what the recipe wants beside them."""
         budget = self.plan.budget
         store = budget.store(self.output.partial)
-        stream = Stream(self.checkpoint, self.plan.structure, windows, store, budget.batch_tokens, budget.slots)
-        if done:
-            stream.take_up(read_header(self.output.partial / _stream_file(done - 1)))
-        return stream
 
-    def _layer(self, sites: LayerSites, stream: Stream | None) -> LayerReport:
+        def stream(rows: Tensor) -> Stream:
+            return Stream(self.checkpoint, self.plan.structure, rows, store, budget.batch_tokens, budget.slots)
+
+        compared, more = self.plan.recipe.router.realign != "none", pool is not None and len(pool) > 0
+        streams = Streams(stream(windows), stream(windows) if compared else None, stream(pool) if pool is not None and more else None)
+        if done:
+            streams.take_up(read_header(self.output.partial / _stream_file(done - 1)))
+        return streams
+
+    def _layer(self, sites: LayerSites, streams: Streams | None) -> LayerReport:
         """Quantize, write and pass one decoder layer; from the journal entry on it need not be done again."""
         began = time.perf_counter()
+        stream = streams.calibration if streams else None
+        compared = streams.reference if streams else None
+        reference = reference_step(compared, sites.index, self.plan.chunk.get(sites.index, 1)) if compared else None
         files = [self._shard_name(sites.index)]
         report = LayerReport(sites.index)
         loaded: AbstractContextManager[nn.Module | None] = stream.loaded(sites.index) if stream else nullcontext()
         names = self.sink.parameters(sites.name + ".")
         with self.output.shard(files[0], self.sink.specs(names)) as shard, loaded as layer:
-            LayerJob(self.plan, self.sink, sites, shard, report, stream, layer, self.device, self.progress).run()
+            job = LayerJob(self.plan, self.sink, sites, shard, report, stream, layer, self.device, self.progress, self.seed)
+            job.reference, job.pool = reference, streams.pool if streams else None
+            job.run()
         report.seconds = round(time.perf_counter() - began, 3)
-        if stream:
+        if streams and stream:
             files.append(_stream_file(sites.index))
-            state = {"hidden": stream.hidden, **stream.handed_on()}
+            state = streams.state()
             with self.output.shard(files[1], {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in state.items()}) as saved:
                 for name, value in state.items():
                     for start, piece in stream.store.pieces(value):
@@ -317,5 +353,9 @@ def _stream_file(index: int) -> str:
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json without what it says about how the checkpoint was shipped: the output is no longer stored like that."""
-    return plain_config(json.loads((checkpoint.path / "config.json").read_text()))
+    """config.json without what it says about how the checkpoint was shipped: the output is no longer stored like that.
+
+    Nor does it say that the head is tied to the embeddings, where it is its own now.
+    """
+    config = plain_config(json.loads((checkpoint.path / "config.json").read_text()))
+    return untied_config(config) if isinstance(checkpoint.weights, EditedWeights) and checkpoint.weights.untied else config

@@ -8,21 +8,29 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moebit.calibration.statistics import LAYER_SAMPLE
 from moebit.errors import BadInputError
 from moebit.formats import compressed_tensors
+from moebit.formats.activations import describe_activations
 from moebit.formats.engines import ANY, Verdict, check_engine, verdicts
 from moebit.formats.native import PackedSpec, average_bits
+from moebit.methods.activations import ActivationPlan, plan_activations
+from moebit.methods.awq import SAMPLE
+from moebit.methods.online import search_flops
 from moebit.model.budget import Budget, make_budget
 from moebit.model.checkpoint import Checkpoint, HubWeights
 from moebit.model.coverage import Coverage, expert_coverage
+from moebit.model.inputs import Activations
+from moebit.model.routing import not_linear
 from moebit.model.structure import LayerSites, Structure
 from moebit.recipe import BIT_WIDTHS, Recipe
+from moebit.transforms import NO_TRANSFORMS, Transforms
 
 FLOPS_PER_THREAD = 50e9  # float32 products on an AVX-512 core, cautiously; only for the time estimate
 
@@ -103,7 +111,10 @@ class Plan:
         coverage: which expert parameters of the files the structure covers. What the recipe ignores by name is the user's wish.
         size_bytes: of the output's tensors. budget: the pieces in which the work is done. seconds: an estimate.
         as_stored: stored tensors that the model class does not use; they are written as they are.
+        transforms: what is done to the weights before they are quantized, and where it can be.
         engines: what each engine makes of the output.
+        routers: where the recipe works on routers: by layer, why this one cannot be aligned or realigned; None where it can.
+        inputs: which inputs are rounded and transformed as the output runs.
     """
 
     recipe: Recipe
@@ -117,6 +128,13 @@ class Plan:
     coverage: Coverage
     engines: dict[str, Verdict]
     as_stored: tuple[str, ...] = ()
+    transforms: Transforms = NO_TRANSFORMS
+    routers: Mapping[int, str | None] = field(default_factory=dict)
+    inputs: ActivationPlan = field(default_factory=ActivationPlan)
+
+    @property
+    def activations(self) -> Activations:
+        return self.inputs.activations
 
     @property
     def chunk(self) -> dict[int, int]:
@@ -156,17 +174,36 @@ class Plan:
             "unquantized_expert_share": self.coverage.share,
             "experts_per_chunk": self.chunk,
             "engines": {name: verdict.describe() for name, verdict in self.engines.items()},
+            **({"transforms": self.transforms.describe()} if self.transforms else {}),
+            **({"routers": self._describe_routers()} if self.routers else {}),
+            **({"activations": _describe_inputs(self.inputs)} if self.recipe.activations.rounded or self.activations else {}),
         }
+
+    def _describe_routers(self) -> dict[str, Any]:
+        left = {self.structure.layers[index].name: reason for index, reason in self.routers.items() if reason}
+        return {"changed": len(self.routers) - len(left), "left": left}
+
+
+def _describe_inputs(inputs: ActivationPlan) -> dict[str, Any]:
+    """What happens to activations, for people and JSON: names of layers and counts instead of every module."""
+    return {**describe_activations(inputs.activations), "inputs_only": inputs.inputs_only, "untransformed": inputs.untransformed}
 
 
 def make_plan(
-    checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memory: int, bits: BitPlan | None = None, engine: str = ANY
+    checkpoint: Checkpoint,
+    structure: Structure,
+    recipe: Recipe,
+    memory: int,
+    bits: BitPlan | None = None,
+    engine: str = ANY,
+    transforms: Transforms = NO_TRANSFORMS,
 ) -> Plan:
     """Decide what is quantized and how, and check that it can be.
 
     Args:
         bits: widths that differ from the recipe's.
         engine: what has to run the output: transformers, vllm, or any of them.
+        transforms: what was found out about the weights' transforms; `checkpoint` is the transformed one.
 
     Raises:
         BadInputError: a group size that does not divide (naming the layer and what would), an ignore pattern that matches nothing,
@@ -226,24 +263,48 @@ def make_plan(
     if recipe.format == compressed_tensors.METHOD and isinstance(checkpoint.weights, HubWeights):
         compressed_tensors.check(checkpoint.weights, modules)
     merged = checkpoint.weights.merged() if isinstance(checkpoint.weights, HubWeights) else ()
-    engines = verdicts(recipe.format, modules, structure, merged)
+    inputs = plan_activations(checkpoint.model, structure, recipe, modules)
+    engines = verdicts(recipe.format, modules, structure, merged, inputs.activations)
     check_engine(engine, engines)
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if recipe.needs_calibration else 0
+    tokens *= 1 + recipe.calibration.pool if recipe.calibration.balance != "none" else 1
     return Plan(
         recipe,
         structure,
         linears,
         experts,
         kept,
-        _output_size(checkpoint, linears, experts, recipe),
+        _output_size(checkpoint, linears, experts, recipe) + sum(spec.nbytes for spec in inputs.activations.transforms.values()),
         make_budget(
-            checkpoint, structure, memory, tokens, length=recipe.calibration.seq_len, solve=True, hessians=recipe.needs_calibration
+            checkpoint,
+            structure,
+            memory,
+            tokens,
+            length=recipe.calibration.seq_len,
+            solve=True,
+            hessians=recipe.needs_hessians,
+            streams=1 + (recipe.router.realign != "none"),
         ),
-        _seconds(checkpoint, structure, recipe, tokens),
+        _seconds(checkpoint, structure, recipe, tokens) + _search_seconds(inputs.activations),
         coverage,
         engines,
         tuple(getattr(checkpoint.weights, "unused", ())),
+        transforms,
+        _routers(checkpoint, structure) if recipe.router.active else {},
+        inputs,
     )
+
+
+def _routers(checkpoint: Checkpoint, structure: Structure) -> dict[int, str | None]:
+    """By layer with experts: why its router cannot be changed, or None."""
+    shared = checkpoint.weights.stored_together() if isinstance(checkpoint.weights, HubWeights) else {}
+    result: dict[int, str | None] = {}
+    for sites in structure.moe_layers:
+        assert sites.moe is not None
+        name = f"{sites.name}.{sites.moe.router}.weight"
+        together = f"it is stored in one tensor with {', '.join(shared[name])}" if name in shared else None
+        result[sites.index] = together or not_linear(checkpoint.model.get_submodule(sites.name), sites)
+    return result
 
 
 def _check_names(bits: BitPlan, linears: Mapping[str, PackedSpec], experts: Mapping[str, Mapping[str, PackedSpec]]) -> None:
@@ -275,7 +336,8 @@ def _spec(recipe: Recipe, name: str, shape: tuple[int, int], bits: tuple[int, ..
             f"set weights.group_size to one of {', '.join(fitting)}, "
             "or keep this module in full precision with weights.ignore"
         )
-    return PackedSpec(bits, shape, w.group_size, w.symmetric, dtype, stacked, w.type == "fp8", recipe.activations.bits)
+    engine_rounds = recipe.activations.bits if recipe.format == compressed_tensors.METHOD else 16  # native says so apart: plan.activations
+    return PackedSpec(bits, shape, w.group_size, w.symmetric, dtype, stacked, w.type == "fp8", engine_rounds)
 
 
 def _dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
@@ -309,7 +371,7 @@ def _seconds(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, token
                 module: Any = checkpoint.model.get_submodule(f"{layer.name}.{name}")
                 weights = module.in_features * module.out_features
                 flops += 6 * tokens * weights + _solve_flops(recipe, 1, module.out_features, module.in_features)
-            flops += 2 * tokens * group.in_features**2 / 2 if recipe.needs_calibration else 0
+            flops += 2 * tokens * group.in_features**2 / 2 if recipe.needs_hessians else 0
         if layer.moe:
             layout = layer.moe.layout
             slots = tokens * layer.moe.top_k
@@ -319,10 +381,18 @@ def _seconds(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, token
     return 1 + flops / (FLOPS_PER_THREAD * torch.get_num_threads())
 
 
+def _search_seconds(activations: Activations) -> float:
+    """Of finding online transforms."""
+    found = [spec for spec in activations.transforms.values() if spec.kind == "duquant"]
+    return sum(search_flops(spec.channels, LAYER_SAMPLE, spec.count) for spec in found) / (FLOPS_PER_THREAD * torch.get_num_threads())
+
+
 def _solve_flops(recipe: Recipe, count: int, out: int, inputs: int) -> float:
     search = 100 * out * inputs if recipe.solver.clip_search else 0
     if recipe.solver.method == "rtn":
         return float(count * (search + 10 * out * inputs))
+    if recipe.solver.method == "awq":
+        return float(count * (search + 20 * out * inputs * (10 + 2 * SAMPLE)))
     return float(count * (out * inputs**2 + 2 * inputs**3 + search))
 
 

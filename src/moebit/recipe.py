@@ -17,6 +17,7 @@ from moebit.errors import BadInputError
 
 GROUP_SIZES = (-1, 32, 64, 128)
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8)
+ACTIVATION_WIDTHS = (3, 4, 5, 6, 7, 8, 16)
 
 
 class _Section(BaseModel):
@@ -68,23 +69,56 @@ class WeightsSection(_Section):
 
 
 class ActivationsSection(_Section):
-    """What the engine rounds the inputs of quantized matrices to, per token and as it runs: 16 not at all, 8 to the weights' type.
+    """What the inputs of quantized matrices are rounded to as the model runs, every token on a grid of its own.
 
-    It concerns the engine: calibration and `moebit evaluate` run with unrounded activations.
+    bits: of the inputs of quantized linears and experts and of the experts' down projections; 16 for not at all.
+    symmetric: without a zero point. clip: share of a token's range that the grid covers.
+    qkv_bits: of query, key and value, per token and head, where the architecture's attention allows it; the plan says where not.
+
+    The native format carries it: moebit's runtime and `moebit evaluate` do it. compressed-tensors has 8 bits, symmetric, which engines do.
+    Calibration runs on unrounded activations.
     """
 
-    bits: Literal[16, 8] = 16
+    bits: int = 16
     symmetric: bool = False
+    clip: float = Field(1.0, gt=0.0, le=1.0)
+    qkv_bits: int = 16
+
+    @field_validator("bits", "qkv_bits")
+    @classmethod
+    def _known_width(cls, bits: int) -> int:
+        if bits not in ACTIVATION_WIDTHS:
+            raise ValueError(f"{bits} bits: choose one of {', '.join(map(str, ACTIVATION_WIDTHS))} (16: not rounded)")
+        return bits
+
+    @property
+    def rounded(self) -> bool:
+        return min(self.bits, self.qkv_bits) < 16
+
+
+class RotationSection(_Section):
+    """Orthogonal transforms.
+
+    absorbed: in the weights, at no run-time cost (`methods/rotation.py`): `r1` of the hidden states, `r1r2` of attention's values too.
+    online: of the inputs of quantized matrices, applied as the model runs and merged into the weights (`methods/online.py`): `hadamard`,
+        random signs and Hadamard blocks, or `duquant`, rotations found on the calibration tokens. The native format carries it.
+    down: whether the experts of a layer share one in front of their down projections, or have one each.
+    """
+
+    absorbed: Literal["none", "r1", "r1r2"] = "none"
+    online: Literal["none", "hadamard", "duquant"] = "none"
+    down: Literal["shared", "expert"] = "shared"
 
 
 class SolverSection(_Section):
     """How weights are rounded.
 
+    method: `rtn` to nearest; `gptq`; `awq` to nearest after channels were scaled (`methods/awq.py`).
     scales: `static` from the original weights, `dynamic` from the columns as updated when a group begins (not with act_order).
     affinity_power: power p of the routing weight in the Hessians, `sum g^p x x^T`; 0 weighs all routed tokens alike.
     """
 
-    method: Literal["rtn", "gptq"] = "gptq"
+    method: Literal["rtn", "gptq", "awq"] = "gptq"
     scales: Literal["static", "dynamic"] = "static"
     act_order: bool = True
     damping: float = Field(0.01, ge=0.0, le=1.0)
@@ -98,12 +132,80 @@ class SolverSection(_Section):
         return self
 
 
+class SmoothingSection(_Section):
+    """Scales between activations and weights that leave the function as it is, absorbed in both (methods/smoothing.py).
+
+    kind: `smoothquant` behind norms, from all tokens of a layer; `expert_aware` from every expert's own, and behind values and up as well.
+    alpha: how much of an activation's extremes moves into the weights.
+    aggregate: how experts' scales become the one of their norm; `none` does not ask them.
+    """
+
+    kind: Literal["none", "smoothquant", "expert_aware"] = "none"
+    alpha: float = Field(0.6, ge=0.0, le=1.0)
+    aggregate: Literal["max", "frequency", "router", "none"] = "max"
+
+
+class RouterSection(_Section):
+    """What is done to the routers (methods/router.py, methods/realign.py). They are stored as plain values whatever their bits.
+
+    bits: of the grid that a router's values lie on, 3 to 8; 16 leaves them.
+    align: `kl` chooses the clipping ratios so that the same experts stay chosen, else by the rounding error of the weight.
+    top_share: `kl` looks at `k + top_share (E - k)` experts one by one and at the others together. kl_weight: lambda.
+    realign: `ridge` corrects routers for the drift of their inputs; with any recipe and any bits.
+    realign_weight: of a token in it: `one`, or `margin` for more where the choice is close.
+    """
+
+    bits: int = 16
+    align: Literal["none", "kl"] = "none"
+    top_share: float = Field(0.0, ge=0.0, le=1.0)
+    kl_weight: float = Field(1.0, ge=0.0)
+    realign: Literal["none", "ridge"] = "none"
+    realign_weight: Literal["one", "margin"] = "one"
+
+    @field_validator("bits")
+    @classmethod
+    def _known_width(cls, bits: int) -> int:
+        if bits not in (3, 4, 5, 6, 7, 8, 16):
+            raise ValueError(f"{bits} bits: choose 3 to 8, or 16 to leave the routers as they are")
+        return bits
+
+    @model_validator(mode="after")
+    def _alignment_rounds(self) -> RouterSection:
+        if self.align != "none" and self.bits == 16:
+            raise ValueError(f"align: {self.align} chooses how routers are rounded; set bits: 8 (or less), or align: none")
+        return self
+
+    @property
+    def active(self) -> bool:
+        return bool(self.wanted)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """What is to be done to the routers."""
+        asked = {"bits": self.bits < 16, "align": self.align != "none", "realign": self.realign != "none"}
+        return tuple(name for name, value in asked.items() if value)
+
+
 class CalibrationSection(_Section):
-    """What the model is calibrated on: `samples` windows of `seq_len` tokens, spread evenly over the given texts."""
+    """What the model is calibrated on: `samples` windows of `seq_len` tokens, spread evenly over the given texts.
+
+    balance: experts with fewer than `balance k seq_len / E` tokens draw further windows for themselves (methods/balance.py); `none`, or
+    the ratio. pool: there are at most so many times `samples` of those.
+    """
 
     kind: Literal["text"] = "text"
     samples: int = Field(128, ge=1)
     seq_len: int = Field(512, ge=8)
+    balance: float | str = "none"
+    pool: int = Field(4, ge=1)
+
+    @field_validator("balance", mode="before")
+    @classmethod
+    def _ratio(cls, balance: Any) -> Any:
+        number = isinstance(balance, int | float) and not isinstance(balance, bool) and 0 < balance < float("inf")
+        if balance != "none" and not number:
+            raise ValueError(f"{balance!r}: a positive ratio like 2, or none")
+        return float(balance) if number else balance
 
 
 class Recipe(_Section):
@@ -113,25 +215,40 @@ class Recipe(_Section):
     weights: WeightsSection = WeightsSection()
     solver: SolverSection = SolverSection()
     activations: ActivationsSection = ActivationsSection()
+    rotation: RotationSection = RotationSection()
+    smoothing: SmoothingSection = SmoothingSection()
+    router: RouterSection = RouterSection()
     calibration: CalibrationSection = CalibrationSection()
     format: Literal["native", "compressed-tensors", "dense"] = "native"
 
     @model_validator(mode="after")
-    def _eight_bit_activations_belong_to_eight_bit_weights(self) -> Recipe:
+    def _fp8_is_for_engines(self) -> Recipe:
         if self.weights.type == "fp8" and self.solver.method != "rtn":
             raise ValueError("weights.type: fp8 is rounded to nearest; set solver.method: rtn")
         if self.weights.type == "fp8" and self.activations.bits != 8:
             raise ValueError("weights.type: fp8 is written for engines that multiply in fp8; set activations.bits: 8")
-        if self.activations.bits == 16:
+        if self.weights.type == "fp8" and self.format != "compressed-tensors":
+            raise ValueError(f"weights.type: fp8: format {self.format} does not hold it; set format: compressed-tensors")
+        return self
+
+    @model_validator(mode="after")
+    def _the_format_says_what_happens_to_inputs(self) -> Recipe:
+        a, w = self.activations, self.weights
+        if self.format == "native" or not (a.rounded or self.rotation.online != "none"):
             return self
-        if self.format != "compressed-tensors":
+        if self.rotation.online != "none":
+            raise ValueError(f"rotation.online: {self.rotation.online}: format {self.format} has no place to say so; set format: native")
+        if self.format == "dense":
             raise ValueError(
-                f"activations.bits: 8: format {self.format} has no place to say so and moebit does not run it; "
-                "set format: compressed-tensors"
+                f"activations.bits: {a.bits}: format dense has no place to say so; set format: native, or compressed-tensors for 8 bits"
             )
-        if not self.activations.symmetric:
+        if (a.bits, a.clip, a.qkv_bits) != (8, 1.0, 16):
+            raise ValueError(
+                f"activations of {a.bits} bits (query, key and value {a.qkv_bits}, clip {a.clip}): format compressed-tensors is written "
+                "with 8 bits, clip 1.0 and whole query, key and value; set those, or format: native"
+            )
+        if not a.symmetric:
             raise ValueError("activations.bits: 8 is written for engines with symmetric activations; set activations.symmetric: true")
-        w = self.weights
         if (w.bits, w.group_size, w.symmetric, w.signed) != (8, -1, True, False):
             raise ValueError(
                 "activations.bits: 8 needs 8-bit symmetric weights with one scale per output channel; "
@@ -139,9 +256,35 @@ class Recipe(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _channels_are_scaled_once(self) -> Recipe:
+        if self.solver.method == "awq" and self.smoothing.kind != "none":
+            raise ValueError(f"smoothing.kind: {self.smoothing.kind} and solver.method: awq scale the same channels; set one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _balance_has_something_to_calibrate(self) -> Recipe:
+        if self.calibration.balance != "none" and not self.needs_hessians and self.smoothing.kind != "expert_aware":
+            raise ValueError(
+                "calibration.balance: rounding to nearest looks at no tokens of an expert; "
+                "set solver.method: gptq, or smoothing.kind: expert_aware"
+            )
+        return self
+
     @property
     def needs_calibration(self) -> bool:
+        looks = self.scales_channels or self.router.align != "none" or self.router.realign != "none" or self.rotation.online == "duquant"
+        return self.needs_hessians or looks
+
+    @property
+    def needs_hessians(self) -> bool:
+        """Whether weights are rounded by the second moments of what arrives at them."""
         return self.solver.method != "rtn"
+
+    @property
+    def scales_channels(self) -> bool:
+        """Whether channels are scaled, layer by layer, before weights are rounded."""
+        return self.solver.method == "awq" or self.smoothing.kind != "none"
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
@@ -154,9 +297,6 @@ class Recipe(_Section):
 # Part of the recipe language that names a method this version does not have: said plainly instead of "unknown key".
 # Value that means "off", of every key that switches a method on; None for a key that only tunes one.
 _NOT_YET: dict[str, dict[str, Any]] = {
-    "router": {"bits": 16, "align": "none", "realign": "none"},
-    "smoothing": {"kind": "none", "alpha": None, "aggregate": None},
-    "rotation": {"absorbed": "none", "online": "none"},
     "allocation": {"kind": "uniform"},
     "switching": {"share": 0.0},
 }
@@ -253,22 +393,8 @@ def _drop_inactive(data: dict[str, Any]) -> None:
             if off[key] is not None and value != off[key]:
                 raise BadInputError(f"recipe: {section}.{key}: {value} is not in this version of moebit (only {off[key]!r} is)")
     calibration = data.get("calibration")
-    if isinstance(calibration, dict):
-        if calibration.get("kind", "text") != "text":
-            raise BadInputError(f"recipe: calibration.kind: {calibration['kind']} is not in this version of moebit (only 'text' is)")
-        if calibration.pop("balance", None) not in (None, "none"):
-            raise BadInputError("recipe: calibration.balance is not in this version of moebit (only 'none' is)")
-    solver = data.get("solver")
-    if isinstance(solver, dict) and solver.get("method") == "awq":
-        raise BadInputError("recipe: solver.method: awq is not in this version of moebit (rtn and gptq are)")
-    activations = data.get("activations")
-    if isinstance(activations, dict):
-        activations = data["activations"] = dict(activations)
-        if activations.get("bits", 16) not in (16, 8):
-            raise BadInputError(f"recipe: activations.bits: {activations['bits']} is not in this version of moebit (16 and 8 are)")
-        for key, neutral in {"qkv_bits": 16, "clip": 1.0}.items():
-            if activations.pop(key, neutral) != neutral:
-                raise BadInputError(f"recipe: activations.{key} is not in this version of moebit (only {neutral!r} is)")
+    if isinstance(calibration, dict) and calibration.get("kind", "text") != "text":
+        raise BadInputError(f"recipe: calibration.kind: {calibration['kind']} is not in this version of moebit (only 'text' is)")
 
 
 def _explain(item: Any) -> str:

@@ -183,8 +183,8 @@ def test_config_round_trip() -> None:
 
 
 def test_a_later_format_is_refused() -> None:
-    with pytest.raises(BadInputError, match=r"format version 2.*newer"):
-        packed_specs({"format_version": 2, "modules": {}})
+    with pytest.raises(BadInputError, match=r"format version 3.*newer"):
+        packed_specs({"format_version": 3, "modules": {}})
 
 
 def test_damaged_outputs_are_refused(tmp_path: Path) -> None:

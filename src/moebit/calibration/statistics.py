@@ -57,9 +57,9 @@ class ExpertMoments:
         return shrink_(mirror_(self.sums), self.total, self.squares, h_layer)
 
 
-def layer_sample(tokens: int) -> Tensor:
-    """Indices of at most `LAYER_SAMPLE` tokens, evenly spaced."""
-    count = min(tokens, LAYER_SAMPLE)
+def layer_sample(tokens: int, most: int = LAYER_SAMPLE) -> Tensor:
+    """Indices of at most `most` tokens, evenly spaced."""
+    count = min(tokens, most)
     return (torch.arange(count) * tokens) // count
 
 

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 
 from moebit.errors import BadInputError
+from moebit.formats.activations import KEY as ACTIVATIONS
+from moebit.formats.activations import read_activations
 from moebit.formats.compressed_tensors import METHOD as COMPRESSED
 from moebit.formats.compressed_tensors import virtual_entries
-from moebit.formats.native import FORMAT_VERSION, METHOD, PackedSpec, packed_specs
+from moebit.formats.native import FORMAT_VERSION, METHOD, WITH_ACTIVATIONS, PackedSpec, packed_specs
 from moebit.formats.opening import open_checkpoint
-from moebit.model.files import PIECE, TensorEntry
+from moebit.model.files import PIECE, TensorEntry, TensorSpec
+from moebit.model.inputs import DOWN, FIRST, LINEAR
 from moebit.recipe import BIT_WIDTHS
 from moebit.tensor import packed_row_bytes, unpack
 
@@ -27,6 +30,9 @@ CONFIG_REMEDY = "copy config.json and the shards again from where the output was
 AGAIN = "copy this file again from where the output was made, or quantize again"
 COMPRESSED_LEAVES = ("weight_packed", "weight_scale", "weight_shape")
 LEAVES = (".codes", ".scale", ".zero_point", ".bits")
+TRANSFORMS = (f".{LINEAR}", f".{FIRST}", f".{DOWN}")
+FORMS = {"signs": "signs", "permutation": "permutations"}
+ORTHOGONAL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,11 @@ def native(config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> lis
     found = []
     if config.get("experts_implementation") != METHOD:
         found.append(Finding(f"experts_implementation is {config.get('experts_implementation')!r}, not {METHOD!r}", CONFIG, CONFIG_REMEDY))
-    if quantization.get("format_version") != FORMAT_VERSION or not isinstance(quantization.get("modules"), dict):
+    known_version = quantization.get("format_version") in (FORMAT_VERSION, WITH_ACTIVATIONS)
+    if not known_version or not isinstance(quantization.get("modules"), dict):
         version = quantization.get("format_version")
         return [*found, Finding(f"quantization_config has format_version {version!r} or no modules", CONFIG, CONFIG_REMEDY)]
+    found += _activations(quantization, entries)
     known: set[str] = set()
     for name, entry in quantization["modules"].items():
         try:
@@ -79,6 +87,48 @@ def native(config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> lis
     packed = [name for name, entry in entries.items() if name.endswith(LEAVES) and entry.dtype == torch.uint8 and name not in known]
     found += [Finding(f"{CONFIG} says nothing of this packed tensor", place(entries[name]), CONFIG_REMEDY) for name in packed]
     return found
+
+
+def _activations(quantization: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> list[Finding]:
+    """What happens to inputs: it can be understood, and every transform has its tensors, and they are a transform's."""
+    said = quantization.get(ACTIVATIONS)
+    if (said is not None) != (quantization.get("format_version") == WITH_ACTIVATIONS):
+        what = f"format_version is {quantization.get('format_version')} {'with' if said else 'without'} {ACTIVATIONS!r}"
+        return [Finding(what, CONFIG, CONFIG_REMEDY)]
+    try:
+        activations = read_activations(quantization)
+        strange = sorted((set(activations.reads) | {n.rpartition(".")[0] for n in activations.transforms}) - set(quantization["modules"]))
+    except (BadInputError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return [Finding(f"{ACTIVATIONS!r} cannot be understood ({type(error).__name__}: {error})", CONFIG, CONFIG_REMEDY)]
+    found = [Finding(f"{ACTIVATIONS!r} has a transform for {name!r}, which is not quantized", CONFIG, CONFIG_REMEDY) for name in strange]
+    known: set[str] = set()
+    for name, spec in activations.transforms.items():
+        tensors = {f"{name}.{leaf}": wanted for leaf, wanted in spec.specs().items()}
+        known |= tensors.keys()
+        for stored, wanted in tensors.items():
+            found += _transform_tensor(stored, wanted, entries.get(stored))
+    unknown = [name for name in entries if name.rpartition(".")[0].endswith(TRANSFORMS) and name not in known]
+    return found + [Finding(f"{CONFIG} says nothing of this transform", place(entries[name]), CONFIG_REMEDY) for name in unknown]
+
+
+def _transform_tensor(stored: str, wanted: TensorSpec, entry: TensorEntry | None) -> Iterator[Finding]:
+    """One tensor of a transform against what it has to be: signs, permutations, orthogonal blocks."""
+    if entry is None:
+        yield Finding(f"{CONFIG} asks for tensor {stored!r}, which no shard has", CONFIG, CONFIG_REMEDY)
+        return
+    if entry.spec != wanted:
+        what = f"is {_said(entry.dtype, entry.shape)} where {CONFIG} says {_said(wanted.dtype, wanted.shape)}"
+        yield Finding(what, place(entry), CONFIG_REMEDY)
+        return
+    value, leaf = entry.read(), stored.rpartition(".")[2]
+    if leaf == "signs":
+        good = bool((value.abs() == 1).all())
+    elif leaf == "permutation":
+        good = torch.equal(value.long().sort(-1).values, torch.arange(value.shape[1]).expand(value.shape))
+    else:
+        good = bool((value @ value.mT - torch.eye(value.shape[-1])).abs().max() < ORTHOGONAL)
+    if not good:
+        yield Finding(f"these are not {FORMS.get(leaf, 'orthogonal blocks')}", place(entry), AGAIN)
 
 
 def native_specs(name: str, entry: Mapping[str, Any]) -> dict[str, PackedSpec]:

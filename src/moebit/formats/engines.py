@@ -13,6 +13,7 @@ from typing import Any
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
 from moebit.model.experts import ExpertsLayout
+from moebit.model.inputs import Activations
 from moebit.model.structure import LayerSites, Structure
 
 TRANSFORMERS, VLLM = "transformers", "vllm"
@@ -44,16 +45,23 @@ class Verdict:
         return {"runs": self.runs, "reasons": list(self.reasons), "notes": list(self.notes)}
 
 
-def verdicts(output_format: str, modules: Modules, structure: Structure, merged: Collection[str] = ()) -> dict[str, Verdict]:
+def verdicts(
+    output_format: str,
+    modules: Modules,
+    structure: Structure,
+    merged: Collection[str] = (),
+    activations: Activations | None = None,
+) -> dict[str, Verdict]:
     """What each engine makes of an output.
 
     Args:
         output_format: native, compressed-tensors or dense. modules: what is quantized, {"": spec} or {projection: spec}.
         merged: parameters that transformers puts together from stored tensors (`HubWeights.merged`).
+        activations: what happens to inputs in the native format.
     """
     if output_format == "native":
-        note = "with `import moebit`, which registers the format"
-        return {TRANSFORMERS: Verdict(notes=(note,)), VLLM: Verdict(("it does not know the native format",))}
+        notes = ["with `import moebit`, which registers the format", *_native_notes(activations or Activations())]
+        return {TRANSFORMERS: Verdict(notes=tuple(notes)), VLLM: Verdict(("it does not know the native format",))}
     if output_format == "dense":
         return {engine: Verdict(notes=("like the checkpoint itself",)) for engine in ENGINES}
     return {
@@ -81,6 +89,13 @@ def check_engine(engine: str, found: Mapping[str, Verdict]) -> None:
 
 
 # --- the rules
+
+
+def _native_notes(activations: Activations) -> Iterator[str]:
+    if activations.inputs or activations.attention:
+        yield "moebit's runtime rounds activations, which costs time: it shows what an engine with such products would compute"
+    if activations.transforms:
+        yield "inputs are rotated as it runs"
 
 
 def _experts(modules: Modules) -> dict[str, Mapping[str, PackedSpec]]:

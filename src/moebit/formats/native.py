@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 
 from moebit.errors import BadInputError
+from moebit.formats.activations import KEY as ACTIVATIONS
+from moebit.formats.activations import activations_config
 from moebit.model.checkpoint import Weights, tied_names
 from moebit.model.experts import ExpertsLayout
 from moebit.model.files import ShardFile, TensorEntry, TensorSpec
+from moebit.model.inputs import Activations
 from moebit.tensor import QTensor, QuantScheme, pack, packed_row_bytes, unpack
 from moebit.tensor.grid import dequantize
 
 FORMAT_VERSION = 1
+WITH_ACTIVATIONS = 2  # the version of outputs whose inputs are transformed or rounded: who reads version 1 would leave that out
 METHOD = "moebit"
 
 
@@ -33,7 +37,7 @@ class PackedSpec:
         shape: (out, in) features.
         stacked: whether codes are flat over experts (an experts module) or [out, row bytes] (a linear).
         float8: float8 e4m3 numbers instead of integer codes. input_bits: what an engine rounds the inputs to, 16 for not at all.
-            (The native format has neither.)
+            (The native format has neither: it says what happens to inputs apart from the weights.)
     """
 
     bits: tuple[int, ...]
@@ -146,8 +150,8 @@ def unpack_matrices(
     )
 
 
-def quantization_config(modules: Mapping[str, Mapping[str, PackedSpec]]) -> dict[str, Any]:
-    """What goes into config.json: every quantized module with its grid.
+def quantization_config(modules: Mapping[str, Mapping[str, PackedSpec]], activations: Activations | None = None) -> dict[str, Any]:
+    """What goes into config.json: every quantized module with its grid, and what happens to their inputs.
 
     Args:
         modules: linear name -> {"": spec}, or experts name -> {projection: spec}.
@@ -166,6 +170,13 @@ def quantization_config(modules: Mapping[str, Mapping[str, PackedSpec]]) -> dict
         else:
             entry.update(shape=list(spec.shape), bits=spec.bits[0])
         described[name] = entry
+    if activations:
+        return {
+            "quant_method": METHOD,
+            "format_version": WITH_ACTIVATIONS,
+            "modules": described,
+            ACTIVATIONS: activations_config(activations),
+        }
     return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": described}
 
 
@@ -179,9 +190,10 @@ def packed_specs(config: Mapping[str, Any]) -> dict[str, dict[str, PackedSpec]]:
     Raises:
         BadInputError: a later format version.
     """
-    if config.get("format_version") != FORMAT_VERSION:
+    if config.get("format_version") not in (FORMAT_VERSION, WITH_ACTIVATIONS):
         raise BadInputError(
-            f"moebit format version {config.get('format_version')}: this moebit reads version {FORMAT_VERSION}; install a newer one"
+            f"moebit format version {config.get('format_version')}: this moebit reads versions {FORMAT_VERSION} and {WITH_ACTIVATIONS}; "
+            "install a newer one"
         )
     result: dict[str, dict[str, PackedSpec]] = {}
     for name, entry in config["modules"].items():

@@ -9,11 +9,13 @@ import torch
 
 from moebit.errors import BadInputError
 from moebit.formats import compressed_tensors, native
+from moebit.formats.activations import read_activations
 from moebit.formats.compressed_tensors import CompressedWeights
 from moebit.formats.native import METHOD, NativeWeights, PackedSpec, packed_specs
 from moebit.model.checkpoint import Checkpoint, load_config, open_hub_checkpoint, read_config, resolve, skeleton
 from moebit.model.experts import layout_of
 from moebit.model.files import read_index
+from moebit.model.inputs import Activations, attach
 from moebit.model.seam import is_experts
 
 
@@ -43,6 +45,7 @@ def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float
     entries = read_index(path)
     layouts = {name: layout_of(module, name) for name, module in skeleton_model.named_modules() if is_experts(module)}
     specs = packed_specs(quantization)
+    attach(skeleton_model, read_activations(quantization), specs)
     return Checkpoint(path, config, skeleton_model, NativeWeights(skeleton_model, entries, specs, layouts), entries)
 
 
@@ -54,6 +57,12 @@ def quantized_modules(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Mapping
     if isinstance(weights, CompressedWeights):
         return compressed_tensors.METHOD, weights.modules()
     return None
+
+
+def activations_of(checkpoint: Checkpoint) -> Activations:
+    """What an output asks of those who run it; nothing for checkpoints and other formats."""
+    quantization = read_config(checkpoint.path).get("quantization_config") or {}
+    return read_activations(quantization) if quantization.get("quant_method") == METHOD else Activations()
 
 
 def average_bits(checkpoint: Checkpoint) -> float | None:

@@ -13,7 +13,9 @@ from moebit.formats import compressed_tensors, native
 from moebit.model.checkpoint import HubWeights
 from moebit.model.experts import ExpertsLayout
 from moebit.model.files import Entry, ShardFile, TensorSpec, pieces
+from moebit.model.inputs import Activations
 from moebit.tensor import QTensor
+from moebit.tensor.blocks import BlockTransform
 
 Modules = Mapping[str, Mapping[str, native.PackedSpec]]
 
@@ -23,10 +25,11 @@ class Sink(ABC):
 
     Attributes:
         weights: the checkpoint. modules: what is quantized, {"": spec} for a linear, {projection: spec} for experts.
+        activations: what happens to the inputs of that; only the native format has any.
     """
 
-    def __init__(self, weights: HubWeights, modules: Modules) -> None:
-        self.weights, self.modules = weights, modules
+    def __init__(self, weights: HubWeights, modules: Modules, activations: Activations | None = None) -> None:
+        self.weights, self.modules, self.activations = weights, modules, activations or Activations()
 
     def parameters(self, prefix: str) -> list[str]:
         """Stored parameters below a module name, in a stable order."""
@@ -56,6 +59,10 @@ class Sink(ABC):
     def put_experts(self, shard: ShardFile, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
         """Write experts [start, start + C) of an experts module: all projections."""
 
+    def put_transform(self, shard: ShardFile, name: str, transform: BlockTransform, start: int = 0) -> None:
+        """Write an online transform, or those of experts from `start` on, for a format that has a place for it."""
+        raise NotImplementedError(f"{type(self).__name__} holds no transforms; recipes that have them are refused for it")
+
     @abstractmethod
     def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """[E, out, in] in `dtype`: the weights as who loads this format will have them."""
@@ -75,6 +82,8 @@ class NativeSink(Sink):
             if name in owners:
                 for projection, spec in parts.items():
                     result |= spec.specs(f"{name}.{projection}" if projection else name)
+        for name, transform in self.activations.below(owners).items():
+            result |= {f"{name}.{leaf}": spec for leaf, spec in transform.specs().items()}
         return result
 
     def put_plain(self, shard: ShardFile, names: list[str]) -> None:
@@ -89,12 +98,18 @@ class NativeSink(Sink):
         for projection, q in quantized.items():
             native.put(shard, f"{name}.{projection}", self.modules[name][projection], q, start)
 
+    def put_transform(self, shard: ShardFile, name: str, transform: BlockTransform, start: int = 0) -> None:
+        spec = self.activations.transforms[name]
+        for leaf, value in spec.tensors(transform).items():
+            shard.write(f"{name}.{leaf}", value, skip=start * (spec.specs()[leaf].nbytes // spec.count))
+
     def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return q.dequantize(dtype).cpu()
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         # The second key makes a transformers without moebit refuse: an unknown quant_method alone is only a warning there.
-        return {**config, "quantization_config": native.quantization_config(self.modules), "experts_implementation": native.METHOD}
+        quantization = native.quantization_config(self.modules, self.activations)
+        return {**config, "quantization_config": quantization, "experts_implementation": native.METHOD}
 
 
 class DenseSink(Sink):
@@ -104,8 +119,7 @@ class DenseSink(Sink):
         return {stored: self.weights.entries[stored].spec for name in names for stored in self.weights.stored_names(name)}
 
     def put_plain(self, shard: ShardFile, names: list[str]) -> None:
-        for stored in dict.fromkeys(stored for name in self.plain(names) for stored in self.weights.stored_names(name)):
-            put_stored(shard, self.weights.entries[stored])
+        put_plain_as_stored(shard, self.weights, self.plain(names))
 
     def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
         self._put(shard, f"{name}.weight", q.dequantize()[0])
@@ -120,10 +134,7 @@ class DenseSink(Sink):
             self._put(shard, f"{name}.{leaf}", layout.stacked(value), start)
 
     def _put(self, shard: ShardFile, name: str, tensor: Tensor, start: int = 0) -> None:
-        for stored, value in self.weights.stored_form(name, tensor, start).items():
-            spec = shard.specs[stored]
-            stacked = value.shape != spec.shape  # some of the experts of a tensor that is stored whole
-            shard.write(stored, value.to(spec.dtype), skip=start * (spec.nbytes // spec.shape[0]) if stacked else 0)
+        put_under_stored_names(shard, self.weights, name, tensor, start)
 
     def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return q.dequantize(q.scheme.scale_dtype).to(dtype).cpu()
@@ -135,8 +146,8 @@ class DenseSink(Sink):
 class CompressedTensorsSink(Sink):
     """Packed matrices under the checkpoint's own names, for engines that know nothing of moebit (formats/compressed_tensors.py)."""
 
-    def __init__(self, weights: HubWeights, modules: Modules) -> None:
-        super().__init__(weights, modules)
+    def __init__(self, weights: HubWeights, modules: Modules, activations: Activations | None = None) -> None:
+        super().__init__(weights, modules, activations)
         self._names = {name: compressed_tensors.stored_modules(weights, name) for name in modules}
 
     def specs(self, names: list[str]) -> dict[str, TensorSpec]:
@@ -153,8 +164,7 @@ class CompressedTensorsSink(Sink):
         return list(dict.fromkeys(stored for name in self.plain(names) for stored in self.weights.stored_names(name)))
 
     def put_plain(self, shard: ShardFile, names: list[str]) -> None:
-        for stored in self._stored(names):
-            put_stored(shard, self.weights.entries[stored])
+        put_plain_as_stored(shard, self.weights, self.plain(names))
 
     def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
         self._put(shard, self._names[name][""], self.modules[name][""], q)
@@ -174,6 +184,25 @@ class CompressedTensorsSink(Sink):
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {**config, "quantization_config": compressed_tensors.quantization_config(self.weights, self.modules, self._names)}
+
+
+def put_under_stored_names(shard: ShardFile, weights: HubWeights, name: str, tensor: Tensor, start: int = 0) -> None:
+    """Write a parameter, or its rows (experts) from `start` on, under the checkpoint's own names."""
+    for stored, value in weights.stored_form(name, tensor, start).items():
+        spec = shard.specs[stored]
+        some = value.shape != spec.shape  # some of the rows of a tensor that is stored whole
+        shard.write(stored, value.to(spec.dtype), skip=start * (spec.nbytes // spec.shape[0]) if some else 0)
+
+
+def put_plain_as_stored(shard: ShardFile, weights: HubWeights, names: list[str]) -> None:
+    """Parameters that are not quantized, under the checkpoint's own names: copied, or written anew where they were edited."""
+    copied = [name for name in names if not weights.edited(name)]
+    for stored in dict.fromkeys(stored for name in copied for stored in weights.stored_names(name)):
+        put_stored(shard, weights.entries[stored])
+    for name in (name for name in names if weights.edited(name)):
+        spec = weights.specs[name]
+        for begin, piece in weights.pieces(name):
+            put_under_stored_names(shard, weights, name, piece, begin // (spec.nbytes // spec.shape[0]))
 
 
 def put_stored(shard: ShardFile, entry: Entry) -> None:

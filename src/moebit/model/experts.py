@@ -109,24 +109,26 @@ class ExpertWeights:
         first: [C, 2I or I, H], rows in the module's own order.
         down: [C, H, I].
         first_bias, down_bias: [C, 2I or I], [C, H] or None.
+        begin: number of the first of them among all experts of the module.
     """
 
     first: Tensor
     down: Tensor
     first_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    begin: int = 0
 
     def to(self, dtype: torch.dtype) -> ExpertWeights:
         """The same in another type; what has it already is not copied."""
         first_bias = None if self.first_bias is None else self.first_bias.to(dtype)
         down_bias = None if self.down_bias is None else self.down_bias.to(dtype)
-        return ExpertWeights(self.first.to(dtype), self.down.to(dtype), first_bias, down_bias)
+        return ExpertWeights(self.first.to(dtype), self.down.to(dtype), first_bias, down_bias, self.begin)
 
     def experts(self, start: int, stop: int) -> ExpertWeights:
         """Experts [start, stop) of these, as views."""
         first_bias = None if self.first_bias is None else self.first_bias[start:stop]
         down_bias = None if self.down_bias is None else self.down_bias[start:stop]
-        return ExpertWeights(self.first[start:stop], self.down[start:stop], first_bias, down_bias)
+        return ExpertWeights(self.first[start:stop], self.down[start:stop], first_bias, down_bias, self.begin + start)
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,13 @@ def _lengths(bounds: list[int], device: torch.device) -> Tensor:
 
 
 def intermediate(module: Any, x_SH: Tensor, weights: ExpertWeights, bounds: list[int]) -> Tensor:
-    """[S, I]: what enters the down projection, with the architecture's own gating."""
+    """[S, I]: what enters the down projection, with the architecture's own gating.
+
+    Where the module's inputs are rounded or transformed (`model/inputs.py`), they are here; what comes out is neither yet.
+    """
+    steps = getattr(module, "moebit_inputs", None)
+    if steps is not None:
+        x_SH = steps.first(x_SH)
     out = grouped_linear(x_SH, weights.first, weights.first_bias, bounds)
     h: Tensor = module._apply_gate(out) if module.has_gate else module.act_fn(out)
     return h
@@ -235,6 +243,9 @@ def intermediate(module: Any, x_SH: Tensor, weights: ExpertWeights, bounds: list
 
 def finish(module: Any, h_SI: Tensor, affinity_S: Tensor, weights: ExpertWeights, bounds: list[int]) -> Tensor:
     """[S, H] float32: the experts' outputs from the inputs of down, scaled by the affinities."""
+    steps = getattr(module, "moebit_inputs", None)
+    if steps is not None:
+        h_SI = steps.down(h_SI, bounds, weights.begin)
     y = grouped_linear(h_SI, weights.down, weights.down_bias, bounds)
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)

@@ -106,6 +106,15 @@ class Stream:
             return calls
         return [same_arguments(mine, known, _same) for mine, known in zip(calls, self._calls[0], strict=True)]
 
+    @property
+    def hands_on(self) -> bool:
+        """Whether layers hand on anything beside the hidden states."""
+        return any(call.hands_on for calls in self._calls for call in calls)
+
+    def call(self, index: int) -> LayerCall:
+        """How a layer is called for the first batch."""
+        return self._calls[0][index]
+
     def layer(self, index: int) -> nn.Module:
         return self.checkpoint.model.get_submodule(self.structure.layers[index].name)
 
@@ -328,7 +337,8 @@ def read_experts(
 ) -> ExpertWeights:
     """Experts [start, stop) of the module called `name`, in `dtype`."""
     first, down, *biases = (weights.expert_rows(full, start, stop).to(dtype) for full in experts_names(name, layout))
-    return ExpertWeights(layout.stacked(first), layout.stacked(down), *biases)
+    first_bias, down_bias = biases or (None, None)
+    return ExpertWeights(layout.stacked(first), layout.stacked(down), first_bias, down_bias, start)
 
 
 @torch.no_grad()

@@ -178,7 +178,8 @@ def find_structure(model: PreTrainedModel) -> Structure:
     try:
         with ExitStack() as stack:
             for module in layers.modules():
-                stack.callback(module.register_forward_pre_hook(on_call, with_kwargs=True).remove)
+                # In front of what an output does to inputs: linears that share one are called with the same tensor.
+                stack.callback(module.register_forward_pre_hook(on_call, with_kwargs=True, prepend=True).remove)
             stack.enter_context(experts_handler(on_experts))
             returns, front = trial(model, list_name, tokens, forget)
         with zeros_outside(model, list_name):

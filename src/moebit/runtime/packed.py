@@ -13,6 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec, unpack_matrices
 from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots, dispatch, finish, intermediate, layout_of
+from moebit.model.inputs import InputStep
 from moebit.runtime.kernels import Stack
 from moebit.runtime.paths import PATHS, Path, compiled, dequantized, few_rows, packed_product, why_not_integer
 
@@ -88,7 +89,7 @@ class PackedMatrices(PackedModule):
 
 
 class PackedLinear(PackedModule):
-    """A linear layer over a packed weight. Whatever quantizes activations belongs in front of `forward`'s product."""
+    """A linear layer over a packed weight. What happens to its input comes in front, as a hook (`model/inputs.py`)."""
 
     bias: nn.Parameter | None
 
@@ -104,8 +105,14 @@ class PackedLinear(PackedModule):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight, made anew at every access: some architectures read a linear's weight instead of calling it."""
-        return self.unpacked(self.dtype)
+        """The dequantized weight, made anew at every access: some architectures read a linear's weight instead of calling it.
+
+        It is for inputs as they are, whatever the packed one expects.
+        """
+        step: InputStep | None = getattr(self, "moebit_inputs", None)
+        if step is None or step.transform is None:
+            return self.unpacked(self.dtype)
+        return step.transform.value().undo(self.unpacked(torch.float32)).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
@@ -190,7 +197,9 @@ def _gather(slots: Slots, chosen: list[int]) -> Slots:
 
 def _few(module: Any, layout: ExpertsLayout, x_TH: Tensor, chosen: list[int], own: Slots) -> Tensor:
     """[S, H]: what `intermediate` and `finish` make, by products with the packed codes of all chosen experts at once."""
-    # Whatever quantizes activations belongs in front of these two products.
+    steps = getattr(module, "moebit_inputs", None)
+    if steps is not None:
+        x_TH = steps.first(x_TH)
     wide = torch.empty(len(own.tokens), layout.intermediate * (2 if layout.gated else 1))
     for projection in layout.projections[:-1]:
         part = getattr(module, projection)
@@ -198,6 +207,8 @@ def _few(module: Any, layout: ExpertsLayout, x_TH: Tensor, chosen: list[int], ow
     first_bias, down_bias = _slot_biases(module, layout, chosen, own)
     first = wide.to(x_TH.dtype) + first_bias
     h = module._apply_gate(first) if module.has_gate else module.act_fn(first)
+    if steps is not None:
+        h = _down_step(steps, h, chosen, own)
     y = torch.empty(len(own.tokens), layout.hidden)
     down = module.down_proj
     packed_product(down.path, down.stack(), h, chosen, own.bounds, torch.arange(len(own.tokens)), y)
@@ -205,6 +216,13 @@ def _few(module: Any, layout: ExpertsLayout, x_TH: Tensor, chosen: list[int], ow
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
     return y * own.affinity.to(y.dtype).unsqueeze(1)
+
+
+def _down_step(steps: Any, h_SI: Tensor, chosen: list[int], own: Slots) -> Tensor:
+    """What happens to the inputs of down, whose slots are those of the chosen experts."""
+    counts = dict.fromkeys(range(max(chosen) + 1), 0) | {e: own.bounds[i + 1] - own.bounds[i] for i, e in enumerate(chosen)}
+    stepped: Tensor = steps.down(h_SI, [0, *accumulate(counts.values())], 0)
+    return stepped
 
 
 def _slot_biases(module: Any, layout: ExpertsLayout, chosen: list[int], own: Slots) -> tuple[Any, Any]:
@@ -217,7 +235,7 @@ def _slot_biases(module: Any, layout: ExpertsLayout, chosen: list[int], own: Slo
 
 def _as_they_are(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype) -> ExpertWeights:
     first, down = (layout.stacked(getattr(module, leaf)[e : e + 1]).to(dtype) for leaf in (layout.first, "down_proj"))
-    return ExpertWeights(first, down, *_biases(module, layout, e))
+    return ExpertWeights(first, down, *_biases(module, layout, e), e)
 
 
 def _biases(module: Any, layout: ExpertsLayout, e: int) -> tuple[Tensor | None, Tensor | None]:
@@ -231,7 +249,7 @@ def _dequantized(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype)
     first = down.new_empty(1, layout.intermediate * (2 if layout.gated else 1), layout.hidden)
     for projection in layout.projections[:-1]:
         getattr(module, projection).unpack_into(e, first[0], layout.rows(projection))
-    return ExpertWeights(first, down, *_biases(module, layout, e))
+    return ExpertWeights(first, down, *_biases(module, layout, e), e)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, packed_experts_forward)

@@ -11,9 +11,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moebit.formats.activations import KEY as ACTIVATIONS
+from moebit.formats.activations import read_activations
 from moebit.formats.native import METHOD, packed_specs
 from moebit.model.adapters import adapt
 from moebit.model.checkpoint import INSIDE, without_wrapper
+from moebit.model.inputs import attach
 from moebit.model.seam import SEAM
 from moebit.runtime.packed import EXPERTS_IMPLEMENTATION, PackedLinear, pack_experts
 
@@ -32,6 +35,8 @@ class MoebitConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.format_version = format_version
         self.modules = modules or {}
+        if kwargs.get(ACTIVATIONS):
+            self.activations = kwargs[ACTIVATIONS]
 
 
 @register_quantizer(METHOD)
@@ -65,6 +70,9 @@ class MoebitQuantizer(HfQuantizer):
                 continue
             dtype = module.weight.dtype if isinstance(module.weight, torch.Tensor) else torch.bfloat16
             setattr(model.get_submodule(parent), leaf, PackedLinear(parts[""], module.bias is not None, dtype))
+        activations = read_activations(self.quantization_config.to_dict())
+        inside = names | _names_in(model, [*(n.rpartition(".")[0] for n in activations.transforms), *activations.attention_modules])
+        attach(model, activations, specs, inside.__getitem__)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         model.config.experts_implementation = EXPERTS_IMPLEMENTATION  # type: ignore[union-attr] # kept by save_pretrained: see formats/sink.py

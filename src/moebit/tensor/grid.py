@@ -158,6 +158,11 @@ def minmax_grid(w_EOI: Tensor, bits_E: Tensor, scheme: QuantScheme) -> tuple[Ten
     return _grid_of(_range(w_EOI, scheme), 1.0, bits_E, scheme)
 
 
+def clipped_grid(w_EOI: Tensor, ratio: float, bits_E: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """The grid that covers a share `ratio` of every group's range; arguments and result as `minmax_grid`."""
+    return _grid_of(_range(w_EOI, scheme), ratio, bits_E, scheme)
+
+
 def search_grid(w_EOI: Tensor, bits_E: Tensor, scheme: QuantScheme, importance_EI: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Per group, the clipped range whose rounding error `sum_j importance_j (Q(w_j) - w_j)^2` is least.
 

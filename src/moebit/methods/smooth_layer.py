@@ -1,0 +1,197 @@
+"""One layer's smoothing: what arrives at its linears is looked at once, before anything in it is rounded, and becomes edits of its weights.
+
+The scales are those of `smoothing.py`; where they may stand is what `model/sites.py` proved when the plan was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moebit.methods.awq import representable
+from moebit.methods.balance import draw
+from moebit.methods.smoothing import aggregated, centred, expert_extremes, smooth
+from moebit.model.checkpoint import Weights
+from moebit.model.edits import Edit, joined
+from moebit.model.experts import ExpertsLayout, RoutedTokens
+from moebit.model.flow import NormSite
+from moebit.model.sites import LayerScales, PairSite, scale_behind_norm, scale_pair
+from moebit.model.stream import Stream, read_experts
+from moebit.model.structure import LayerSites, MoESite
+from moebit.recipe import SmoothingSection
+
+PIECE = 4096  # tokens at a time
+NOTHING_ROUNDED = "nothing behind it is quantized"
+
+
+@dataclass(frozen=True)
+class SmoothedLayer:
+    """What is done to a layer.
+
+    Attributes:
+        edits: of its weights. report: per norm and pair, the range of its scales. skipped: what was left, with the reason.
+    """
+
+    edits: dict[str, tuple[Edit, ...]]
+    report: dict[str, Any]
+    skipped: dict[str, str]
+
+    def describe(self) -> dict[str, Any]:
+        """For the report."""
+        return {"scales": self.report, "skipped": self.skipped}
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What arrived at a layer's modules.
+
+    Attributes:
+        extremes: full name -> [N] largest |x| per channel. routed: what the experts were asked, None without experts.
+        extra: further tokens for some experts: (x, ids with E for slots that do not count).
+    """
+
+    extremes: Mapping[str, Tensor]
+    routed: RoutedTokens | None
+    extra: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class LayerSmoothing:
+    """Finds one layer's scales.
+
+    Attributes:
+        stream: in front of the layer, which is loaded. weights: of the layer as it is. chunk: experts to read at a time.
+        quantized: full names of what will be rounded.
+        pool, ratio: further windows in front of the layer, of which experts with too few tokens draw some (`balance.py`).
+    """
+
+    stream: Stream
+    sites: LayerSites
+    scales: LayerScales
+    recipe: SmoothingSection
+    weights: Weights
+    quantized: frozenset[str]
+    chunk: int
+    pool: Stream | None = None
+    ratio: float = 0.0
+    layouts: dict[str, ExpertsLayout] = field(default_factory=dict)
+
+    def run(self) -> SmoothedLayer:
+        """Scales behind every norm and, for `expert_aware`, behind linears (values in attention, up in dense layers)."""
+        if self.sites.moe is not None:
+            self.layouts[f"{self.sites.name}.{self.sites.moe.experts}"] = self.sites.moe.layout
+        skipped, report, edits = dict(self.scales.skipped), dict[str, Any](), []
+        norms = [site for site in self.scales.norms if self._rounded(site)]
+        pairs = [pair for pair in self.scales.pairs if pair.second in self.quantized] if self.recipe.kind == "expert_aware" else []
+        skipped |= {site.norm: NOTHING_ROUNDED for site in self.scales.norms if site not in norms}
+        seen = self._look(norms, pairs)
+        for site in norms:
+            gain = self.weights.parameter(f"{site.norm}.weight")
+            s = representable(gain, self._behind_norm(site, seen), site.offset)
+            edits.append(scale_behind_norm(site, s, self.layouts))
+            report[site.norm] = _range(s)
+        for pair in pairs:
+            s = self._between(pair, seen)
+            edits.append(scale_pair(pair, s))
+            report[pair.second] = _range(s)
+        return SmoothedLayer(joined(*edits), report, skipped)
+
+    def _rounded(self, site: NormSite) -> bool:
+        return any(name in self.quantized for name in (*site.readers, *([site.experts] if site.experts else [])))
+
+    def _look(self, norms: list[NormSite], pairs: list[PairSite]) -> _Seen:
+        """Run the layer as it is, once."""
+        extremes: dict[str, Tensor] = {}
+        layer, prefix = self.stream.layer(self.sites.index), self.sites.name + "."
+
+        def watch(name: str) -> Any:
+            def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+                largest = x.reshape(-1, x.shape[-1]).abs().amax(0).float()
+                extremes[name] = torch.maximum(extremes[name], largest) if name in extremes else largest
+
+            return layer.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(on_call, with_kwargs=True)
+
+        with ExitStack() as stack:
+            for name in {*(site.readers[0] for site in norms if site.readers), *(pair.second for pair in pairs)}:
+                stack.callback(watch(name).remove)
+            if self.sites.moe is None:
+                outputs = self.stream.store.allocate(tuple(self.stream.hidden.shape), self.stream.dtype)
+                self.stream.run(self.sites.index, outputs=outputs)
+                return _Seen(extremes, None, None)
+            routed = self.stream.capture_routing(self.sites.index)
+        experts = f"{prefix}{self.sites.moe.experts}"
+        extremes[experts] = torch.stack([piece.abs().amax(0).float() for piece in routed.x.split(PIECE)]).amax(0)
+        return _Seen(extremes, routed, self._drawn(routed, self.sites.moe.layout.experts))
+
+    def _drawn(self, routed: RoutedTokens, experts: int) -> tuple[Tensor, Tensor] | None:
+        if self.pool is None or self.recipe.kind != "expert_aware" or self.recipe.aggregate == "none":
+            return None
+        more = self.pool.capture_routing(self.sites.index)
+        return more.x, draw(routed.counts(experts), more.ids, self.pool.windows.shape[1], self.ratio).ids
+
+    def _behind_norm(self, site: NormSite, seen: _Seen) -> Tensor:
+        activation = seen.extremes[site.readers[0] if site.readers else str(site.experts)]
+        aware = site.experts is not None and self.recipe.kind == "expert_aware" and self.recipe.aggregate != "none"
+        if not aware or site.experts not in self.quantized:
+            columns = [self._columns(name) for name in site.readers if name in self.quantized]
+            columns += [self._experts_columns().amax(0)] if site.experts in self.quantized else []
+            return centred(smooth(activation, torch.stack(columns).amax(0), self.recipe.alpha))
+        assert self.sites.moe is not None
+        assert seen.routed is not None
+        own, say = self._experts_extremes(seen, self.sites.moe)
+        router = f"{self.sites.name}.{self.sites.moe.router}"
+        shared = [self._columns(name) for name in site.readers if name in self.quantized]
+        others = [self._columns(router)] if router in site.readers else []
+        others += [torch.stack(shared).amax(0)] if shared else []
+        voices = [smooth(activation, columns, self.recipe.alpha) for columns in others]
+        experts = smooth(own, self._experts_columns(), self.recipe.alpha)
+        return centred(aggregated(experts, say, voices, self.recipe.aggregate))
+
+    def _experts_extremes(self, seen: _Seen, moe: MoESite) -> tuple[Tensor, Tensor]:
+        """([E, H] largest inputs of every expert, [E] what it weighs)."""
+        assert seen.routed is not None
+        experts, routed = moe.layout.experts, seen.routed
+        own = torch.zeros(experts, moe.layout.hidden)
+        for x, ids in ((routed.x, routed.ids), *([seen.extra] if seen.extra else [])):
+            for rows, chosen in zip(x.split(PIECE), ids.split(PIECE), strict=True):
+                own = torch.maximum(own, expert_extremes(rows, chosen, experts))
+                self.stream.store.release()
+        if self.recipe.aggregate == "router":
+            inside = routed.ids.clamp(0, experts - 1)
+            say = torch.zeros(experts).index_add_(0, inside.flatten(), (routed.weights.abs() * (inside == routed.ids)).flatten().float())
+            return own, say
+        return own, routed.counts(experts)[:experts].float()
+
+    def _columns(self, name: str) -> Tensor:
+        """[N] largest |w| of every input channel of a linear."""
+        return self.weights.parameter(f"{name}.weight").abs().amax(0).float()
+
+    def _experts_columns(self) -> Tensor:
+        """[E, H] largest |w| of every input channel of every expert's gate and up."""
+        ((name, layout),) = self.layouts.items()
+        parts = []
+        for start in range(0, layout.experts, self.chunk):
+            experts = read_experts(self.weights, name, layout, start, min(start + self.chunk, layout.experts))
+            parts.append(experts.first.abs().amax(1))
+        return torch.cat(parts)
+
+    def _between(self, pair: PairSite, seen: _Seen) -> Tensor:
+        """[rows of the first] scales; one for all channels of the second that a row reaches, one where it reaches none."""
+        into = torch.zeros(2, pair.rows).scatter_reduce_(
+            1, pair.channels.expand(2, -1), torch.stack([seen.extremes[pair.second], self._columns(pair.second)]), "amax"
+        )
+        reached = torch.zeros(pair.rows, dtype=torch.bool)
+        reached[pair.channels] = True
+        s = torch.ones(pair.rows, dtype=torch.float64)
+        s[reached] = centred(smooth(into[0, reached], into[1, reached], self.recipe.alpha))
+        return s
+
+
+def _range(s: Tensor) -> list[float]:
+    return [float(s.min()), float(s.max())]

@@ -1,0 +1,208 @@
+"""Smoothing in whole layers: transformers' logits stay the same, scales are those of a naive count, no tensor is added."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import moebit
+from moebit import pipeline
+from moebit.formats.opening import open_checkpoint
+from moebit.methods.smooth_layer import LayerSmoothing
+from moebit.model.checkpoint import Checkpoint, HubWeights
+from moebit.model.edits import EditedWeights
+from moebit.model.sites import LayerScales, find_scales
+from moebit.model.stream import Stream
+from moebit.model.structure import Structure, find_structure
+from moebit.recipe import SmoothingSection
+from tests.models import ARCHITECTURES, EXPERTS, Architecture, Checkpoints, load_reference, quiet, random_model, save, windows
+from tests.outputs import file_bytes, small_recipe, stored_tensors, token_file
+
+NAMED = [ARCHITECTURES[name] for name in ("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3")]
+OTHERS = [pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES.values() if a not in NAMED]
+MIXTRAL, QWEN2, QWEN3 = (ARCHITECTURES[name] for name in ("mixtral", "qwen2_moe", "qwen3_moe"))
+SAMPLES, LENGTH = 6, 24
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return token_file(tmp_path_factory.mktemp("text") / "text.jsonl", 4 * SAMPLES * LENGTH)
+
+
+def opened(path: Path) -> tuple[Checkpoint, Structure, tuple[LayerScales, ...]]:
+    checkpoint = open_checkpoint(path, compute=torch.float32)
+    assert isinstance(checkpoint.weights, HubWeights)
+    structure = find_structure(checkpoint.model)
+    scales = find_scales(checkpoint, structure)
+    return replace(checkpoint, weights=EditedWeights(checkpoint.weights)), structure, scales
+
+
+def smooth(path: Path, section: SmoothingSection) -> tuple[Checkpoint, dict[str, Any]]:
+    """A checkpoint with every layer smoothed and nothing rounded; by layer what was done."""
+    checkpoint, structure, scales = opened(path)
+    assert isinstance(checkpoint.weights, EditedWeights)
+    stream = Stream(checkpoint, structure, windows())
+    quantized = {f"{s.name}.{name}" for s in structure.layers for group in s.groups for name in group.names}
+    quantized |= {f"{s.name}.{s.moe.experts}" for s in structure.layers if s.moe}
+    done, edits = {}, {}
+    for sites in structure.layers:
+        with stream.loaded(sites.index):
+            job = LayerSmoothing(stream, sites, scales[sites.index], section, checkpoint.weights, frozenset(quantized), 3)
+            smoothed = job.run()
+        stream.step(sites.index, EXPERTS)
+        done[sites.name], edits = smoothed.describe(), {**edits, **smoothed.edits}
+    checkpoint.weights.add(edits)
+    return checkpoint, done
+
+
+@pytest.mark.parametrize("architecture", [*NAMED, *OTHERS], ids=str)
+def test_transformers_computes_the_same_with_smoothed_weights(architecture: Architecture, tmp_path: Path) -> None:
+    """Stored in float32, computed in float64: what is left are the roundings of the stored weights."""
+    path = save(random_model(replace(architecture, dtype=torch.float32)), tmp_path / "model")
+    checkpoint, done = smooth(path, SmoothingSection(kind="expert_aware"))
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager").eval()
+        before = model(input_ids=windows(), use_cache=False).logits
+        changed = 0
+        with torch.no_grad():
+            for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+                if name in checkpoint.weights.available():
+                    value = checkpoint.weights.parameter(name).to(parameter.dtype)
+                    changed += not torch.equal(value, parameter)
+                    parameter.copy_(value)
+        after = model(input_ids=windows(), use_cache=False).logits
+    assert float((after - before).abs().max() / before.abs().max()) < 2e-5
+    scales = [s for layer in done.values() for s in layer["scales"].values()]
+    assert len(scales) + sum(len(layer["skipped"]) for layer in done.values()) > 0
+    assert (changed > 0) == bool(scales)
+    if architecture in NAMED:
+        assert len(scales) >= 4
+        assert all(low < 0.9 and high > 1.1 for low, high in scales)
+
+
+def naive_scales(path: Path, kind: str, aggregate: str, alpha: float) -> np.ndarray:
+    """Mixtral's first MoE norm: s by loops over tokens and experts, from transformers' own hidden states."""
+    reference = load_reference(MIXTRAL, path)
+    routed = reference.routed[0]
+    experts: Any = reference.experts(0)
+    x, ids, g = routed.x.double().numpy(), routed.ids.tolist(), routed.weights.double().numpy()
+    first = experts.gate_up_proj.detach().double().numpy()
+    router = reference.layers[0].get_submodule(MIXTRAL.router_name).weight.detach().double().numpy()
+
+    def scale(activation: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return np.maximum(activation, 1e-5) ** alpha / np.maximum(weight, 1e-5) ** (1 - alpha)
+
+    everything = np.abs(x).max(0)
+    if kind == "smoothquant" or aggregate == "none":
+        s = scale(everything, np.abs(first).max((0, 1)))
+    else:
+        voices, say = [], []
+        for e in range(EXPERTS):
+            mine = [t for t in range(len(x)) if e in ids[t]]
+            if mine:
+                voices.append(scale(np.abs(x[mine]).max(0), np.abs(first[e]).max(0)))
+                say.append(len(mine) if aggregate == "frequency" else sum(g[t][ids[t].index(e)] for t in mine))
+        mean = np.average(voices, axis=0, weights=say)
+        s = np.maximum(np.max(voices, axis=0) if aggregate == "max" else mean, scale(everything, np.abs(router).max(0)))
+    return s / np.exp(np.log(s).mean())
+
+
+@pytest.mark.parametrize(
+    ("kind", "aggregate"),
+    [("expert_aware", "max"), ("expert_aware", "frequency"), ("expert_aware", "router"), ("expert_aware", "none"), ("smoothquant", "max")],
+)
+def test_scales_are_those_of_a_naive_count(kind: Any, aggregate: Any, checkpoints: Checkpoints) -> None:
+    path = checkpoints.path(MIXTRAL)
+    checkpoint, _ = smooth(path, SmoothingSection(kind=kind, aggregate=aggregate, alpha=0.7))
+    norm, experts = "model.layers.0.post_attention_layernorm.weight", "model.layers.0.mlp.experts.gate_up_proj"
+    plain = dict(load_reference(MIXTRAL, path).model.named_parameters())
+    s = (plain[norm].detach().double() / checkpoint.weights.parameter(norm).double()).numpy()
+    np.testing.assert_allclose(s, naive_scales(path, kind, aggregate, 0.7), rtol=1e-3)
+    columns = checkpoint.weights.parameter(experts).double() / plain[experts].detach().double()
+    np.testing.assert_allclose(columns.numpy(), np.broadcast_to(s, columns.shape), rtol=1e-4)
+
+
+def recipe(**sections: Any) -> dict[str, Any]:
+    base = small_recipe("rtn", weights={"bits": 4, "symmetric": False}, samples=SAMPLES, seq_len=LENGTH)
+    return {
+        **base,
+        "smoothing": {"kind": "expert_aware"},
+        **sections,
+        "calibration": {**base["calibration"], **sections.get("calibration", {})},
+    }
+
+
+def quantize(model: Path, out: Path, text: Path | None, wanted: dict[str, Any], **options: Any) -> pipeline.Result:
+    result = moebit.quantize(model, out, recipe=wanted, text={"t": text} if text else (), **options)
+    assert isinstance(result, pipeline.Result)
+    return result
+
+
+@pytest.mark.parametrize("output", ["native", "dense", "compressed-tensors"])
+def test_a_smoothed_checkpoint_has_the_tensors_of_an_unsmoothed_one(
+    output: str, checkpoints: Checkpoints, text: Path, tmp_path: Path
+) -> None:
+    path, grid = checkpoints.path(QWEN2), {"weights": {"bits": 4, "group_size": -1, "symmetric": True}}
+    quantize(path, tmp_path / "plain", text, {**recipe(smoothing={}), **grid}, format=output)
+    quantize(path, tmp_path / "smooth", text, {**recipe(), **grid}, format=output)
+    plain, smoothed = stored_tensors(tmp_path / "plain"), stored_tensors(tmp_path / "smooth")
+    assert {n: (t.dtype, t.shape) for n, t in plain.items()} == {n: (t.dtype, t.shape) for n, t in smoothed.items()}
+    assert any("norm" in name and not torch.equal(t, smoothed[name]) for name, t in plain.items())
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "smooth")]
+    assert configs[0] == configs[1]
+
+
+def test_fine_grids_show_that_nothing_else_changed(checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
+    """8 bits, with outliers between up and down: what is loaded computes what the original does, up to its rounding."""
+    model = random_model(replace(QWEN3, dtype=torch.float32))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("experts.gate_up_proj"):
+                parameter[:, -2:] *= 30.0  # rows of up: two loud neurons per expert
+            if name.endswith("experts.down_proj"):
+                parameter[..., -2:] /= 30.0
+    path = save(model, tmp_path / "model")
+    wanted = {**recipe(), "weights": {"bits": 8, "group_size": -1, "symmetric": False}}
+    result = quantize(path, tmp_path / "out", text, wanted)
+    for layer in (result.layers[0], result.layers[2]):
+        assert len(layer.smoothing["outliers"]) == EXPERTS
+        assert sum(count >= 2 for count in layer.smoothing["outliers"]) >= EXPERTS - 1
+    scores = moebit.evaluate(tmp_path / "out", against=path, text={"t": text}, window=24, max_tokens=240)["texts"]["t"]
+    assert scores["kl"] < 2e-4
+    assert scores["routing_exact"] > 0.97
+
+
+def test_interrupted_runs_resume_to_the_same_bytes(checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
+    path = checkpoints.path(QWEN3)
+    wanted = recipe(
+        calibration={"balance": 8, "pool": 2}, router={"bits": 8, "align": "kl", "realign": "ridge"}, rotation={"absorbed": "r1"}
+    )
+    whole = quantize(path, tmp_path / "plain", text, wanted)
+    assert whole.layers[0].balance["short_before"] > 0
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "layers" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(path, tmp_path / "out", text, wanted, progress=stop)
+    quantize(path, tmp_path / "out", text, wanted, resume=True)
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "plain")
+
+
+def test_what_cannot_be_smoothed_is_said(checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
+    result = quantize(checkpoints.path(ARCHITECTURES["gpt_oss"]), tmp_path / "out", text, recipe())
+    for layer in result.layers:
+        assert "outliers" not in layer.smoothing  # h is not linear in up
+        assert "not linear in up" in next(why for name, why in layer.smoothing["skipped"].items() if name.endswith("down_proj"))
+    only = {**recipe(), "weights": {"bits": 4, "group_size": -1, "symmetric": False, "scope": "experts"}}
+    layer = quantize(checkpoints.path(MIXTRAL), tmp_path / "experts", text, only).layers[0]
+    assert layer.smoothing["skipped"]["model.layers.0.input_layernorm"] == "nothing behind it is quantized"
+    assert list(layer.smoothing["scales"]) == ["model.layers.0.post_attention_layernorm"]
