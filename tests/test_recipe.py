@@ -221,7 +221,6 @@ def test_what_is_switched_off_is_accepted() -> None:
         ({"rotation": {"absorbed": "r1"}}, "rotation.absorbed: r1"),
         ({"allocation": {"kind": "fuzzy"}}, "allocation.kind: fuzzy"),
         ({"switching": {"share": 0.01}}, "switching.share: 0.01"),
-        ({"calibration": {"kind": "ebss"}}, "calibration.kind: ebss"),
         ({"calibration": {"balance": 2}}, "calibration.balance"),
         ({"solver": {"method": "awq"}}, "solver.method: awq"),
     ],
@@ -231,6 +230,24 @@ def test_what_is_switched_on_is_refused_by_name(data: dict[str, Any], says: str)
         load_recipe(data)
     assert says in str(error.value)
     assert "not in this version" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"kind": "text", "scope": "sequence"}, "scope is of no use with kind: text"),
+        ({"kind": "text", "text_share": 0.5}, "text_share is of no use with kind: text"),
+        ({"kind": "self", "width": 8}, "set kind to one of ebss"),
+        ({"kind": "ebss", "oversample": 2}, "set kind to one of self-balanced"),
+        ({"kind": "ebbs"}, "'ebss'"),
+        ({"kind": "ebss", "temperature": 0}, "calibration.temperature"),
+        ({"kind": "self", "text_share": 1}, "calibration.text_share"),
+    ],
+)
+def test_options_of_sampling_belong_to_their_kind(section: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInputError) as error:
+        load_recipe({"calibration": section})
+    assert says in str(error.value)
 
 
 @pytest.mark.parametrize("section", ["router", "smoothing", "switching"])

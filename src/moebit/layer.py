@@ -138,11 +138,11 @@ class LayerJob:
         if self.stream is None or not self._quantized(group):
             return None
         if routed is not None and group.moe_input:
-            return self._moment(routed.x)
+            return self._moment(routed.x, self._affinity(group))
         if group.replay is not None:
             origin = self.sites.groups[group.replay_of] if group.replay_of is not None else None
             if routed is not None and (origin is None or origin.moe_input):
-                return self._replayed_hessian(group, routed.x)
+                return self._replayed_hessian(group, routed.x, self._affinity(group))
             if group.replay_of in inputs:
                 return self._replayed_hessian(group, inputs[group.replay_of])
         total = torch.zeros(group.in_features, group.in_features)
@@ -165,29 +165,42 @@ class LayerJob:
             inputs[number] = kept
         return mirror_(total)
 
-    def _moment(self, x_TN: Tensor) -> Tensor:
+    def _affinity(self, group: LinearGroup) -> Callable[[Tensor], Tensor] | None:
+        """How much inputs [T, H] of the experts' block count for shared experts behind a gate: sigmoid(gate x)^p; None for no such gate.
+
+        MoEQuant's affinity (2505.03804, §3.3), which routed experts get from the router.
+        """
+        moe, power = self.sites.moe, self.plan.recipe.solver.affinity_power
+        gate = shared_gate(self.sites, self.layer) if self.layer is not None else None
+        if not power or gate is None or moe is None or not set(group.names) <= set(moe.shared):
+            return None
+        return lambda x: gate(x).float().sigmoid().flatten().pow(power)
+
+    def _moment(self, x_TN: Tensor, affinity: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """[N, N] second moment of stored inputs, which may lie in a file."""
         assert self.stream is not None
         total = torch.zeros(x_TN.shape[1], x_TN.shape[1])
         for piece in x_TN.split(ROWS):
-            add_second_moment(total, piece)
+            add_second_moment(total, piece, affinity(piece) if affinity else None)
             self.stream.store.release()
         return mirror_(total)
 
-    def _replayed_hessian(self, group: LinearGroup, x_TN: Tensor) -> Tensor:
+    def _replayed_hessian(self, group: LinearGroup, x_TN: Tensor, affinity: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The same for a group behind an already quantized one, by running only the module around it (a shared expert, a dense MLP)."""
         assert self.stream is not None
         assert self.layer is not None
         assert group.replay is not None
         module, total = self.layer.get_submodule(group.replay), torch.zeros(group.in_features, group.in_features)
+        weights: Tensor | None = None
 
         def on_call(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-            add_second_moment(total, args[0].reshape(-1, args[0].shape[-1]))
+            add_second_moment(total, args[0].reshape(-1, args[0].shape[-1]), weights)
 
         hook = self.layer.get_submodule(group.names[0]).register_forward_pre_hook(on_call)
         try:
             with torch.no_grad():
                 for piece in x_TN.split(self.stream.batch_tokens):
+                    weights = affinity(piece) if affinity else None
                     module(piece.unsqueeze(0))
                     self.stream.store.release()
         finally:
@@ -393,6 +406,16 @@ class _ExpertInputs:
         for piece in self._pieces(start, stop):
             y = finish(module, h[piece.place], piece.affinity, weights, piece.bounds)
             self.outputs.index_add_(0, piece.tokens, y.float())
+
+
+def shared_gate(sites: LayerSites, layer: nn.Module) -> nn.Module | None:
+    """The linear [1, H] beside a layer's experts that scales its shared experts, behind a sigmoid; None where there is none."""
+    if sites.moe is None or not sites.moe.shared:
+        return None
+    block = sites.moe.experts.rpartition(".")[0] + "."
+    gates = [layer.get_submodule(name) for name, why in sites.kept.items() if why == "gate" and name.startswith(block)]
+    scalar = [gate for gate in gates if isinstance(gate, nn.Linear) and gate.out_features == 1]
+    return scalar[0] if len(scalar) == 1 else None
 
 
 def relative_error(value_EOI: Tensor, w_EOI: Tensor) -> list[float]:

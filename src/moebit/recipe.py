@@ -99,11 +99,33 @@ class SolverSection(_Section):
 
 
 class CalibrationSection(_Section):
-    """What the model is calibrated on: `samples` windows of `seq_len` tokens, spread evenly over the given texts."""
+    """What the model is calibrated on: `samples` windows of `seq_len` tokens, spread evenly over the given texts, or sampled by itself.
 
-    kind: Literal["text"] = "text"
+    kind: `text`; or what the model writes (calibration/sampling.py): `ebss`, `self`, `self-balanced`. Text that is given all the same
+        takes its place, unless `text_share` says how much of the set it is to be.
+    width, temperature, scope, oversample, repetition_penalty, no_repeat_ngram: of the sampling; null is the kind's own value.
+    """
+
+    kind: Literal["text", "ebss", "self", "self-balanced"] = "text"
     samples: int = Field(128, ge=1)
     seq_len: int = Field(512, ge=8)
+    text_share: float = Field(0.0, ge=0.0, lt=1.0)
+    width: int = Field(4, ge=1)
+    temperature: float | None = Field(None, gt=0.0)
+    scope: Literal["set", "sequence"] = "set"
+    oversample: int = Field(3, ge=1)
+    repetition_penalty: float | None = Field(None, ge=1.0)
+    no_repeat_ngram: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _only_what_the_kind_knows(self) -> CalibrationSection:
+        sampling = {"text_share", "temperature", "repetition_penalty", "no_repeat_ngram"}
+        known = {"text": set[str](), "self": sampling, "self-balanced": sampling | {"oversample"}, "ebss": sampling | {"width", "scope"}}
+        for key in (*sorted(sampling), "width", "scope", "oversample"):
+            if key not in known[self.kind] and getattr(self, key) != type(self).model_fields[key].default:
+                kinds = ", ".join(kind for kind, keys in known.items() if key in keys)
+                raise ValueError(f"{key} is of no use with kind: {self.kind}; leave it out, or set kind to one of {kinds}")
+        return self
 
 
 class Recipe(_Section):
@@ -253,11 +275,8 @@ def _drop_inactive(data: dict[str, Any]) -> None:
             if off[key] is not None and value != off[key]:
                 raise BadInputError(f"recipe: {section}.{key}: {value} is not in this version of moebit (only {off[key]!r} is)")
     calibration = data.get("calibration")
-    if isinstance(calibration, dict):
-        if calibration.get("kind", "text") != "text":
-            raise BadInputError(f"recipe: calibration.kind: {calibration['kind']} is not in this version of moebit (only 'text' is)")
-        if calibration.pop("balance", None) not in (None, "none"):
-            raise BadInputError("recipe: calibration.balance is not in this version of moebit (only 'none' is)")
+    if isinstance(calibration, dict) and calibration.pop("balance", None) not in (None, "none"):
+        raise BadInputError("recipe: calibration.balance is not in this version of moebit (only 'none' is)")
     solver = data.get("solver")
     if isinstance(solver, dict) and solver.get("method") == "awq":
         raise BadInputError("recipe: solver.method: awq is not in this version of moebit (rtn and gptq are)")
