@@ -232,6 +232,13 @@ def test_what_is_switched_on_is_refused_by_name(data: dict[str, Any], says: str)
     assert "not in this version" in str(error.value)
 
 
+@pytest.mark.parametrize("section", [{"affinity_power": 1}, {"method": "rtn"}])
+def test_output_aware_stands_by_itself(section: dict[str, Any]) -> None:
+    assert load_recipe({"solver": {"output_aware": True}}).solver.output_aware
+    with pytest.raises(BadInputError, match="output_aware"):
+        load_recipe({"solver": {"output_aware": True, **section}})
+
+
 @pytest.mark.parametrize(
     ("section", "says"),
     [

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moebit.calibration.statistics import ExpertMoments, down_layer_hessians, layer_sample
+from moebit.calibration.statistics import ExpertMoments, down_layer_hessians, layer_sample, output_sensitivity
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
 from moebit.formats.sink import Sink
@@ -285,9 +285,10 @@ class LayerJob:
         parts = self.plan.experts.get(name)
         weights = read_experts(self.sink.weights, name, layout, start, stop, self._stored_dtype(name, layout))
         quantized: dict[str, QTensor] = {}
-        power = self.plan.recipe.solver.affinity_power
+        power, aware = self.plan.recipe.solver.affinity_power, self.plan.recipe.solver.output_aware
         if parts:
-            hessian = inputs.hessians(start, stop, power) if inputs else None
+            sensitive = (module, layout, weights.to(self._dtype)) if aware else None
+            hessian = inputs.hessians(start, stop, power, sensitive) if inputs else None
             first = self._solve_first(layout, weights.first, hessian, parts, start, stop, quantized)
             weights = ExpertWeights(first, weights.down, weights.first_bias, weights.down_bias)
             del hessian
@@ -296,7 +297,7 @@ class LayerJob:
             h = inputs.through_first(module, weights, start, stop, None) if inputs else None
             hessian = None
         else:
-            moments = ExpertMoments.zeros(stop - start, layout.intermediate, power)
+            moments = ExpertMoments.zeros(stop - start, layout.intermediate, 2.0 if aware else power)
             h = inputs.through_first(module, weights, start, stop, moments)
             hessian = moments.shrunk(down_layer_hessians(module, inputs.sample, weights, inputs.stream.slots))
         if parts:
@@ -384,11 +385,21 @@ class _ExpertInputs:
             yield piece
             self.stream.store.release()
 
-    def hessians(self, start: int, stop: int, power: float) -> Tensor:
-        """[C, H, H] of gate and up."""
-        moments = ExpertMoments.zeros(stop - start, self.x.shape[1], power)
+    def hessians(
+        self, start: int, stop: int, power: float, sensitive: tuple[nn.Module, ExpertsLayout, ExpertWeights] | None = None
+    ) -> Tensor:
+        """[C, H, H] of gate and up.
+
+        Args:
+            sensitive: weigh slots by what an error costs in the layer's output instead, through these experts as they are.
+        """
+        moments = ExpertMoments.zeros(stop - start, self.x.shape[1], 1.0 if sensitive else power)
         for piece in self._pieces(start, stop):
-            moments.add(self.x[piece.tokens], piece.affinity, piece.bounds)
+            x, weight = self.x[piece.tokens], piece.affinity
+            if sensitive:
+                module, layout, weights = sensitive
+                weight = output_sensitivity(module, layout, x, weight, weights, piece.bounds)
+            moments.add(x, weight, piece.bounds)
         return moments.shrunk(self.h_layer)
 
     def through_first(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int, moments: ExpertMoments | None) -> Tensor:

@@ -82,6 +82,7 @@ class SolverSection(_Section):
 
     scales: `static` from the original weights, `dynamic` from the columns as updated when a group begins (not with act_order).
     affinity_power: power p of the routing weight in the Hessians, `sum g^p x x^T`; 0 weighs all routed tokens alike.
+    output_aware: weigh routed tokens by what an error costs in the layer's output instead (gptq).
     """
 
     method: Literal["rtn", "gptq"] = "gptq"
@@ -90,6 +91,13 @@ class SolverSection(_Section):
     damping: float = Field(0.01, ge=0.0, le=1.0)
     clip_search: bool = True
     affinity_power: float = Field(0.0, ge=0.0)
+    output_aware: bool = False
+
+    @model_validator(mode="after")
+    def _one_weighting(self) -> SolverSection:
+        if self.output_aware and (self.affinity_power or self.method != "gptq"):
+            raise ValueError("output_aware: true has the affinity in it and is gptq's; set affinity_power: 0, method: gptq")
+        return self
 
     @model_validator(mode="after")
     def _static_for_act_order(self) -> SolverSection:

@@ -117,7 +117,7 @@ def places(parent_NW: Tensor) -> Tensor:
     earlier = torch.ones(width, width, dtype=torch.bool).tril(-1)
     first_NW = ~((parent_NW.unsqueeze(2) == parent_NW.unsqueeze(1)) & earlier).any(2)
     taken_NW = torch.zeros_like(first_NW).scatter_(1, parent_NW, True)
-    free_NW = taken_NW.long().argsort(1, stable=True)  # places that no child keeps come first
+    free_NW = taken_NW.long().argsort(dim=1, stable=True)  # places that no child keeps come first
     rank = (~first_NW).long().cumsum(1) - 1
     place_NW = torch.where(first_NW, parent_NW, free_NW.gather(1, rank.clamp(min=0)))
     return place_NW.argsort(1)
