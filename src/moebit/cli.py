@@ -230,6 +230,7 @@ def sample(
         float | None, typer.Option(help="ebss: weighs likelihood (high) against balance (low), 1.2; else that of the draws, 1.")
     ] = None,
     scope: Annotated[str, typer.Option(help="ebss: balance of the whole set, or of each sequence by itself (the paper).")] = "set",
+    extend: Annotated[str, typer.Option(help="ebss: look at the likeliest next tokens (the paper), or at sampled ones.")] = "likeliest",
     oversample: Annotated[int, typer.Option(help="self-balanced: times as many are written as are kept.")] = 3,
     repetition_penalty: Annotated[float | None, typer.Option(help="1 for none (default: 1.12 with ebss, else 1).")] = None,
     no_repeat_ngram: Annotated[
@@ -248,7 +249,7 @@ def sample(
     with _progress() as progress:
         result = moebit.sample(
             model, output, kind=kind, sequences=sequences, length=length, width=width, temperature=temperature, scope=scope,
-            oversample=oversample, repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram, group=group,
+            oversample=oversample, repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram, extend=extend, group=group,
             memory=parse_size(memory), seed=seed, resume=resume, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if not _write_json(json_file, result):

@@ -111,7 +111,7 @@ class CalibrationSection(_Section):
 
     kind: `text`; or what the model writes (calibration/sampling.py): `ebss`, `self`, `self-balanced`. Text that is given all the same
         takes its place, unless `text_share` says how much of the set it is to be.
-    width, temperature, scope, oversample, repetition_penalty, no_repeat_ngram: of the sampling; null is the kind's own value.
+    width, temperature, scope, extend, oversample, repetition_penalty, no_repeat_ngram: of the sampling; null is the kind's own value.
     """
 
     kind: Literal["text", "ebss", "self", "self-balanced"] = "text"
@@ -121,6 +121,7 @@ class CalibrationSection(_Section):
     width: int = Field(4, ge=1)
     temperature: float | None = Field(None, gt=0.0)
     scope: Literal["set", "sequence"] = "set"
+    extend: Literal["likeliest", "sampled"] = "likeliest"
     oversample: int = Field(3, ge=1)
     repetition_penalty: float | None = Field(None, ge=1.0)
     no_repeat_ngram: int | None = Field(None, ge=0)
@@ -128,8 +129,13 @@ class CalibrationSection(_Section):
     @model_validator(mode="after")
     def _only_what_the_kind_knows(self) -> CalibrationSection:
         sampling = {"text_share", "temperature", "repetition_penalty", "no_repeat_ngram"}
-        known = {"text": set[str](), "self": sampling, "self-balanced": sampling | {"oversample"}, "ebss": sampling | {"width", "scope"}}
-        for key in (*sorted(sampling), "width", "scope", "oversample"):
+        known = {
+            "text": set[str](),
+            "self": sampling,
+            "self-balanced": sampling | {"oversample"},
+            "ebss": sampling | {"width", "scope", "extend"},
+        }
+        for key in (*sorted(sampling), "width", "scope", "extend", "oversample"):
             if key not in known[self.kind] and getattr(self, key) != type(self).model_fields[key].default:
                 kinds = ", ".join(kind for kind, keys in known.items() if key in keys)
                 raise ValueError(f"{key} is of no use with kind: {self.kind}; leave it out, or set kind to one of {kinds}")

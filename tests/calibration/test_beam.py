@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebit.calibration.beam import Rules, ancestral, draw, ebss, judge, log_probabilities, places, repeating, score
+from moebit.calibration.beam import Rules, ancestral, draw, ebss, extensions, judge, log_probabilities, places, repeating, score
 from tests.calibration.naive import naive_log_probabilities, naive_sigma
 
 VOCABULARY = 3
@@ -152,3 +152,16 @@ def test_draws_are_the_inverse_of_the_cumulative_distribution() -> None:
     p = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0]], dtype=torch.float64)
     for uniform, token in [(0.0, 1), (0.1999, 1), (0.2001, 3), (0.6999, 3), (0.7001, 4), (1 - 1e-12, 4)]:
         assert draw(p.log(), torch.tensor([uniform], dtype=torch.float64)).tolist() == [token]
+
+
+def test_sampled_extensions_are_drawn_without_replacement() -> None:
+    """Of pairs drawn from (.5, .3, .2, 0), {a, b} comes with p_a p_b / (1 - p_a) + p_b p_a / (1 - p_b)."""
+    p = [0.5, 0.3, 0.2, 0.0]
+    likely = torch.tensor(p, dtype=torch.float64).log().repeat(40000, 1)
+    added, tokens = extensions(likely, 2, torch.Generator().manual_seed(0))
+    assert torch.equal(added, likely.gather(1, tokens))
+    pairs = [tuple(sorted(pair)) for pair in tokens.tolist()]
+    for a, b in itertools.combinations(range(4), 2):
+        wanted = p[a] * p[b] / (1 - p[a]) + p[b] * p[a] / (1 - p[b])
+        assert pairs.count((a, b)) / len(pairs) == pytest.approx(wanted, abs=0.01)
+    assert torch.equal(extensions(likely, 2, torch.Generator().manual_seed(0))[1], tokens)

@@ -195,9 +195,9 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("kind", ["ebss", "self-balanced"])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(checkpoints: Checkpoints, tmp_path: Path, kind: str) -> None:
-    path, options = checkpoints.path(ARCHITECTURES["olmoe"]), {"kind": kind, "group": 2, "oversample": 2}
+@pytest.mark.parametrize("options", [{"kind": "ebss", "extend": "sampled"}, {"kind": "self-balanced", "oversample": 2}])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(checkpoints: Checkpoints, tmp_path: Path, options: dict[str, Any]) -> None:
+    path, options = checkpoints.path(ARCHITECTURES["olmoe"]), {**options, "group": 2}
     sampled(path, tmp_path / "whole.jsonl", **options)
 
     def stop(what: str, done: int, total: int) -> None:
@@ -236,6 +236,7 @@ def test_groups_of_a_set_count_what_was_written_before(checkpoints: Checkpoints,
     [
         ({"kind": "ebs"}, "--kind ebs"),
         ({"scope": "group"}, "--scope group"),
+        ({"extend": "both"}, "--extend both"),
         ({"temperature": 0.0}, "--temperature"),
         ({"length": 4}, "--length 4"),
         ({"length": 4096}, "context of 128"),

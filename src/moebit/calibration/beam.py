@@ -9,6 +9,8 @@ Departures and choices:
 - The imbalance is the parent's: a child's routing is known only after its own forward. Given that, only the w likeliest tokens of each
   candidate can survive, so that looking at w * w extensions is exact.
 - `scope: set` judges u = (candidate's shares + shares of the other sequences' best candidates) / 2; `sequence` is the paper.
+- `extend: sampled` (ours) looks at w tokens drawn from each candidate's distribution, without replacement, instead of its w likeliest: text
+  like that of plain sampling, of which the beam keeps what is balanced. The likeliest text of a model is dull and the same everywhere.
 - Behind an end of text a sequence goes on from a new random token, which counts neither in RS nor in |c|.
 - A repetition penalty multiplies the log-probabilities of tokens that the candidate holds already; tokens that would repeat an n-gram of it
   are left out; both before the probabilities are made to sum to one again. Off in the paper.
@@ -79,6 +81,15 @@ def force(likely_BV: Tensor, ended_B: Tensor, restart_B: Tensor) -> Tensor:
         return likely_BV
     only = torch.full_like(likely_BV, -math.inf).scatter_(1, restart_B.unsqueeze(1), 0.0)
     return torch.where(ended_B.unsqueeze(1), only, likely_BV)
+
+
+def extensions(likely_BV: Tensor, count: int, noise: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """(log-probabilities, tokens), [B, K] each: the likeliest, or drawn without replacement (the largest with Gumbel noise added)."""
+    if noise is None:
+        return tuple(likely_BV.topk(count))
+    gumbel_BV = -torch.empty_like(likely_BV).exponential_(generator=noise).log()
+    token_BK = (likely_BV + gumbel_BV).topk(count).indices
+    return likely_BV.gather(1, token_BK), token_BK
 
 
 def score(sum_NW: Tensor, length_NW: Tensor, added_NWK: Tensor, counted_NW: Tensor, sigma_NW: Tensor, temperature: float) -> Tensor:
@@ -189,6 +200,7 @@ def ebss(
     temperature: float,
     scope: str,
     done_ME: Tensor | None = None,
+    noise: torch.Generator | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Write one sequence from each row's first random token; all of them and all their candidates advance together.
@@ -196,7 +208,7 @@ def ebss(
     Args:
         decoder: loaded. restarts_NL: random tokens, the first one of a sequence and those that it goes on from behind an end of text.
         temperature: tau, the weight of likelihood against balance. scope: `set` or `sequence`.
-        done_ME: usage of sequences written before, which `set` counts in.
+        done_ME: usage of sequences written before, which `set` counts in. noise: draws extensions; None takes the likeliest.
 
     Returns:
         int64 [N, L] tokens and int32 [N, M, E] what experts all but the last of them used.
@@ -214,7 +226,7 @@ def ebss(
         add_usage(beam.counts, routed)
         ended_B = torch.isin(last_B, ends)
         likely_BV = force(log_probabilities(logits_BV, beam.rows, rules), ended_B, restarts_NL[:, t].repeat_interleave(width))
-        added_BK, token_BK = likely_BV.topk(min(width, likely_BV.shape[1]))
+        added_BK, token_BK = extensions(likely_BV, min(width, likely_BV.shape[1]), noise)
         sigma_NW = judge(beam.counts.unflatten(0, (n, width)), beam.best, done_ME, experts, scope)
         counted_NW = (~ended_B).view(n, width).double()
         added_NWK = added_BK.double().view(n, width, -1)

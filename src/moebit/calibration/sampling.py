@@ -32,6 +32,7 @@ from moebit.recipe import Recipe
 
 KINDS = ("ebss", "self", "self-balanced")
 SCOPES = ("set", "sequence")
+EXTENSIONS = ("likeliest", "sampled")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Settings:
         kind: `ebss`, `self` or `self-balanced`.
         sequences, length: how many, of how many tokens.
         width: candidates of a sequence. temperature: for `ebss` the paper's tau (1.2), which weighs likelihood against balance; else that
-            of the draws (1). scope: whether a candidate's balance is judged alone or with the other sequences. These are `ebss`'s own.
+            of the draws (1). scope: whether a candidate's balance is judged alone or with the other sequences. extend: which next tokens
+            are looked at, the `likeliest` or `sampled` ones. These are `ebss`'s own.
         oversample: times as many sequences as are kept are drawn; `self-balanced` alone.
         repetition_penalty, no_repeat_ngram: against repetition (see beam.py); 1.12 and 4 for `ebss`, 1 and 0 (off) else.
         group: at most so many sequences advance together; 0: as many as the memory holds.
@@ -59,6 +61,7 @@ class Settings:
     no_repeat_ngram: int | None = None
     group: int = 0
     seed: int = 0
+    extend: str = "likeliest"
 
     def complete(self) -> Settings:
         """With the kind's own values where none is given.
@@ -82,6 +85,7 @@ class Settings:
         checks = [
             (self.kind in KINDS, f"--kind {self.kind}: choose from {', '.join(KINDS)}"),
             (self.scope in SCOPES, f"--scope {self.scope}: choose from {', '.join(SCOPES)}"),
+            (self.extend in EXTENSIONS, f"--extend {self.extend}: choose from {', '.join(EXTENSIONS)}"),
             (self.sequences >= 1, f"--sequences {self.sequences}: at least 1"),
             (self.length >= 8, f"--length {self.length}: at least 8 tokens"),
             (self.width >= 1, f"--width {self.width}: at least 1 candidate"),
@@ -123,6 +127,7 @@ def sample(
     oversample: int = 3,
     repetition_penalty: float | None = None,
     no_repeat_ngram: int | None = None,
+    extend: str = "likeliest",
     group: int = 0,
     memory: int = 4 * 2**30,
     seed: int = 0,
@@ -135,7 +140,8 @@ def sample(
     Args:
         model: directory or hub id of a checkpoint; all of it has to fit in memory.
         out: the .jsonl to write; what was found out about it is put beside it, in OUT.json.
-        kind, sequences, length, width, temperature, scope, oversample, repetition_penalty, no_repeat_ngram, group: see `Settings`.
+        kind, sequences, length, width, temperature, scope, oversample, repetition_penalty, no_repeat_ngram, extend, group: see
+            `Settings`.
         memory: bytes that the work may take; decides how many sequences advance together, and with it, in the last digit, the text.
         seed: of the first tokens and of the draws. The same model, settings and memory give the same file.
         resume: go on with an interrupted run behind its last finished group. overwrite: replace a file, or an interrupted run.
@@ -148,7 +154,7 @@ def sample(
         BadInputError: numbers that make no sense, a model that does not fit, one whose cache does not follow.
     """
     settings = Settings(
-        kind, sequences, length, width, temperature, scope, oversample, repetition_penalty, no_repeat_ngram, group, seed
+        kind, sequences, length, width, temperature, scope, oversample, repetition_penalty, no_repeat_ngram, group, seed, extend
     ).complete()
     out = Path(out)
     if out.suffix != ".jsonl":
@@ -240,7 +246,7 @@ def _write_groups(decoder: Decoder, settings: Settings, memory: int, partial: Pa
                 before = sum((usage.long().sum(0) for _, usage in partial.groups), start=torch.zeros((), dtype=torch.int64))
                 written = ebss(
                     decoder, restarts[rows], rules, width=settings.width, temperature=settings.temperature, scope=settings.scope,
-                    done_ME=before if partial.groups else None, progress=within,
+                    done_ME=before if partial.groups else None, noise=_noise(settings, start), progress=within,
                 )  # fmt: skip
             else:
                 written = ancestral(decoder, restarts[rows], uniform[rows], rules, temperature=settings.temperature, progress=within)
@@ -259,7 +265,7 @@ def sampling_settings(recipe: Recipe, text: bool, seed: int) -> Settings | None:
     from_text = min(max(1, round(section.text_share * section.samples)), section.samples - 1) if section.text_share else 0
     return Settings(
         section.kind, section.samples - from_text, section.seq_len, section.width, section.temperature, section.scope, section.oversample,
-        section.repetition_penalty, section.no_repeat_ngram, 0, seed,
+        section.repetition_penalty, section.no_repeat_ngram, 0, seed, section.extend,
     ).complete()  # fmt: skip
 
 
@@ -328,6 +334,14 @@ def _randomness(checkpoint: Checkpoint, settings: Settings) -> tuple[Tensor, Ten
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
     rules = Rules(tuple(ends), tuple(sorted(unwritten - set(ends))), settings.repetition_penalty, settings.no_repeat_ngram)
     return restarts, uniform, rules
+
+
+def _noise(settings: Settings, start: int) -> torch.Generator | None:
+    """What a group, by its first sequence, draws its extensions with."""
+    if settings.extend == "likeliest":
+        return None
+    state = hashlib.sha256(f"{settings.seed} {start}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(state[:8], "big") >> 1)
 
 
 def end_ids(checkpoint: Checkpoint) -> list[int]:
