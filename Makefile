@@ -16,7 +16,7 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime quality architectures formats reference \
+.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime bench-ebss quality quality-moequant architectures formats reference \
         wheel-check
 
 help:  ## list the targets
@@ -61,6 +61,12 @@ bench-runtime: setup  ## how small and how fast packed models run, against bf16 
 
 quality: setup  ## the quality table: every preset on every reference model
 	$(BIN)/python benchmarks/quality.py
+
+bench-ebss: setup  ## text that models write themselves, against windows of text: use of experts, perplexity, speed
+	$(BIN)/python benchmarks/ebss.py
+
+quality-moequant: setup  ## MoEQuant, its parts and its baselines on every reference model (hours; goes on where it was interrupted)
+	$(BIN)/python benchmarks/moequant.py
 
 architectures: setup  ## which model types of the installed transformers work: docs/architectures.md
 	$(BIN)/python -m benchmarks.architectures

@@ -46,11 +46,11 @@ def cells(protocol: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"model": model, "row": "full precision", "bits": 16, "seed": 0}
         for bits in protocol["bits"]:
             for row, spec in protocol["cells"].items():
-                if not spec:
+                if not spec or bits not in spec.get("bits", protocol["bits"]):
                     continue
                 seeds = protocol["seeds"].get(bits, protocol["seeds"]["other"])
                 for seed in seeds if "calibration" in spec and not spec.get("one_seed") else [0]:
-                    yield {"model": model, "row": row, "bits": bits, "seed": seed, **spec}
+                    yield {**spec, "model": model, "row": row, "bits": bits, "seed": seed}
 
 
 def run(cell: dict[str, Any], protocol: dict[str, Any], cache: Path, code: str) -> dict[str, Any]:
@@ -67,13 +67,13 @@ def run(cell: dict[str, Any], protocol: dict[str, Any], cache: Path, code: str) 
         out = model
         if "recipe" in cell:
             out = Path(scratch) / "out"
-            recipe = load_recipe(cell["recipe"].format(bits=cell["bits"]))
-            domains = calibration[cell["calibration"]] if "calibration" in cell else []
-            sizes = {"calibration.samples": calibration["samples"], "calibration.seq_len": calibration["seq_len"]} if domains else {}
-            chosen = {name: TEXTS / f"{name}.calib.txt" for name in domains}
+            recipe = load_recipe(cell["recipe"].format(bits=cell["bits"]), {"weights.bits": cell["bits"]})
+            chosen = calibration_texts(cell, calibration, model, cache, code)
+            sizes = {"calibration.samples": calibration["samples"], "calibration.seq_len": calibration["seq_len"]} if chosen else {}
+            began = time.perf_counter()
             moebit.quantize(model, out, recipe=recipe, text=chosen, overrides={**sizes, **cell.get("set", {})}, seed=cell["seed"])
         quantized = time.perf_counter() - began
-        evaluated = {name: TEXTS / f"{name}.eval.txt" for name in names}
+        evaluated = {name: TEXTS / f"{name}.{texts.get('split', 'eval')}.txt" for name in names}
         result = moebit.evaluate(
             out, against=model if out != model else None, text=evaluated, window=texts["window"], max_tokens=texts["max_tokens"]
         )
@@ -82,6 +82,20 @@ def run(cell: dict[str, Any], protocol: dict[str, Any], cache: Path, code: str) 
     result |= {"cell": cell, "quantize_seconds": quantized, "seconds": time.perf_counter() - began}
     file.write_text(json.dumps(result))
     return result
+
+
+def calibration_texts(cell: dict[str, Any], calibration: dict[str, Any], model: Path, cache: Path, code: str) -> dict[str, Path]:
+    """The files that a cell is calibrated on: the texts of domains, or what the model writes itself (kept for other cells)."""
+    if "calibration" not in cell:
+        return {}
+    source = calibration[cell["calibration"]]
+    if not isinstance(source, dict):
+        return {name: TEXTS / f"{name}.calib.txt" for name in source}
+    sizes = {"sequences": calibration["samples"], "length": calibration["seq_len"], "seed": cell["seed"]}
+    file = cache / f"sample-{digest(source, sizes, code, model / 'config.json', model / 'model.safetensors')}.jsonl"
+    if not file.exists():
+        moebit.sample(model, file, **source, **sizes, resume=True)
+    return {"sample": file}
 
 
 def mean_over(results: list[dict[str, Any]], names: list[str], key: str) -> tuple[float, float]:
@@ -110,7 +124,7 @@ def table(results: list[dict[str, Any]], protocol: dict[str, Any]) -> str:
         full = next(r for r in mine if r["cell"]["row"] == "full precision")
         lines += [f"## {model}", "", "KL × 1000 by domain:", ""]
         heads = ["bits", "method", *known, *novel, "known, mean", "novel, mean", "same experts", "bits on disk"]
-        lines += [_row(heads), _row(["---"] * 2 + ["---:"] * (len(heads) - 2))]
+        lines += [markdown_row(heads), markdown_row(["---"] * 2 + ["---:"] * (len(heads) - 2))]
         groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
         for r in mine:
             if r is not full:
@@ -126,17 +140,17 @@ def table(results: list[dict[str, Any]], protocol: dict[str, Any]) -> str:
                 f"{exact:.1%}",
                 f"{same[0]['average_bits']:.3f}",
             ]
-            lines.append(_row([str(bits), row, *by_domain, *tail]))
+            lines.append(markdown_row([str(bits), row, *by_domain, *tail]))
         lines += [
             "",
             "Perplexity (seed 0):",
             "",
-            _row(["bits", "method", *known, *novel]),
-            _row(["---"] * 2 + ["---:"] * len([*known, *novel])),
+            markdown_row(["bits", "method", *known, *novel]),
+            markdown_row(["---"] * 2 + ["---:"] * len([*known, *novel])),
         ]
         for r in [full, *(same[0] for same in groups.values())]:
             lines.append(
-                _row([str(r["cell"]["bits"]), r["cell"]["row"], *(f"{r['texts'][n]['perplexity']:.3f}" for n in [*known, *novel])])
+                markdown_row([str(r["cell"]["bits"]), r["cell"]["row"], *(f"{r['texts'][n]['perplexity']:.3f}" for n in [*known, *novel])])
             )
         lines.append("")
     return "\n".join([*lines, *findings(results, protocol)]) + "\n"
@@ -165,7 +179,7 @@ def findings(results: list[dict[str, Any]], protocol: dict[str, Any]) -> list[st
     return lines
 
 
-def _row(values: list[str]) -> str:
+def markdown_row(values: list[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
@@ -175,21 +189,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality.md")
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--model", help="only this one's cells, and no table: for running models side by side")
+    parser.add_argument("--only", help="only rows with this in their name, and no table")
     args = parser.parse_args()
     protocol = yaml.safe_load(args.protocol.read_text())
-    args.cache.mkdir(parents=True, exist_ok=True)
+    results = run_all(protocol, args.cache, args.model, args.only)
+    if args.model is None and args.only is None:
+        args.out.write_text(table(results, protocol))
+        print(f"written to {args.out}")
+
+
+def run_all(protocol: dict[str, Any], cache: Path, model: str | None, only: str | None) -> list[dict[str, Any]]:
+    """Every cell, or those of one model and of rows with `only` in their name."""
+    cache.mkdir(parents=True, exist_ok=True)
     code = digest(Path(moebit.__file__).parent)
-    todo = [cell for cell in cells(protocol) if args.model in (None, cell["model"])]
+    todo = [cell for cell in cells(protocol) if model in (None, cell["model"]) and (only is None or only in cell["row"])]
     results = []
     for number, cell in enumerate(todo, 1):
-        results.append(run(cell, protocol, args.cache, code))
+        results.append(run(cell, protocol, cache, code))
         print(
             f"{number}/{len(todo)} {cell['model']} {cell['bits']} bits {cell['row']} seed {cell['seed']}: {results[-1]['seconds']:.0f} s",
             flush=True,
         )
-    if args.model is None:
-        args.out.write_text(table(results, protocol))
-        print(f"written to {args.out}")
+    return results
 
 
 if __name__ == "__main__":

@@ -295,7 +295,6 @@ def test_what_is_switched_off_is_accepted() -> None:
     [
         ({"allocation": {"kind": "fuzzy"}}, "allocation.kind: fuzzy"),
         ({"switching": {"share": 0.01}}, "switching.share: 0.01"),
-        ({"calibration": {"kind": "ebss"}}, "calibration.kind: ebss"),
     ],
 )
 def test_what_is_switched_on_is_refused_by_name(data: dict[str, Any], says: str) -> None:
@@ -303,6 +302,31 @@ def test_what_is_switched_on_is_refused_by_name(data: dict[str, Any], says: str)
         load_recipe(data)
     assert says in str(error.value)
     assert "not in this version" in str(error.value)
+
+
+@pytest.mark.parametrize("section", [{"affinity_power": 1}, {"method": "rtn"}])
+def test_output_aware_stands_by_itself(section: dict[str, Any]) -> None:
+    assert load_recipe({"solver": {"output_aware": True}}).solver.output_aware
+    with pytest.raises(BadInputError, match="output_aware"):
+        load_recipe({"solver": {"output_aware": True, **section}})
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"kind": "text", "scope": "sequence"}, "scope is of no use with kind: text"),
+        ({"kind": "text", "text_share": 0.5}, "text_share is of no use with kind: text"),
+        ({"kind": "self", "width": 8}, "set kind to one of ebss"),
+        ({"kind": "ebss", "oversample": 2}, "set kind to one of self-balanced"),
+        ({"kind": "ebbs"}, "'ebss'"),
+        ({"kind": "ebss", "temperature": 0}, "calibration.temperature"),
+        ({"kind": "self", "text_share": 1}, "calibration.text_share"),
+    ],
+)
+def test_options_of_sampling_belong_to_their_kind(section: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInputError) as error:
+        load_recipe({"calibration": section})
+    assert says in str(error.value)
 
 
 @pytest.mark.parametrize("section", ["router", "smoothing", "switching"])

@@ -7,6 +7,7 @@ Importing it registers the `moebit` quantizer and experts implementation with tr
 from importlib.metadata import version
 
 import moebit.runtime as _runtime  # noqa: F401 - the registration
+from moebit.calibration.sampling import sample
 from moebit.errors import BadInputError, InterruptedWorkError, MoebitError
 from moebit.evaluate import evaluate
 from moebit.formats.verify import verify
@@ -29,5 +30,6 @@ __all__ = [
     "load_recipe",
     "presets",
     "quantize",
+    "sample",
     "verify",
 ]

@@ -63,7 +63,8 @@ def main() -> None:
         err.print("[red]Internal error:[/red] this is a bug in moebit; please report it with the lines above.")
         sys.exit(INTERNAL_ERROR)
     if code == CTRL_C:
-        kept = " Finished layers are kept; the same command with --resume goes on." if sys.argv[1:2] == ["quantize"] else ""
+        what = {"quantize": "layers", "sample": "groups of sequences"}.get("".join(sys.argv[1:2]))
+        kept = f" Finished {what} are kept; the same command with --resume goes on." if what else ""
         err.print(f"[yellow]Stopped.[/yellow]{kept}")
     sys.exit(code if isinstance(code, int) else DONE)
 
@@ -130,6 +131,9 @@ def quantize(
     if dry_run:
         _show_plan(result.describe(), None)
         return
+    section = result.plan.recipe.calibration
+    if text and section.kind != "text" and not section.text_share:
+        out.print(f"calibrated on the given text; without --text this recipe samples its own ({section.kind})")
     _show_result(result)
 
 
@@ -208,6 +212,48 @@ def recipes(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="P
         summary = text.splitlines()[0].removeprefix("# ")
         table.add_row(key, str(recipe.weights.bits), str(recipe.weights.group_size), grid, recipe.solver.method, summary)
     out.print(table)
+
+
+@app.command(
+    epilog="Examples:\n\n  moebit sample reference/olmoe -o sample.jsonl --sequences 64 --length 256\n\n"
+    "  moebit sample MODEL -o sample.jsonl --kind ebss --scope sequence --repetition-penalty 1 --no-repeat-ngram 0  # the paper's\n\n"
+    "  moebit quantize MODEL -o OUT --text sample.jsonl"
+)
+def sample(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.jsonl", help="Calibration text to write.")],
+    kind: Annotated[str, typer.Option(help="ebss (balanced beam), self (plain) or self-balanced (the most even of many).")] = "ebss",
+    sequences: Annotated[int, typer.Option(help="How many.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
+    width: Annotated[int, typer.Option(help="ebss: candidates of each.")] = 4,
+    temperature: Annotated[
+        float | None, typer.Option(help="ebss: weighs likelihood (high) against balance (low), 1.2; else that of the draws, 1.")
+    ] = None,
+    scope: Annotated[str, typer.Option(help="ebss: balance of the whole set, or of each sequence by itself (the paper).")] = "set",
+    extend: Annotated[str, typer.Option(help="ebss: look at the likeliest next tokens (the paper), or at sampled ones.")] = "likeliest",
+    oversample: Annotated[int, typer.Option(help="self-balanced: times as many are written as are kept.")] = 3,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 for none (default: 1.12 with ebss, else 1).")] = None,
+    no_repeat_ngram: Annotated[
+        int | None, typer.Option(help="Write no n-gram of so many tokens twice (default: 4 with ebss, else 0)")
+    ] = None,
+    group: Annotated[int, typer.Option(help="Sequences that advance together; 0: as many as the memory holds.")] = 0,
+    memory: MemoryOption = "4GiB",
+    seed: Annotated[int, typer.Option(help="Of the first tokens and the draws.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE, or an interrupted run.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Let a model write its own calibration text."""
+    import moebit
+
+    with _progress() as progress:
+        result = moebit.sample(
+            model, output, kind=kind, sequences=sequences, length=length, width=width, temperature=temperature, scope=scope,
+            oversample=oversample, repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram, extend=extend, group=group,
+            memory=parse_size(memory), seed=seed, resume=resume, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    if not _write_json(json_file, result):
+        _show_sample(output, result)
 
 
 @app.command(epilog="Examples:\n\n  moebit verify olmoe-w3\n\n  moebit verify olmoe-w3 --json findings.json")
@@ -446,6 +492,21 @@ def _show_evaluation(result: dict[str, Any]) -> None:
                 f"{row['routing_overlap']:.1%}",
             ]
         table.add_row(*cells)
+    out.print(table)
+
+
+def _show_sample(output: Path, result: dict[str, Any]) -> None:
+    settings, speed = result["settings"], result["tokens_per_second"]
+    out.print(
+        f"[bold]{escape(str(output))}[/bold]: {settings['sequences']} sequences of {settings['length']} tokens, {settings['kind']}"
+        + (f", {speed:,.0f} tokens/s" if speed else "")
+    )
+    out.print(f"perplexity {result['perplexity']:.2f}, distinct 4-grams {result['distinct_4grams']:.1%}")
+    table = _table("layer", "sigma", "std", "tokens per expert: least", "median", "most", "never seen")
+    for row in [{"layer": "all", **result}, *result["per_layer"]]:
+        tokens = row["tokens_per_expert"]
+        numbers = (f"{row['sigma']:.4f}", f"{row['std']:.4f}", f"{tokens['min']:,}", f"{tokens['median']:,.0f}", f"{tokens['max']:,}")
+        table.add_row(str(row["layer"]), *numbers, str(row["unseen"]))
     out.print(table)
 
 

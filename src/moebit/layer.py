@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moebit.calibration.statistics import ExpertMoments, down_layer_hessians, layer_sample
+from moebit.calibration.statistics import ExpertMoments, down_layer_hessians, layer_sample, output_sensitivity
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
 from moebit.formats.sink import Sink
@@ -263,11 +263,11 @@ class LayerJob:
             return None
         seen_by = self._new_statistics(group)
         if routed is not None and group.moe_input:
-            return self._over_stored(seen_by, routed.x)
+            return self._over_stored(seen_by, routed.x, self._affinity(group))
         if group.replay is not None:
             origin = self.sites.groups[group.replay_of] if group.replay_of is not None else None
             if routed is not None and (origin is None or origin.moe_input):
-                return self._replayed(seen_by, group, routed.x)
+                return self._replayed(seen_by, group, routed.x, self._affinity(group))
             if group.replay_of in inputs:
                 return self._replayed(seen_by, group, inputs[group.replay_of])
         stream, seen = self.stream, 0
@@ -294,13 +294,24 @@ class LayerJob:
         total = torch.zeros(group.in_features, group.in_features) if self.plan.recipe.needs_hessians else None
         return _Statistics(total, layer_sample(self.stream.windows.numel()))
 
-    def _over_stored(self, seen_by: _Statistics, x_TN: Tensor) -> _Statistics:
+    def _over_stored(self, seen_by: _Statistics, x_TN: Tensor, affinity: Callable[[Tensor], Tensor] | None = None) -> _Statistics:
         """Of stored inputs, which may lie in a file."""
         assert self.stream is not None
         for piece in x_TN.split(ROWS):
-            seen_by.add(piece)
+            seen_by.add(piece, affinity(piece) if affinity else None)
             self.stream.store.release()
         return seen_by
+
+    def _affinity(self, group: LinearGroup) -> Callable[[Tensor], Tensor] | None:
+        """How much inputs [T, H] of the experts' block count for shared experts behind a gate: sigmoid(gate x)^p; None for no such gate.
+
+        MoEQuant's affinity (2505.03804, §3.3), which routed experts get from the router.
+        """
+        moe, power = self.sites.moe, self.plan.recipe.solver.affinity_power
+        gate = shared_gate(self.sites, self.layer) if self.layer is not None else None
+        if not power or gate is None or moe is None or not set(group.names) <= set(moe.shared):
+            return None
+        return lambda x: gate(x).float().sigmoid().flatten().pow(power)
 
     def _moment(self, x_TN: Tensor) -> Tensor:
         """[N, N] second moment of stored inputs, which may lie in a file."""
@@ -311,20 +322,24 @@ class LayerJob:
             self.stream.store.release()
         return mirror_(total)
 
-    def _replayed(self, seen_by: _Statistics, group: LinearGroup, x_TN: Tensor) -> _Statistics:
+    def _replayed(
+        self, seen_by: _Statistics, group: LinearGroup, x_TN: Tensor, affinity: Callable[[Tensor], Tensor] | None = None
+    ) -> _Statistics:
         """The same for a group behind an already quantized one, by running only the module around it (a shared expert, a dense MLP)."""
         assert self.stream is not None
         assert self.layer is not None
         assert group.replay is not None
         module = self.layer.get_submodule(group.replay)
+        weights: Tensor | None = None
 
         def on_call(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen_by.add(args[0].reshape(-1, args[0].shape[-1]))
+            seen_by.add(args[0].reshape(-1, args[0].shape[-1]), weights)
 
         hook = self.layer.get_submodule(group.names[0]).register_forward_pre_hook(on_call)
         try:
             with torch.no_grad():
                 for piece in x_TN.split(self.stream.batch_tokens):
+                    weights = affinity(piece) if affinity else None
                     module(piece.unsqueeze(0))
                     self.stream.store.release()
         finally:
@@ -499,9 +514,10 @@ class LayerJob:
         if inputs is not None:
             weights = self._without_outliers(name, module, weights, inputs, start, stop)
         quantized: dict[str, QTensor] = {}
-        power = self.plan.recipe.solver.affinity_power
+        power, aware = self.plan.recipe.solver.affinity_power, self.plan.recipe.solver.output_aware
         if parts:
-            hessian = inputs.hessians(start, stop, power) if inputs and wanted else None
+            sensitive = (module, layout, weights.to(self._dtype)) if aware else None
+            hessian = inputs.hessians(start, stop, power, sensitive) if inputs and wanted else None
             transform = self.transforms.get(f"{name}.{FIRST}")
             first = self._solve_first(layout, weights.first, hessian, parts, start, stop, quantized, transform)
             weights = ExpertWeights(first, weights.down, weights.first_bias, weights.down_bias)
@@ -511,7 +527,7 @@ class LayerJob:
             h = inputs.through_first(module, weights, start, stop, None) if inputs else None
             hessian = None
         else:
-            moments = ExpertMoments.zeros(stop - start, layout.intermediate, power)
+            moments = ExpertMoments.zeros(stop - start, layout.intermediate, 2.0 if aware else power)
             h = inputs.through_first(module, weights, start, stop, moments)
             hessian = moments.shrunk(down_layer_hessians(module, inputs.sample, weights, inputs.stream.slots))
         if parts:
@@ -602,9 +618,9 @@ class _Statistics:
     kept: list[Tensor] = field(default_factory=list)
     seen: int = 0
 
-    def add(self, x_TN: Tensor) -> None:
+    def add(self, x_TN: Tensor, weight_T: Tensor | None = None) -> None:
         if self.total is not None:
-            add_second_moment(self.total, x_TN)
+            add_second_moment(self.total, x_TN, weight_T)
         inside = self.positions[(self.positions >= self.seen) & (self.positions < self.seen + len(x_TN))]
         if len(inside):
             self.kept.append(x_TN[inside - self.seen].float())
@@ -644,14 +660,27 @@ class _ExpertInputs:
             yield piece
             self.stream.store.release()
 
-    def hessians(self, start: int, stop: int, power: float) -> Tensor:
-        """[C, H, H] of gate and up."""
-        moments = ExpertMoments.zeros(stop - start, self.x.shape[1], power)
+    def hessians(
+        self, start: int, stop: int, power: float, sensitive: tuple[nn.Module, ExpertsLayout, ExpertWeights] | None = None
+    ) -> Tensor:
+        """[C, H, H] of gate and up.
+
+        Args:
+            sensitive: weigh slots by what an error costs in the layer's output instead, through these experts as they are.
+        """
+        moments = ExpertMoments.zeros(stop - start, self.x.shape[1], 1.0 if sensitive else power)
         for piece in self._pieces(start, stop):
-            moments.add(self.x[piece.tokens], piece.affinity, piece.bounds)
+            moments.add(x := self.x[piece.tokens], self._weight(x, piece, sensitive), piece.bounds)
         for x, piece in self.pool.drawn(start, stop) if self.pool else ():
-            moments.add(x, piece.affinity, piece.bounds)
+            moments.add(x, self._weight(x, piece, sensitive), piece.bounds)
         return moments.shrunk(self.h_layer)
+
+    def _weight(self, x: Tensor, piece: Slots, sensitive: tuple[nn.Module, ExpertsLayout, ExpertWeights] | None) -> Tensor:
+        """[S] affinities, or what an error costs in the layer's output."""
+        if sensitive is None:
+            return piece.affinity
+        module, layout, weights = sensitive
+        return output_sensitivity(module, layout, x, piece.affinity, weights, piece.bounds)
 
     def extremes(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """[C, I] largest and smallest input of every channel of down; zero for experts without tokens."""
@@ -737,6 +766,16 @@ def _transformed(transform: BlockTransform | None, w_EOI: Tensor, h_EII: Tensor 
     if transform is None:
         return w_EOI, h_EII
     return transform.apply(w_EOI.float()), None if h_EII is None else transform.moments(h_EII)
+
+
+def shared_gate(sites: LayerSites, layer: nn.Module) -> nn.Module | None:
+    """The linear [1, H] beside a layer's experts that scales its shared experts, behind a sigmoid; None where there is none."""
+    if sites.moe is None or not sites.moe.shared:
+        return None
+    block = sites.moe.experts.rpartition(".")[0] + "."
+    gates = [layer.get_submodule(name) for name, why in sites.kept.items() if why == "gate" and name.startswith(block)]
+    scalar = [gate for gate in gates if isinstance(gate, nn.Linear) and gate.out_features == 1]
+    return scalar[0] if len(scalar) == 1 else None
 
 
 def relative_error(value_EOI: Tensor, w_EOI: Tensor) -> list[float]:

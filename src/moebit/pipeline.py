@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebit.calibration.sampling import Settings, check_fits, kept_windows, sampling_settings
 from moebit.calibration.text import calibration_windows, digest, load_tokenizer, parse_texts, tokenize
 from moebit.documents import documents
 from moebit.errors import BadInputError
@@ -28,7 +29,7 @@ from moebit.formats.activations import describe_activations
 from moebit.formats.compressed_tensors import CompressedWeights
 from moebit.formats.engines import ANY, verdicts
 from moebit.formats.opening import activations_of, average_bits, open_checkpoint, quantized_modules
-from moebit.formats.output import JOURNAL, OutputDirectory, check_free, check_space, disk_error, partial_of, read_journal
+from moebit.formats.output import JOURNAL, SAMPLE, OutputDirectory, check_free, check_space, disk_error, partial_of, read_journal
 from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress
 from moebit.methods.balance import further_windows
@@ -129,7 +130,8 @@ def quantize(
         plan: bit widths that differ from the recipe's, a file or `BitPlan`.
         format: native, compressed-tensors or dense, instead of the recipe's.
         engine: what has to run the output: transformers, vllm, or any of them (`formats/engines.py`).
-        text: calibration texts, `[NAME=]FILE` items or a mapping; needed unless the recipe rounds to nearest.
+        text: calibration texts, `[NAME=]FILE` items or a mapping; needed unless the recipe rounds to nearest or lets the model write its
+            own. For such a recipe, text that is given takes the sample's place, or its share of the set.
         memory: bytes that the work may take; bounds chunks, and spills activations to disk.
         seed: chooses the calibration windows. The same input, recipe, seed and memory give the same bytes (on the same kind of
             machine, with as many threads: float sums differ between them).
@@ -158,12 +160,15 @@ def quantize(
     checkpoint, transforms = transformed(checkpoint, structure, chosen, seed)
     decided = make_plan(checkpoint, structure, chosen, memory, bits, engine, transforms)
     decided.coverage.check(accept_unquantized)
-    windows = _calibration(checkpoint, chosen, text, seed)
+    windows, sampled = _calibration(checkpoint, chosen, text, seed), sampling_settings(chosen, bool(text), seed)
     pool = _pool(checkpoint, chosen, text, seed)
+    if sampled:
+        check_fits(checkpoint, memory)
     if dry_run:
         check_free(out, resume=resume, overwrite=overwrite)
         return decided
-    streamed = sum(w.numel() for w in (windows, windows if chosen.router.realign != "none" else None, pool) if w is not None)
+    base = chosen.calibration.samples * chosen.calibration.seq_len if chosen.needs_calibration else 0
+    streamed = base * (2 if chosen.router.realign != "none" else 1) + (pool.numel() if pool is not None else 0)
     check_space(out, decided.size_bytes + streamed * _width(checkpoint) * 4 * 2)
     if not (resume and read_journal(partial_of(out) / JOURNAL)):  # a run that began has looked, and knows the files again
         check_finite(checkpoint.entries)
@@ -172,10 +177,13 @@ def quantize(
     identity |= {"pool": digest(pool)} if pool is not None else {}
     try:
         with OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite) as output:
+            report = progress or (lambda what, done, total: None)
+            if sampled:
+                windows = _sampled(output, checkpoint, sampled, windows, memory, report)
+                identity["calibration"] = digest(windows)
             assert isinstance(checkpoint.weights, HubWeights)
             sink = SINKS[chosen.format](checkpoint.weights, decided.modules, decided.activations)
-            work = _Work(checkpoint, decided, output, sink, device, progress or (lambda what, done, total: None), seed)
-            reports = work.run(windows, pool)
+            reports = _Work(checkpoint, decided, output, sink, device, report, seed).run(windows, pool)
             written = documents(checkpoint, decided, identity, reports, time.perf_counter() - began)
             _check_unchanged(checkpoint, seen)
             output.finish(checkpoint.path, sink.config(_config(checkpoint)), written)
@@ -193,10 +201,18 @@ def _check_output(out: Path, source: Path) -> None:
 
 
 def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: Sequence[str] | Mapping[str, str | Path], seed: int) -> Tensor | None:
+    """The windows of given text; None where there are none to be."""
     files = parse_texts(text)
     if not recipe.needs_calibration:
         return None
+    sampled, share = sampling_settings(recipe, bool(files), seed), recipe.calibration.text_share
+    if sampled and not share:
+        return None
     if not files:
+        if share:
+            raise BadInputError(
+                f"calibration.text_share: {share}: give the text that is to be so much of the calibration set with --text FILE"
+            )
         raise BadInputError(
             "this recipe calibrates on text: give --text FILE (plain UTF-8 or .jsonl), or use an rtn recipe, which needs none"
         )
@@ -208,7 +224,19 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: Sequence[str] | M
         raise BadInputError(
             f"calibration.seq_len {recipe.calibration.seq_len} is longer than the model's context of {limit}; set a smaller one"
         )
-    return calibration_windows(texts, recipe.calibration.samples, recipe.calibration.seq_len, seed)
+    count = recipe.calibration.samples - (sampled.sequences if sampled else 0)
+    return calibration_windows(texts, count, recipe.calibration.seq_len, seed)
+
+
+def _sampled(
+    output: OutputDirectory, checkpoint: Checkpoint, settings: Settings, text: Tensor | None, memory: int, progress: Progress
+) -> Tensor:
+    """What the model writes itself, and the text's windows behind it. The sample is journaled: a resumed run reads it."""
+    known = any(entry["kind"] == "sample" for entry in output.entries)
+    windows = kept_windows(checkpoint.path, settings, memory, output.partial / SAMPLE, whole=known, progress=progress)
+    if not known:
+        output.record("sample", [SAMPLE])
+    return windows if text is None else torch.cat([windows, text])
 
 
 def _pool(checkpoint: Checkpoint, recipe: Recipe, text: Sequence[str] | Mapping[str, str | Path], seed: int) -> Tensor | None:
@@ -216,8 +244,11 @@ def _pool(checkpoint: Checkpoint, recipe: Recipe, text: Sequence[str] | Mapping[
     chosen = recipe.calibration
     if chosen.balance == "none":
         return None
+    files = parse_texts(text)
+    if not files:
+        raise BadInputError("calibration.balance draws further windows from given text: give --text FILE, or set calibration.balance: none")
     tokenizer, vocabulary = load_tokenizer(checkpoint.path), int(checkpoint.config.get_text_config().vocab_size)
-    texts = [tokenize(name, file, tokenizer, vocabulary) for name, file in parse_texts(text).items()]
+    texts = [tokenize(name, file, tokenizer, vocabulary) for name, file in files.items()]
     return further_windows(texts, chosen.samples, chosen.seq_len, seed, chosen.pool)
 
 

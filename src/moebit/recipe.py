@@ -116,6 +116,7 @@ class SolverSection(_Section):
     method: `rtn` to nearest; `gptq`; `awq` to nearest after channels were scaled (`methods/awq.py`).
     scales: `static` from the original weights, `dynamic` from the columns as updated when a group begins (not with act_order).
     affinity_power: power p of the routing weight in the Hessians, `sum g^p x x^T`; 0 weighs all routed tokens alike.
+    output_aware: weigh routed tokens by what an error costs in the layer's output instead (gptq).
     """
 
     method: Literal["rtn", "gptq", "awq"] = "gptq"
@@ -124,6 +125,13 @@ class SolverSection(_Section):
     damping: float = Field(0.01, ge=0.0, le=1.0)
     clip_search: bool = True
     affinity_power: float = Field(0.0, ge=0.0)
+    output_aware: bool = False
+
+    @model_validator(mode="after")
+    def _one_weighting(self) -> SolverSection:
+        if self.output_aware and (self.affinity_power or self.method != "gptq"):
+            raise ValueError("output_aware: true has the affinity in it and is gptq's; set affinity_power: 0, method: gptq")
+        return self
 
     @model_validator(mode="after")
     def _static_for_act_order(self) -> SolverSection:
@@ -187,17 +195,29 @@ class RouterSection(_Section):
 
 
 class CalibrationSection(_Section):
-    """What the model is calibrated on: `samples` windows of `seq_len` tokens, spread evenly over the given texts.
+    """What the model is calibrated on: `samples` windows of `seq_len` tokens, spread evenly over the given texts, or sampled by itself.
 
+    kind: `text`; or what the model writes (calibration/sampling.py): `ebss`, `self`, `self-balanced`. Text that is given all the same
+        takes its place, unless `text_share` says how much of the set it is to be.
+    width, temperature, scope, extend, oversample, repetition_penalty, no_repeat_ngram: of the sampling; null is the kind's own value.
     balance: experts with fewer than `balance k seq_len / E` tokens draw further windows for themselves (methods/balance.py); `none`, or
-    the ratio. pool: there are at most so many times `samples` of those.
+        the ratio. pool: there are at most so many times `samples` of those.
     """
 
-    kind: Literal["text"] = "text"
+    kind: Literal["text", "ebss", "self", "self-balanced"] = "text"
     samples: int = Field(128, ge=1)
     seq_len: int = Field(512, ge=8)
     balance: float | str = "none"
     pool: int = Field(4, ge=1)
+
+    text_share: float = Field(0.0, ge=0.0, lt=1.0)
+    width: int = Field(4, ge=1)
+    temperature: float | None = Field(None, gt=0.0)
+    scope: Literal["set", "sequence"] = "set"
+    extend: Literal["likeliest", "sampled"] = "likeliest"
+    oversample: int = Field(3, ge=1)
+    repetition_penalty: float | None = Field(None, ge=1.0)
+    no_repeat_ngram: int | None = Field(None, ge=0)
 
     @field_validator("balance", mode="before")
     @classmethod
@@ -206,6 +226,21 @@ class CalibrationSection(_Section):
         if balance != "none" and not number:
             raise ValueError(f"{balance!r}: a positive ratio like 2, or none")
         return float(balance) if number else balance
+
+    @model_validator(mode="after")
+    def _only_what_the_kind_knows(self) -> CalibrationSection:
+        sampling = {"text_share", "temperature", "repetition_penalty", "no_repeat_ngram"}
+        known = {
+            "text": set[str](),
+            "self": sampling,
+            "self-balanced": sampling | {"oversample"},
+            "ebss": sampling | {"width", "scope", "extend"},
+        }
+        for key in (*sorted(sampling), "width", "scope", "extend", "oversample"):
+            if key not in known[self.kind] and getattr(self, key) != type(self).model_fields[key].default:
+                kinds = ", ".join(kind for kind, keys in known.items() if key in keys)
+                raise ValueError(f"{key} is of no use with kind: {self.kind}; leave it out, or set kind to one of {kinds}")
+        return self
 
 
 class Recipe(_Section):
@@ -392,9 +427,6 @@ def _drop_inactive(data: dict[str, Any]) -> None:
                 raise BadInputError(f"recipe: {section}.{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
             if off[key] is not None and value != off[key]:
                 raise BadInputError(f"recipe: {section}.{key}: {value} is not in this version of moebit (only {off[key]!r} is)")
-    calibration = data.get("calibration")
-    if isinstance(calibration, dict) and calibration.get("kind", "text") != "text":
-        raise BadInputError(f"recipe: calibration.kind: {calibration['kind']} is not in this version of moebit (only 'text' is)")
 
 
 def _explain(item: Any) -> str:

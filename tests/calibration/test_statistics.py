@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moebit.calibration.statistics import LAYER_SAMPLE, ExpertMoments, down_layer_hessians, layer_sample
-from moebit.model.experts import ExpertWeights
+from moebit.calibration.statistics import LAYER_SAMPLE, ExpertMoments, down_layer_hessians, layer_sample, output_sensitivity
+from moebit.model.experts import ExpertWeights, layout_of
 from tests import reference
+from tests.models import ARCHITECTURES, Checkpoints
 
 N, BOUNDS = 6, [0, 9, 9, 10, 40]  # four experts with 9, 0, 1 and 30 tokens
 
@@ -144,3 +145,35 @@ def test_down_sees_the_layer_through_each_expert() -> None:
             h = a / (1 + np.exp(-a)) * u
             wanted += np.outer(h, h) / tokens
         np.testing.assert_allclose(found[e], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
+def test_what_an_error_costs_in_the_output(checkpoints: Checkpoints, name: str) -> None:
+    """The slot's weight by definition: push each output of gate and up a little, see how far the expert's output goes.
+
+    SwiGLU, gpt-oss's own gating with rows that alternate, and squared ReLU without a gate.
+    """
+    architecture = ARCHITECTURES[name]
+    model = checkpoints.reference(architecture).model
+    experts = next(module for path, module in model.named_modules() if path.endswith(f"{architecture.block}.experts"))
+    layout = layout_of(experts, name)
+    first, down = (layout.stacked(experts.get_parameter(p).detach().double()) for p in (layout.first, "down_proj"))
+    biases = [experts.get_parameter(f"{p}_bias").detach().double() for p in (layout.first, "down_proj")] if layout.bias else []
+    weights = ExpertWeights(first[:2], down[:2], *(bias[:2] for bias in biases))
+    generator = torch.Generator().manual_seed(0)
+    x, affinity = torch.randn(5, layout.hidden, generator=generator).double(), torch.rand(5, generator=generator)
+    found = output_sensitivity(experts, layout, x, affinity, weights, [0, 3, 5])
+
+    def output(expert: int, pushed: Tensor) -> Tensor:
+        h = experts._apply_gate(pushed) if layout.gated else experts.act_fn(pushed)
+        return h @ down[expert].T
+
+    for slot, expert in enumerate([0, 0, 0, 1, 1]):
+        out = x[slot] @ first[expert].T + (biases[0][expert] if biases else 0)
+        total, step = 0.0, 1e-5
+        for j in range(len(out)):
+            push = torch.zeros_like(out)
+            push[j] = step
+            change = output(expert, (out + push).unsqueeze(0)) - output(expert, (out - push).unsqueeze(0))
+            total += float((change / (2 * step)).square().sum())
+        assert float(found[slot]) == pytest.approx(float(affinity[slot]) ** 2 * total, rel=1e-3)

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from moebit.model.experts import ExpertWeights, intermediate
+from moebit.model.experts import ExpertsLayout, ExpertWeights, grouped_linear, intermediate
 from moebit.tensor import add_second_moment, mirror_, shrink_
 
 # Tokens of the layer that are pushed through every expert for the statistics it falls back on (METHODS §6: a sample is enough).
@@ -61,6 +61,28 @@ def layer_sample(tokens: int, most: int = LAYER_SAMPLE) -> Tensor:
     """Indices of at most `most` tokens, evenly spaced."""
     count = min(tokens, most)
     return (torch.arange(count) * tokens) // count
+
+
+def output_sensitivity(
+    module: nn.Module, layout: ExpertsLayout, x_SH: Tensor, affinity_S: Tensor, weights: ExpertWeights, bounds: list[int]
+) -> Tensor:
+    """[S] how much an error in gate and up at a routed slot costs in the layer's output: the slot's weight in their shared Hessian.
+
+    `g^2 sum_c ||W_down[:, c]||^2 ((dh_c/da_c)^2 + (dh_c/du_c)^2)`, a and u what gate and up put out, h what enters down: the squared error
+    that an independent unit error in each of a and u makes, to first order. The architecture's own gating is differentiated.
+    """
+    out = grouped_linear(x_SH, weights.first, weights.first_bias, bounds).detach().float()
+    with torch.enable_grad():
+        out.requires_grad_()
+        h = module._apply_gate(out) if layout.gated else module.act_fn(out)  # type: ignore[operator]
+        (slope_SO,) = torch.autograd.grad(h.sum(), out)
+    norm_CI = weights.down.float().square().sum(1)
+    both = torch.stack([norm_CI, norm_CI], 2).flatten(1) if layout.interleaved else norm_CI.repeat(1, 2)
+    norm_CO, slope_SO = both if layout.gated else norm_CI, slope_SO.square_()
+    cost_S = torch.empty(len(x_SH))
+    for c, (low, high) in enumerate(pairwise(bounds)):
+        torch.mv(slope_SO[low:high], norm_CO[c], out=cost_S[low:high])
+    return cost_S * affinity_S.float().square()
 
 
 def down_layer_hessians(module: nn.Module, x_MH: Tensor, weights: ExpertWeights, slots: int = 16384) -> Tensor:

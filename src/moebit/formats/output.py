@@ -20,6 +20,7 @@ from moebit.formats.seal import SEALED, is_report, seal
 from moebit.model.files import INDEX, ShardFile, TensorSpec, read_header, sha256, sync_directory
 
 JOURNAL = "journal.jsonl"
+SAMPLE = "calibration.jsonl"  # text that the model wrote for its own calibration; beginning with this name, what is finished of it
 # Everything beside the weights that makes a checkpoint usable is carried along; weights, code and papers are not.
 CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 NOT_CARRIED = {"config.json", INDEX, "training.json", "report.json", SEALED, "requirements.txt"}
@@ -92,7 +93,7 @@ class OutputDirectory:
                     raise BadInputError(f"{file} is not what the journal says; --overwrite starts again")
                 keep.add(name)
         for file in self.partial.iterdir():
-            if file.name not in keep:
+            if file.name not in keep and not file.name.startswith(SAMPLE):
                 file.unlink() if file.is_file() else shutil.rmtree(file)
         self._write_journal([{"started": dict(identity)}, *self.entries])
 
@@ -147,6 +148,7 @@ class OutputDirectory:
         """
         checksums = {name: digest for entry in self.entries for name, digest in entry["files"].items() if name.startswith("model-")}
         self._index(list(checksums))
+        checksums |= {name: digest for entry in self.entries for name, digest in entry["files"].items() if name == SAMPLE}
         small = {INDEX, "config.json", *self._carry(source), *documents} - {SEALED}
         self._document("config.json", json.dumps(config, indent=2) + "\n")
         for name, text in documents.items():

@@ -61,7 +61,7 @@ class Stream:
         front, watch = [(name, model.get_submodule(name)) for name in self.structure.front], None
         for name, module in front:
             if module is model.get_input_embeddings():
-                watch = materialize_embeddings(module, name, self.checkpoint.weights, self.windows, _named_tokens(self.checkpoint.config))
+                watch = materialize_embeddings(module, name, self.checkpoint.weights, self.windows, named_tokens(self.checkpoint.config))
             else:
                 materialize(module, name, self.checkpoint.weights, recurse=False)
         for rows in self.batches():
@@ -382,12 +382,12 @@ def _only_read(name: str, read: Tensor, module: nn.Module, args: tuple[Any, ...]
         raise BadInputError(f"{name}: the model looks up token {token}, which is not in the text; moebit does not understand this model")
 
 
-def _named_tokens(config: Any) -> list[int]:
+def named_tokens(config: Any) -> list[int]:
     """Every token that a configuration, or one inside it, names: padding, ends, places for pictures."""
     found = []
     for key, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
-            found += _named_tokens(value)
+            found += named_tokens(value)
         elif re.search(r"token_(id|index|ids)$", key):
             found += [i for i in (value if isinstance(value, list | tuple) else [value]) if isinstance(i, int)]
     return found
