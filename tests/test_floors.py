@@ -29,6 +29,7 @@ FLOORS = {
     "evaluate": 5,
     "report": 5,
     "planning": 6,  # the pipeline's own rooms, in the order in which they are used
+    "profiling": 6,
     "layer": 7,
     "documents": 8,
     "pipeline": 9,

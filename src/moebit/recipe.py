@@ -106,6 +106,50 @@ class CalibrationSection(_Section):
     seq_len: int = Field(512, ge=8)
 
 
+class AllocationSection(_Section):
+    """Which modules get more bits and which fewer; `uniform` gives all of them `weights.bits`.
+
+    kind: `fuzzy` (MoQa: clusters of significance), `knapsack` (measured errors), `frequency` (tokens alone).
+    target_bits: average on disk of everything quantized, scales included. ladder: widths to choose from.
+    granularity: what has one width: an expert, a projection, a layer's experts (the last two: knapsack).
+    significance: over data sets, for fuzzy. solver: what rounds where errors are measured. engine: `vllm` restricts to what it serves.
+    """
+
+    kind: Literal["uniform", "fuzzy", "knapsack", "frequency"] = "uniform"
+    target_bits: float | None = Field(None, gt=0)
+    ladder: list[int] = [2, 3, 4, 6, 8]
+    granularity: Literal["expert", "projection", "layer"] = "expert"
+    significance: Literal["mean", "max"] = "mean"
+    solver: Literal["rtn", "gptq"] = "rtn"
+    engine: Literal["any", "vllm"] = "any"
+
+    @field_validator("ladder")
+    @classmethod
+    def _known_widths(cls, ladder: list[int]) -> list[int]:
+        if not ladder or len(set(ladder)) < len(ladder) or not set(ladder) <= set(BIT_WIDTHS):
+            raise ValueError(f"{ladder}: choose some of {', '.join(map(str, BIT_WIDTHS))}, each once")
+        return ladder
+
+    @model_validator(mode="after")
+    def _target(self) -> AllocationSection:
+        if (self.kind == "uniform") != (self.target_bits is None):
+            need = "needs target_bits" if self.kind != "uniform" else "takes its width from weights.bits; leave target_bits out"
+            raise ValueError(f"kind: {self.kind} {need}")
+        if self.kind in ("fuzzy", "frequency") and (self.granularity != "expert" or self.engine != "any"):
+            raise ValueError(f"kind: {self.kind} compares the experts of one layer; granularity and engine need kind: knapsack")
+        return self
+
+
+class SwitchingSection(_Section):
+    """Channels kept in full precision beside the output, for `moebit adapt`.
+
+    share: of the channels of every expert (or `per` layer), the most dynamic over the texts; 0 keeps none.
+    """
+
+    share: float = Field(0.0, ge=0.0, le=0.25)
+    per: Literal["expert", "layer"] = "expert"
+
+
 class Recipe(_Section):
     """One complete description of a quantization."""
 
@@ -114,6 +158,8 @@ class Recipe(_Section):
     solver: SolverSection = SolverSection()
     activations: ActivationsSection = ActivationsSection()
     calibration: CalibrationSection = CalibrationSection()
+    allocation: AllocationSection = AllocationSection()
+    switching: SwitchingSection = SwitchingSection()
     format: Literal["native", "compressed-tensors", "dense"] = "native"
 
     @model_validator(mode="after")
@@ -139,6 +185,21 @@ class Recipe(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _widths_and_channels_belong_to_integers(self) -> Recipe:
+        if self.needs_profile and self.weights.type == "fp8":
+            raise ValueError("allocation and switching choose integer widths; set weights.type: int")
+        if self.allocation.kind != "uniform" and self.activations.bits != 16:
+            raise ValueError("allocation: engines that round activations take one width; set activations.bits: 16")
+        if self.switching.share and self.format != "native":
+            raise ValueError(f"switching: format {self.format} has no place for channels apart; set format: native")
+        return self
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether widths or channels are chosen from what texts say about the experts."""
+        return self.allocation.kind != "uniform" or self.switching.share > 0
+
     @property
     def needs_calibration(self) -> bool:
         return self.solver.method != "rtn"
@@ -157,8 +218,6 @@ _NOT_YET: dict[str, dict[str, Any]] = {
     "router": {"bits": 16, "align": "none", "realign": "none"},
     "smoothing": {"kind": "none", "alpha": None, "aggregate": None},
     "rotation": {"absorbed": "none", "online": "none"},
-    "allocation": {"kind": "uniform"},
-    "switching": {"share": 0.0},
 }
 
 

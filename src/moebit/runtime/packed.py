@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec, unpack_matrices
+from moebit.formats.overlay import OverlaySpec
 from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots, dispatch, finish, intermediate, layout_of
 from moebit.runtime.kernels import Stack
 from moebit.runtime.paths import PATHS, Path, compiled, dequantized, few_rows, packed_product, why_not_integer
@@ -121,6 +123,43 @@ class PackedLinear(PackedModule):
         return f"{self.in_features} -> {self.out_features}, {self.spec.bits[0]} bits, group {self.spec.group_size}"
 
 
+class OverlayChannels(nn.Module):
+    """Channels of one projection that stand in for the base's (formats/overlay.py)."""
+
+    expert: Tensor
+    channel: Tensor
+
+    def __init__(self, spec: OverlaySpec) -> None:
+        super().__init__()
+        self.packed = spec.packed is not None
+        stored = PackedMatrices(spec.packed) if spec.packed else None
+        tensors = spec.specs("")
+        for leaf in ("expert", "channel") if self.packed else ("expert", "channel", "values"):
+            tensor = tensors[f".{leaf}"]
+            self.register_buffer(leaf, torch.empty(tensor.shape, dtype=tensor.dtype))
+        if stored is not None:  # under the names of a packed stack, beside the places
+            self._stack = [stored]
+            for leaf, buffer in stored.named_buffers():
+                self.register_buffer(leaf, buffer)
+
+    def of(self, e: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(channels int64 [n], values [n, H]) of expert e."""
+        own = (self.expert == e).nonzero()[:, 0]
+        if not len(own):
+            return own, torch.empty(0, 0, dtype=dtype, device=own.device)
+        low, high = int(own[0]), int(own[-1]) + 1
+        return self.channel[own].long(), self._values(low, high, dtype)
+
+    def _values(self, low: int, high: int, dtype: torch.dtype) -> Tensor:
+        if not self.packed:
+            values: Tensor = self.values[low:high].to(dtype)
+            return values
+        stack = self._stack[0]
+        for leaf in list(stack._buffers):
+            stack._buffers[leaf] = self._buffers[leaf]
+        return stack.matrices(low, high, dtype)[:, 0]
+
+
 def use(model: nn.Module, path: Path) -> nn.Module:
     """Have a model's packed modules multiply in one way (`moebit.runtime.PATHS`), in place; returns the model.
 
@@ -141,13 +180,15 @@ def use(model: nn.Module, path: Path) -> nn.Module:
     return model
 
 
-def pack_experts(module: Any, path: str, specs: dict[str, PackedSpec]) -> None:
+def pack_experts(module: Any, path: str, specs: dict[str, PackedSpec], overlays: Mapping[str, OverlaySpec] | None = None) -> None:
     """Replace the weights of an experts module by packed stacks, in place; its gating and its biases stay its own."""
     module.moebit_layout = layout_of(module, path)
     for leaf in (module.moebit_layout.first, "down_proj"):
         delattr(module, leaf)
     for projection, spec in specs.items():
         module.add_module(projection, PackedMatrices(spec))
+    if overlays:
+        module.overlay = nn.ModuleDict({projection: OverlayChannels(spec) for projection, spec in overlays.items()})
     module._is_hf_initialized = True  # transformers would look for the weights that are gone, to initialise them
 
 
@@ -195,16 +236,39 @@ def _few(module: Any, layout: ExpertsLayout, x_TH: Tensor, chosen: list[int], ow
     for projection in layout.projections[:-1]:
         part = getattr(module, projection)
         packed_product(part.path, part.stack(), x_TH, chosen, own.bounds, own.tokens, wide, layout.rows(projection))
+        for slots, channels, values in _channels(module, projection, chosen, own, x_TH.dtype):
+            wide[slots, torch.arange(wide.shape[1])[layout.rows(projection)][channels, None]] = (values @ x_TH[own.tokens[slots]].T).float()
     first_bias, down_bias = _slot_biases(module, layout, chosen, own)
     first = wide.to(x_TH.dtype) + first_bias
     h = module._apply_gate(first) if module.has_gate else module.act_fn(first)
     y = torch.empty(len(own.tokens), layout.hidden)
-    down = module.down_proj
+    down, apart = module.down_proj, []
+    for slots, channels, values in _channels(module, "down_proj", chosen, own, x_TH.dtype):  # the base's columns count as zero
+        apart.append((slots, h[slots, channels[:, None]].T @ values))
+        h[slots, channels[:, None]] = 0
     packed_product(down.path, down.stack(), h, chosen, own.bounds, torch.arange(len(own.tokens)), y)
+    for slots, added in apart:
+        y[slots] += added.float()
     y = y.to(x_TH.dtype) + down_bias
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
     return y * own.affinity.to(y.dtype).unsqueeze(1)
+
+
+def _channels(module: Any, projection: str, chosen: list[int], own: Slots, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(slots, channels, values [n, H]) of the chosen experts that have channels apart."""
+    overlay = _overlay(module, projection)
+    if overlay is None:
+        return
+    for number, e in enumerate(chosen):
+        channels, values = overlay.of(e, dtype)
+        if len(channels):
+            yield torch.arange(own.bounds[number], own.bounds[number + 1]), channels, values
+
+
+def _overlay(module: Any, projection: str) -> OverlayChannels | None:
+    overlays: Any = getattr(module, "overlay", None)
+    return overlays[projection] if overlays is not None and projection in overlays else None
 
 
 def _slot_biases(module: Any, layout: ExpertsLayout, chosen: list[int], own: Slots) -> tuple[Any, Any]:
@@ -231,6 +295,12 @@ def _dequantized(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype)
     first = down.new_empty(1, layout.intermediate * (2 if layout.gated else 1), layout.hidden)
     for projection in layout.projections[:-1]:
         getattr(module, projection).unpack_into(e, first[0], layout.rows(projection))
+    for projection in layout.projections:
+        overlay = _overlay(module, projection)
+        if overlay is not None:
+            channels, values = overlay.of(e, dtype)
+            target = down[0].T if projection == "down_proj" else first[0, layout.rows(projection)]
+            target[channels] = values
     return ExpertWeights(first, down, *_biases(module, layout, e))
 
 
