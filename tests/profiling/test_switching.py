@@ -224,7 +224,7 @@ def test_channels_are_the_originals_at_the_new_width(keep: bool, mine: Path, tex
             bits = part["bits"][n]
             assert bits > base[place[0]]
             error = np.square(part["values"][n] - original).sum() / np.square(original).sum()
-            assert error < 2 * 4.0**-bits
+            assert error < 4 * 4.0**-bits
 
 
 def replaced(reference: Reference, base: Path, adapted: Path, architecture: Architecture) -> dict[str, Tensor]:
@@ -250,7 +250,7 @@ def test_every_reader_puts_the_channels_in_their_place(
     from tests.outputs import replace_weights
 
     path = checkpoints.path(architecture)
-    recipe = {**RECIPE, "solver": {"method": "rtn"}, "weights": {"bits": 2, "group_size": -1}, "allocation": {"kind": "uniform"}}
+    recipe = {**RECIPE, "solver": {"method": "rtn"}, "weights": {"bits": 3, "group_size": -1}, "allocation": {"kind": "uniform"}}
     base = quantized(path, tmp_path / "base", texts, recipe=recipe).path
     adapted = moebit.adapt(base, text={"few": texts["few"]}, to=tmp_path / "adapted", keep=keep, **SIZES).path
     assert overlay_of(adapted, architecture)
@@ -320,6 +320,7 @@ def test_drift_by_hand(output: Path, texts: dict[str, Path]) -> None:
 
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
+    use(model, "reference")
     ids = torch.tensor(json.loads(texts["few"].read_text())["input_ids"]).view(16, LENGTH)
     chosen: dict[int, Tensor] = {}
     for index, layer in enumerate(model.model.layers):

@@ -121,7 +121,7 @@ def _overlay(name: str, entry: Mapping[str, Any], entries: Mapping[str, TensorEn
     for projection, spec in overlay_specs({"modules": {name: entry}}).get(name, {}).items():
         stored = f"{name}.overlay.{projection}"
         wanted = spec.specs(stored)
-        known |= wanted.keys()
+        known.update(wanted)
         for tensor, of in wanted.items():
             if tensor not in entries:
                 yield Finding(f"{CONFIG} asks for tensor {tensor!r}, which no shard has", CONFIG, CONFIG_REMEDY)

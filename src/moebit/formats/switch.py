@@ -15,7 +15,7 @@ from torch import Tensor
 from moebit.errors import BadInputError
 from moebit.model.checkpoint import HubWeights
 from moebit.model.experts import ExpertsLayout
-from moebit.model.files import ShardFile, TensorSpec, read_header
+from moebit.model.files import ShardFile, TensorEntry, TensorSpec, read_header
 from moebit.model.stream import read_experts
 
 SIDE_FILE = "switch.safetensors"
@@ -126,7 +126,7 @@ def read_kept(out: Path) -> dict[str, Kept]:
     return result
 
 
-def _entries(out: Path) -> dict:
+def _entries(out: Path) -> dict[str, TensorEntry]:
     if not (out / SIDE_FILE).is_file():
         raise BadInputError(
             f"{out}: no {SIDE_FILE}, so nothing is known of the data it was made for; "

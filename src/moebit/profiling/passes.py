@@ -113,7 +113,8 @@ class _LayerPass:
         module, weights_of = self.layer.get_submodule(moe.experts), self.stream.checkpoint.weights
         slots = dispatch(routed.ids, routed.weights, layout.experts)
         step = max(1, self.chunk // 2) if self.measure else self.chunk  # rounded copies take the place of solver's work space, and more
-        significance, errors = [], {p: [] for p in layout.projections} if self.measure else {}
+        significance: list[Tensor] = []
+        errors: dict[str, list[Tensor]] = {p: [] for p in layout.projections} if self.measure else {}
         for start in range(0, layout.experts, step):
             stop = min(start + step, layout.experts)
             weights_of.expect(experts_names(name, layout), stop, min(stop + step, layout.experts))

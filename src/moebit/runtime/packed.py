@@ -128,6 +128,7 @@ class OverlayChannels(nn.Module):
 
     expert: Tensor
     channel: Tensor
+    values: Tensor
 
     def __init__(self, spec: OverlaySpec) -> None:
         super().__init__()
@@ -299,8 +300,9 @@ def _dequantized(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype)
         overlay = _overlay(module, projection)
         if overlay is not None:
             channels, values = overlay.of(e, dtype)
-            target = down[0].T if projection == "down_proj" else first[0, layout.rows(projection)]
-            target[channels] = values
+            if len(channels):
+                target = down[0].T if projection == "down_proj" else first[0, layout.rows(projection)]
+                target[channels] = values
     return ExpertWeights(first, down, *_biases(module, layout, e))
 
 
