@@ -14,7 +14,7 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime quality architectures formats reference \
+.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime quality quality-moqa architectures formats reference \
         wheel-check
 
 help:  ## list the targets
@@ -59,6 +59,9 @@ bench-runtime: setup  ## how small and how fast packed models run, against bf16 
 
 quality: setup  ## the quality table: every preset on every reference model
 	$(BIN)/python benchmarks/quality.py
+
+quality-moqa: setup  ## widths from data against uniform ones, and switching channels (hours; goes on where it was interrupted)
+	$(BIN)/python -m benchmarks.moqa
 
 architectures: setup  ## which model types of the installed transformers work: docs/architectures.md
 	$(BIN)/python -m benchmarks.architectures

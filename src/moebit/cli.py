@@ -280,6 +280,9 @@ def allocate(
     ] = None,
     engine: Annotated[str, typer.Option(help="any, or vllm: only what it serves.")] = "any",
     significance: Annotated[str, typer.Option(help="Over data sets, for fuzzy: mean or max.")] = "mean",
+    linear_bits: Annotated[
+        int | None, typer.Option(help="Width of the linears outside of the experts, where the method leaves them alone.")
+    ] = None,
     plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw heat maps there, bits too (needs moebit[report]).")] = None,
 ) -> None:
     """Choose a width for everything from a profile: a plan for `moebit quantize --plan`, which a person can edit."""
@@ -287,7 +290,7 @@ def allocate(
 
     result = moebit.allocate(
         profile_dir, output, target_bits=target_bits, method=method, ladder=_numbers("--ladder", ladder), granularity=granularity,
-        engine=engine, significance=significance,
+        engine=engine, significance=significance, linear_bits=linear_bits,
     )  # fmt: skip
     _show_allocation(result, output)
     if plots is not None:

@@ -253,8 +253,10 @@ def test_what_vllm_serves(mixtral: Profile) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"target_bits": 1.9}, r"the lowest widths take 3\.2"),
+        ({"target_bits": 1.9}, r"the lowest widths take 3\.0.*linears outside of the experts at 2"),
         ({"target_bits": 3, "method": "magic"}, "fuzzy, knapsack"),
+        ({"target_bits": 3.1, "linear_bits": 3}, r"the lowest widths take 3\.2.*linears outside of the experts at 3"),
+        ({"target_bits": 3, "linear_bits": 7}, "2, 3, 4, 5, 6, 8"),
         ({"target_bits": 3, "granularity": "layer"}, "compares the experts of one layer"),
         ({"target_bits": 3, "method": "knapsack", "ladder": [2, 5]}, "no errors were measured at 5"),
         ({"target_bits": 3, "engine": "tgi"}, "any, transformers, vllm"),

@@ -20,6 +20,7 @@ from moebit.methods.allocation import frequency_errors, fuzzy_widths, knapsack_c
 from moebit.methods.significance import baseline, expert_shares
 from moebit.planning import BitPlan
 from moebit.profiling.profile import LADDER
+from moebit.recipe import BIT_WIDTHS
 
 METHODS = ("fuzzy", "knapsack", "frequency", "uniform")
 GRANULARITIES = ("expert", "projection", "layer")
@@ -58,6 +59,7 @@ def allocate(
     granularity: str | None = None,
     engine: str = ANY,
     significance: str = "mean",
+    linear_bits: int | None = None,
 ) -> Allocation:
     """Choose widths so that the average on disk is at most `target_bits`.
 
@@ -69,6 +71,8 @@ def allocate(
             experts within a layer and know `expert` alone.
         engine: `vllm` allows what it serves: one width for a layer's experts and for linears that share an input, of 4 and 8.
         significance: `mean` or `max` over data sets (fuzzy).
+        linear_bits: width of the linears outside of the experts, which methods other than knapsack leave alone; the largest width that
+            the target would allow everything, if not given.
 
     Raises:
         BadInputError: a target below the lowest widths, errors that were not measured, a combination that makes no sense.
@@ -76,7 +80,10 @@ def allocate(
     found = profile if isinstance(profile, Profile) else Profile.read(profile)
     if not found.sets:
         raise BadInputError(f"{found.path}: no data set in this profile; `moebit profile` again")
-    problem = _Problem(found, method, _ladder(found, method, ladder, engine), _granularity(method, granularity, engine), engine)
+    rising = _ladder(found, method, ladder, engine)
+    if linear_bits is not None and linear_bits not in BIT_WIDTHS:
+        raise BadInputError(f"--linear-bits {linear_bits}: choose one of {', '.join(map(str, BIT_WIDTHS))}")
+    problem = _Problem(found, method, rising, _granularity(method, granularity, engine), engine, linear_bits or 0)
     plan = problem.solve(target_bits, significance)
     made = {
         "by": "moebit allocate", "method": method, "target_bits": target_bits, "ladder": list(problem.ladder),
@@ -125,11 +132,11 @@ def _granularity(method: str, granularity: str | None, engine: str) -> str:
 class _Problem:
     """Which widths are to be chosen, of what."""
 
-    def __init__(self, profile: Profile, method: str, ladder: tuple[int, ...], granularity: str, engine: str) -> None:
+    def __init__(self, profile: Profile, method: str, ladder: tuple[int, ...], granularity: str, engine: str, linear_bits: int) -> None:
         self.profile, self.method, self.ladder, self.granularity, self.engine = profile, method, ladder, granularity, engine
         if method == "knapsack" and not profile.has_errors:
             raise BadInputError(f"{profile.path}: errors were not measured; profile again without --no-errors, or choose another method")
-        self.default = int(profile.facts["bits"])
+        self.linear_bits = linear_bits
 
     def solve(self, target_bits: float, significance: str) -> BitPlan:
         """The plan.
@@ -140,7 +147,8 @@ class _Problem:
         if self.method == "uniform":
             return self._uniform(target_bits)
         linears = self.profile.linears if self.method == "knapsack" else {}
-        fixed = {name: self.default for name in self.profile.linears if name not in linears}
+        alone = self.linear_bits or max((w for w in self.ladder if self.average(self._alike(w)) <= target_bits), default=self.ladder[0])
+        fixed = {name: alone for name in self.profile.linears if name not in linears}
         items = self._items(linears)
         sizes = torch.tensor([[self._bytes(members, width) for width in self.ladder] for members in items], dtype=torch.int64)
         weights = torch.tensor([self._weights(members) for members in items], dtype=torch.int64)
@@ -150,7 +158,7 @@ class _Problem:
             choice = self._choose(items, sizes, weights, budget, significance)
         except ValueError:
             lowest = 8 * (int(sizes[:, 0].sum()) + int(target_bits * total / 8) - budget) / total
-            held = f", with the linears at {self.default} bits" if fixed else ""
+            held = f", with the linears outside of the experts at {alone}" if fixed else ""
             raise BadInputError(
                 f"--target-bits {target_bits}: the lowest widths take {lowest:.4f} bits a weight with their scales{held}; "
                 "raise the target or lower the ladder"
@@ -230,19 +238,22 @@ class _Problem:
 
     def _uniform(self, target_bits: float) -> BitPlan:
         for width in reversed(self.ladder):
-            plan = BitPlan(
-                {name: {part: width for part in module.parts} for name, module in self.profile.experts.items()},
-                {name: width for name in self.profile.linears},
-            )
+            plan = self._alike(width)
             if self.average(plan) <= target_bits:
                 return plan
         raise BadInputError(f"--target-bits {target_bits}: {self.ladder[0]} bits take {self.average(plan):.4f} with their scales")
+
+    def _alike(self, width: int) -> BitPlan:
+        return BitPlan(
+            {name: {part: width for part in module.parts} for name, module in self.profile.experts.items()},
+            {name: width for name in self.profile.linears},
+        )
 
     def counts(self, plan: BitPlan) -> dict[str, dict[int, int]]:
         """How many matrices have which width."""
         result = {}
         for name, module in self.profile.experts.items():
-            widths = [width for part in module.parts for width in plan.widths(name, part, module.experts, self.default)]
+            widths = [width for part in module.parts for width in plan.widths(name, part, module.experts, self.ladder[0])]
             result[name] = dict(sorted(Counter(widths).items()))
         return result | ({"linears": dict(sorted(Counter(plan.linears.values()).items()))} if plan.linears else {})
 
@@ -251,10 +262,10 @@ class _Problem:
         specs: dict[str, dict[str, PackedSpec]] = {}
         for name, module in self.profile.modules.items():
             if module.experts:
-                widths = {part: plan.widths(name, part, module.experts, self.default) for part in module.parts}
+                widths = {part: plan.widths(name, part, module.experts, self.ladder[0]) for part in module.parts}
                 specs[name] = {part: self._spec(name, part, bits) for part, bits in widths.items()}
             else:
-                specs[name] = {"": self._spec(name, "", (plan.linears.get(name, self.default),))}
+                specs[name] = {"": self._spec(name, "", (plan.linears[name],))}
         return average_bits(specs)
 
 

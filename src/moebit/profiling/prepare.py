@@ -105,6 +105,7 @@ def _record(output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, bits: B
             granularity=None if section.engine == "vllm" else section.granularity,
             engine=section.engine,
             significance=section.significance,
+            linear_bits=recipe.weights.bits,
         )
         bits, made = result.plan, {key: value for key, value in result.made.items() if key not in ("by", "model", "input", "sets")}
     usage, channels = _usage(profile), _channels(profile, recipe)

@@ -134,7 +134,6 @@ def _opened(checkpoint: Checkpoint, structure: Structure, plan: Plan, out: Path,
         "symmetric": grid.symmetric,
         "signed": grid.signed,
         "clip_search": plan.recipe.solver.clip_search,
-        "bits": grid.bits,
         "widths": list(widths),
         "solver": solver,
     }

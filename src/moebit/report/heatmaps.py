@@ -36,13 +36,13 @@ def layer_maps(profile: Profile) -> dict[str, Tensor]:
 
 
 def bit_map(profile: Profile, widths: Mapping[str, Mapping[str, int | list[int]]]) -> Tensor:
-    """[layers, E] mean width of every expert's weights under a plan's `experts`."""
+    """[layers, E] mean width of every expert's weights under a plan's `experts`; NaN where it names none."""
     rows = []
     for name, module in profile.experts.items():
         parts = []
         for part in module.parts:
-            given = widths.get(name, {}).get(part, profile.facts["bits"])
-            parts.append([given] * module.experts if isinstance(given, int) else given)
+            given = widths.get(name, {}).get(part, float("nan"))
+            parts.append(given if isinstance(given, list) else [given] * module.experts)
         rows.append(torch.tensor(parts, dtype=torch.float64).mean(0))
     return _rows(rows)
 

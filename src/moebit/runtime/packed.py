@@ -123,8 +123,27 @@ class PackedLinear(PackedModule):
         return f"{self.in_features} -> {self.out_features}, {self.spec.bits[0]} bits, group {self.spec.group_size}"
 
 
-class OverlayChannels(nn.Module):
-    """Channels of one projection that stand in for the base's (formats/overlay.py)."""
+class PackedChannels(PackedMatrices):
+    """Channels of one projection that stand in for the base's (formats/overlay.py): a stack of [1, H] matrices and their places.
+
+    Attributes:
+        expert, channel: int32 [n], rising.
+    """
+
+    expert: Tensor
+    channel: Tensor
+
+    def __init__(self, spec: PackedSpec) -> None:
+        super().__init__(spec)
+        _register_places(self, len(spec.bits))
+
+    def values_of(self, low: int, high: int, dtype: torch.dtype) -> Tensor:
+        """[high - low, H] of some channels."""
+        return self.matrices(low, high, dtype)[:, 0]
+
+
+class FullChannels(nn.Module):
+    """The same in full precision."""
 
     expert: Tensor
     channel: Tensor
@@ -132,33 +151,17 @@ class OverlayChannels(nn.Module):
 
     def __init__(self, spec: OverlaySpec) -> None:
         super().__init__()
-        self.packed = spec.packed is not None
-        stored = PackedMatrices(spec.packed) if spec.packed else None
-        tensors = spec.specs("")
-        for leaf in ("expert", "channel") if self.packed else ("expert", "channel", "values"):
-            tensor = tensors[f".{leaf}"]
-            self.register_buffer(leaf, torch.empty(tensor.shape, dtype=tensor.dtype))
-        if stored is not None:  # under the names of a packed stack, beside the places
-            self._stack = [stored]
-            for leaf, buffer in stored.named_buffers():
-                self.register_buffer(leaf, buffer)
+        _register_places(self, spec.channels)
+        self.register_buffer("values", torch.empty(spec.channels, spec.hidden, dtype=spec.dtype))
 
-    def of(self, e: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(channels int64 [n], values [n, H]) of expert e."""
-        own = (self.expert == e).nonzero()[:, 0]
-        if not len(own):
-            return own, torch.empty(0, 0, dtype=dtype, device=own.device)
-        low, high = int(own[0]), int(own[-1]) + 1
-        return self.channel[own].long(), self._values(low, high, dtype)
+    def values_of(self, low: int, high: int, dtype: torch.dtype) -> Tensor:
+        """[high - low, H] of some channels."""
+        return self.values[low:high].to(dtype)
 
-    def _values(self, low: int, high: int, dtype: torch.dtype) -> Tensor:
-        if not self.packed:
-            values: Tensor = self.values[low:high].to(dtype)
-            return values
-        stack = self._stack[0]
-        for leaf in list(stack._buffers):
-            stack._buffers[leaf] = self._buffers[leaf]
-        return stack.matrices(low, high, dtype)[:, 0]
+
+def _register_places(module: nn.Module, count: int) -> None:
+    for leaf in ("expert", "channel"):
+        module.register_buffer(leaf, torch.empty(count, dtype=torch.int32))
 
 
 def use(model: nn.Module, path: Path) -> nn.Module:
@@ -189,7 +192,8 @@ def pack_experts(module: Any, path: str, specs: dict[str, PackedSpec], overlays:
     for projection, spec in specs.items():
         module.add_module(projection, PackedMatrices(spec))
     if overlays:
-        module.overlay = nn.ModuleDict({projection: OverlayChannels(spec) for projection, spec in overlays.items()})
+        parts = {p: PackedChannels(spec.packed) if spec.packed else FullChannels(spec) for p, spec in overlays.items()}
+        module.overlay = nn.ModuleDict(parts)
     module._is_hf_initialized = True  # transformers would look for the weights that are gone, to initialise them
 
 
@@ -258,18 +262,22 @@ def _few(module: Any, layout: ExpertsLayout, x_TH: Tensor, chosen: list[int], ow
 
 def _channels(module: Any, projection: str, chosen: list[int], own: Slots, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(slots, channels, values [n, H]) of the chosen experts that have channels apart."""
-    overlay = _overlay(module, projection)
-    if overlay is None:
-        return
     for number, e in enumerate(chosen):
-        channels, values = overlay.of(e, dtype)
-        if len(channels):
-            yield torch.arange(own.bounds[number], own.bounds[number + 1]), channels, values
+        found = _channels_of(module, projection, e, dtype)
+        if found is not None:
+            yield torch.arange(own.bounds[number], own.bounds[number + 1]), *found
 
 
-def _overlay(module: Any, projection: str) -> OverlayChannels | None:
+def _channels_of(module: Any, projection: str, e: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """(channels int64 [n], values [n, H]) that stand in for some of expert e's; None where there are none."""
     overlays: Any = getattr(module, "overlay", None)
-    return overlays[projection] if overlays is not None and projection in overlays else None
+    if overlays is None or projection not in overlays:
+        return None
+    overlay = overlays[projection]
+    own = (overlay.expert == e).nonzero()[:, 0]
+    if not len(own):
+        return None
+    return overlay.channel[own].long(), overlay.values_of(int(own[0]), int(own[-1]) + 1, dtype)
 
 
 def _slot_biases(module: Any, layout: ExpertsLayout, chosen: list[int], own: Slots) -> tuple[Any, Any]:
@@ -297,12 +305,10 @@ def _dequantized(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype)
     for projection in layout.projections[:-1]:
         getattr(module, projection).unpack_into(e, first[0], layout.rows(projection))
     for projection in layout.projections:
-        overlay = _overlay(module, projection)
-        if overlay is not None:
-            channels, values = overlay.of(e, dtype)
-            if len(channels):
-                target = down[0].T if projection == "down_proj" else first[0, layout.rows(projection)]
-                target[channels] = values
+        found = _channels_of(module, projection, e, dtype)
+        if found is not None:
+            target = down[0].T if projection == "down_proj" else first[0, layout.rows(projection)]
+            target[found[0]] = found[1]
     return ExpertWeights(first, down, *_biases(module, layout, e))
 
 
