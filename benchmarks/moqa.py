@@ -153,8 +153,8 @@ def table(results: list[dict[str, Any]], protocol: dict[str, Any]) -> str:
     lines = [
         "# Widths from data, and switching channels",
         "",
-        "Made by `make quality-moqa`; the protocol is [protocol-moqa.yaml](../protocol-moqa.yaml). KL to full precision, nats × 1000, mean per",
-        "token of held-out text (lower is better). GPTQ throughout, one grid (symmetric, groups of 128), calibrated on the four known",
+        "Made by `make quality-moqa`; the protocol is [protocol-moqa.yaml](../protocol-moqa.yaml). KL to full precision, nats × 1000, mean",
+        "per token of held-out text (lower is better). GPTQ throughout, one grid (symmetric, groups of 128), calibrated on the four known",
         "domains; rows differ in the widths alone. `bits` is the average on disk, codes and scales of everything quantized; ± is the",
         "standard deviation over three seeds.",
         "",

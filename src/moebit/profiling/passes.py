@@ -27,7 +27,7 @@ from moebit.model.structure import LayerSites, Structure
 from moebit.tensor import QuantScheme, solve_gptq, solve_rtn
 
 Progress = Callable[[str, int, int], None]
-LINEAR_TOKENS = 2048  # that linears outside of the experts are measured on
+LINEAR_TOKENS = 1024  # that linears outside of the experts are measured on: a run of the layer each, and width
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def run_pass(
     Args:
         windows: int64 [N, L] token ids. measure: None leaves errors out.
     """
-    stream = Stream(checkpoint, structure, windows, store, budget.batch_tokens, budget.slots)
+    batch = budget.batch_tokens if measure is None else min(budget.batch_tokens, LINEAR_TOKENS)
+    stream = Stream(checkpoint, structure, windows, store, batch, budget.slots)
     found: dict[str, Tensor] = {}
     for sites in structure.layers:
         progress("layers", sites.index, len(structure.layers))
