@@ -16,7 +16,8 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime bench-ebss quality quality-moequant architectures formats reference \
+.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime bench-ebss quality quality-moequant \
+        quality-moqa architectures formats reference \
         wheel-check
 
 help:  ## list the targets
@@ -67,6 +68,9 @@ bench-ebss: setup  ## text that models write themselves, against windows of text
 
 quality-moequant: setup  ## MoEQuant, its parts and its baselines on every reference model (hours; goes on where it was interrupted)
 	$(BIN)/python benchmarks/moequant.py
+
+quality-moqa: setup  ## widths from data against uniform ones, and switching channels (hours; goes on where it was interrupted)
+	$(BIN)/python -m benchmarks.moqa
 
 architectures: setup  ## which model types of the installed transformers work: docs/architectures.md
 	$(BIN)/python -m benchmarks.architectures

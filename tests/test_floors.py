@@ -30,6 +30,7 @@ FLOORS = {
     "report": 5,
     "transforms": 5,  # of the weights: what methods find and model applies
     "planning": 6,  # the pipeline's own rooms, in the order in which they are used
+    "profiling": 6,
     "layer": 7,
     "documents": 8,
     "pipeline": 9,

@@ -12,11 +12,18 @@ from moebit.errors import BadInputError, InterruptedWorkError, MoebitError
 from moebit.evaluate import evaluate
 from moebit.formats.verify import verify
 from moebit.pipeline import Result, inspect, quantize
+from moebit.profiling.adapt import Adaptation, adapt
+from moebit.profiling.allocate import Allocation, allocate
+from moebit.profiling.profile import profile
+from moebit.profiling.usage import drift
 from moebit.recipe import Recipe, load_recipe, presets
+from moebit.report.heatmaps import heatmaps
 from moebit.runtime.generate import Generated, Generation, generate
 
 __version__ = version("moebit")
 __all__ = [
+    "Adaptation",
+    "Allocation",
     "BadInputError",
     "Generated",
     "Generation",
@@ -24,11 +31,16 @@ __all__ = [
     "MoebitError",
     "Recipe",
     "Result",
+    "adapt",
+    "allocate",
+    "drift",
     "evaluate",
     "generate",
+    "heatmaps",
     "inspect",
     "load_recipe",
     "presets",
+    "profile",
     "quantize",
     "sample",
     "verify",

@@ -105,6 +105,9 @@ def quantize(
     plan_file: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="Bit widths per layer, expert and projection (see docs/format.md).")
     ] = None,
+    profile_dir: Annotated[
+        Path | None, typer.Option("--profile", metavar="PROFILE", help="What `moebit profile` wrote, for allocation and switching.")
+    ] = None,
     output_format: FormatOption = None,
     engine: EngineOption = "any",
     device: Annotated[str, typer.Option(help="Where matrices are solved: cpu or cuda.")] = "cpu",
@@ -124,8 +127,8 @@ def quantize(
     overrides = dict(parse_override(item) for item in settings or [])
     with _progress() as progress:
         result: Any = moebit.quantize(
-            model, output, recipe=recipe, text=text or [], overrides=overrides, plan=plan_file, format=output_format, engine=engine,
-            device=device, memory=parse_size(memory), seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
+            model, output, recipe=recipe, text=text or [], overrides=overrides, plan=plan_file, profile=profile_dir, format=output_format,
+            engine=engine, device=device, memory=parse_size(memory), seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
             accept_unquantized=accept_unquantized, progress=progress,
         )  # fmt: skip
     if dry_run:
@@ -269,6 +272,137 @@ def verify(
     if not _write_json(json_file, result):
         _show_verification(result)
     raise typer.Exit({"fine": DONE, "damaged": BAD_INPUT, "unfinished": INTERRUPTED}[result["state"]])
+
+
+@app.command(
+    epilog="Examples:\n\n  moebit profile reference/olmoe -o olmoe.profile --text wiki=reference/text/wiki.calib.txt "
+    "--text python=reference/text/python.calib.txt\n\n"
+    "  moebit profile reference/olmoe -o olmoe.profile --text c=reference/text/c.calib.txt   # adds a set"
+)
+def profile(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="PROFILE", help="Directory to make, or to add data sets to.")],
+    text: TextOption = None,
+    recipe: Annotated[str | None, typer.Option(help="Whose grid and scope to measure with (default: gptq-w4).")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one value of the recipe; repeat for several.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of every text.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    widths: Annotated[str, typer.Option(help="Candidate widths.")] = "2,3,4,6,8",
+    solver: Annotated[str, typer.Option(help="What rounds where errors are measured: rtn or gptq.")] = "rtn",
+    errors: Annotated[bool, typer.Option("--errors/--no-errors", help="Measure errors (knapsack needs them).")] = True,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw heat maps there (needs moebit[report]).")] = None,
+    memory: MemoryOption = "4GiB",
+    seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
+) -> None:
+    """How a model's experts are used on data sets, what they bring, and what rounding them would cost."""
+    import moebit
+    from moebit.recipe import parse_override
+
+    overrides = dict(parse_override(item) for item in settings or [])
+    with _progress() as progress:
+        found = moebit.profile(
+            model, output, text=text or [], recipe=recipe, overrides=overrides, samples=samples, length=length,
+            widths=_numbers("--widths", widths), solver=solver, errors=errors, memory=parse_size(memory), seed=seed, progress=progress,
+        )  # fmt: skip
+    _show_profile(found)
+    if plots is not None:
+        _show_plots(found, plots, None)
+
+
+@app.command(
+    epilog="Examples:\n\n  moebit allocate olmoe.profile -o plan.json --target-bits 3.125 --method knapsack --granularity projection\n\n"
+    "  moebit quantize reference/olmoe -o olmoe-3 --recipe gptq-w3 --plan plan.json --text reference/text/wiki.calib.txt"
+)
+def allocate(
+    profile_dir: Annotated[Path, typer.Argument(metavar="PROFILE", help="What `moebit profile` wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="PLAN.json", help="The plan to write.")],
+    target_bits: Annotated[float, typer.Option(help="Average bits on disk, scales included, at most.")],
+    method: Annotated[str, typer.Option(help="fuzzy, knapsack, frequency or uniform.")] = "fuzzy",
+    ladder: Annotated[str, typer.Option(help="Widths to choose from.")] = "2,3,4,6,8",
+    granularity: Annotated[
+        str | None, typer.Option(help="What has one width: expert, projection or layer (default: expert; layer for vllm).")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="any, or vllm: only what it serves.")] = "any",
+    significance: Annotated[str, typer.Option(help="Over data sets, for fuzzy: mean or max.")] = "mean",
+    linear_bits: Annotated[
+        int | None, typer.Option(help="Width of the linears outside of the experts, where the method leaves them alone.")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw heat maps there, bits too (needs moebit[report]).")] = None,
+) -> None:
+    """Choose a width for everything from a profile: a plan for `moebit quantize --plan`, which a person can edit."""
+    import moebit
+
+    result = moebit.allocate(
+        profile_dir, output, target_bits=target_bits, method=method, ladder=_numbers("--ladder", ladder), granularity=granularity,
+        engine=engine, significance=significance, linear_bits=linear_bits,
+    )  # fmt: skip
+    _show_allocation(result, output)
+    if plots is not None:
+        _show_plots(profile_dir, plots, result.plan)
+
+
+@app.command(
+    epilog="Examples:\n\n  moebit adapt olmoe-3 --text c=reference/text/c.calib.txt -o olmoe-3-c\n\n"
+    "  moebit adapt olmoe-3 --text c=reference/text/c.calib.txt --in-place\n\n  moebit adapt olmoe-3 --undo"
+)
+def adapt(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A native output made with switching.share.")],
+    text: TextOption = None,
+    to: Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT2", help="Write the adapted output there.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Adapt OUT itself.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the channels at 16 bits instead of rounding them.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Take an adaptation of OUT back.")] = False,
+    samples: Annotated[int, typer.Option(help="Windows of every text.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    memory: MemoryOption = "4GiB",
+    seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
+) -> None:
+    """Switch channels of an output for other data: an overlay beside its bytes, which can be taken back."""
+    import moebit
+
+    with _progress() as progress:
+        result = moebit.adapt(
+            output, text=text or [], to=to, in_place=in_place, keep=keep, undo=undo, samples=samples, length=length,
+            memory=parse_size(memory), seed=seed, progress=progress,
+        )  # fmt: skip
+    if undo:
+        out.print(f"[bold]{escape(str(output))}[/bold]: as it was")
+        return
+    experts = sum(len(raised) for raised in result.raised.values())
+    out.print(
+        f"[bold]{escape(str(result.path))}[/bold]: {result.channels} channels of {experts} experts in an overlay of "
+        f"{size(result.bytes_written)}; {result.seconds:.1f} s, {result.noted:.1f} s of them looking at the texts"
+    )
+
+
+@app.command(epilog="Examples:\n\n  moebit drift olmoe-3 --text c=reference/text/c.calib.txt --text wiki=reference/text/wiki.eval.txt")
+def drift(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A native output made with allocation or switching.")],
+    text: TextOption = None,
+    samples: Annotated[int, typer.Option(help="Windows of every text.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    memory: MemoryOption = "4GiB",
+    seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
+    json_file: JsonOption = None,
+) -> None:
+    """How far the use of experts on texts is from the data that an output was made for."""
+    import moebit
+
+    with _progress() as progress:
+        result = moebit.drift(
+            output, text=text or [], samples=samples, length=length, memory=parse_size(memory), seed=seed, progress=progress
+        )
+    if not _write_json(json_file, result):
+        _show_drift(result)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise BadInputError(f"{option} {text}: expected widths with commas between them, like 2,3,4") from None
 
 
 @app.callback(invoke_without_command=True)
@@ -508,6 +642,40 @@ def _show_sample(output: Path, result: dict[str, Any]) -> None:
         numbers = (f"{row['sigma']:.4f}", f"{row['std']:.4f}", f"{tokens['min']:,}", f"{tokens['median']:,.0f}", f"{tokens['max']:,}")
         table.add_row(str(row["layer"]), *numbers, str(row["unseen"]))
     out.print(table)
+
+
+def _show_profile(found: Any) -> None:
+    table = _table("data set", "tokens", "errors")
+    for name, facts in found.sets.items():
+        table.add_row(escape(name), f"{facts['tokens']:,}", "measured" if facts["errors"] else "-")
+    out.print(table)
+    out.print(f"[bold]{escape(str(found.path))}[/bold]: {len(found.experts)} layers with experts, {len(found.linears)} linears")
+
+
+def _show_drift(result: dict[str, Any]) -> None:
+    table = _table("text", "nearest set", "distance", "of its own halves", "")
+    for name, row in result["texts"].items():
+        verdict = "[yellow]other data: moebit adapt[/yellow]" if row["drifted"] else "as the sets"
+        table.add_row(escape(name), escape(row["nearest"]), f"{row['distance']:.3f}", f"{row['noise']:.3f}", verdict)
+    out.print(table)
+    for name, distance in result["sets"].items():
+        out.print(f"{escape(name)} is {distance:.3f} from the nearest other set", highlight=False)
+
+
+def _show_plots(profile: Any, directory: Path, bits: Any) -> None:
+    import moebit
+
+    files = moebit.heatmaps(profile, directory, widths=bits.experts if bits else None)
+    out.print(f"{len(files)} heat maps in {escape(str(directory))}", highlight=False)
+
+
+def _show_allocation(result: Any, file: Path) -> None:
+    widths = sorted({width for counts in result.counts.values() for width in counts})
+    table = _table("matrices", *(f"{width} bits" for width in widths))
+    for name, counts in result.counts.items():
+        table.add_row(escape(name), *(str(counts.get(width, 0)) for width in widths))
+    out.print(table)
+    out.print(f"[bold]{escape(str(file))}[/bold]: {result.average_bits:.4f} bits per quantized weight on disk")
 
 
 def _show_generation(prompt: str, result: Any) -> None:

@@ -8,7 +8,6 @@ NaN, and written once.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -30,10 +29,11 @@ from moebit.formats.compressed_tensors import CompressedWeights
 from moebit.formats.engines import ANY, verdicts
 from moebit.formats.opening import activations_of, average_bits, open_checkpoint, quantized_modules
 from moebit.formats.output import JOURNAL, SAMPLE, OutputDirectory, check_free, check_space, disk_error, partial_of, read_journal
+from moebit.formats.profile import Profile
 from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress
 from moebit.methods.balance import further_windows
-from moebit.model.checkpoint import Checkpoint, HubWeights
+from moebit.model.checkpoint import Checkpoint, HubWeights, checkpoint_fingerprint
 from moebit.model.edits import EditedWeights, untied_config
 from moebit.model.files import TensorSpec, check_finite, read_header
 from moebit.model.routing import reference_step
@@ -42,6 +42,8 @@ from moebit.model.stream import Stream
 from moebit.model.streams import Streams
 from moebit.model.structure import LayerSites, find_structure
 from moebit.planning import BitPlan, Plan, describe_structure, load_bit_plan, make_plan
+from moebit.profiling.prepare import check_profile, prepare
+from moebit.profiling.profile import data_sets
 from moebit.recipe import Recipe, load_recipe
 from moebit.transforms import transformed
 
@@ -111,6 +113,7 @@ def quantize(
     text: Sequence[str] | Mapping[str, str | Path] = (),
     overrides: Mapping[str, Any] | None = None,
     plan: str | Path | BitPlan | None = None,
+    profile: str | Path | None = None,
     format: str | None = None,
     engine: str = ANY,
     device: str = "cpu",
@@ -127,7 +130,8 @@ def quantize(
     Args:
         model: directory or hub id of a checkpoint, full-precision or shipped quantized (docs/inputs.md).
         recipe: preset name, YAML file, dict; default `gptq-w4`. `overrides`: {"weights.bits": 3, ...} on top.
-        plan: bit widths that differ from the recipe's, a file or `BitPlan`.
+        plan: bit widths that differ from the recipe's, a file or `BitPlan`; in the place of the recipe's allocation.
+        profile: what `moebit profile` wrote, for allocation and switching; without one they profile the texts first.
         format: native, compressed-tensors or dense, instead of the recipe's.
         engine: what has to run the output: transformers, vllm, or any of them (`formats/engines.py`).
         text: calibration texts, `[NAME=]FILE` items or a mapping; needed unless the recipe rounds to nearest or lets the model write its
@@ -162,6 +166,7 @@ def quantize(
     decided.coverage.check(accept_unquantized)
     windows, sampled = _calibration(checkpoint, chosen, text, seed), sampling_settings(chosen, bool(text), seed)
     pool = _pool(checkpoint, chosen, text, seed)
+    sets = _data_sets(checkpoint, chosen, text, seed, profile, bits)
     if sampled:
         check_fits(checkpoint, memory)
     if dry_run:
@@ -175,12 +180,17 @@ def quantize(
         check_shipped(weights.entries.values())
     identity = _identity(checkpoint, chosen, windows, memory, seed) | ({"bit_plan": bits.digest()} if bits else {})
     identity |= {"pool": digest(pool)} if pool is not None else {}
+    identity |= {"profile": _digest_of(sets)} if sets is not None else {}
     try:
         with OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite) as output:
             report = progress or (lambda what, done, total: None)
             if sampled:
                 windows = _sampled(output, checkpoint, sampled, windows, memory, report)
                 identity["calibration"] = digest(windows)
+            if sets is not None:
+                prepared = prepare(output, checkpoint, decided, bits, sets, report)
+                decided = make_plan(checkpoint, structure, chosen, memory, prepared.bits, engine, transforms)
+                identity["profile"] = prepared.facts
             assert isinstance(checkpoint.weights, HubWeights)
             sink = SINKS[chosen.format](checkpoint.weights, decided.modules, decided.activations)
             reports = _Work(checkpoint, decided, output, sink, device, report, seed).run(windows, pool)
@@ -252,6 +262,37 @@ def _pool(checkpoint: Checkpoint, recipe: Recipe, text: Sequence[str] | Mapping[
     return further_windows(texts, chosen.samples, chosen.seq_len, seed, chosen.pool)
 
 
+def _data_sets(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    text: Sequence[str] | Mapping[str, str | Path],
+    seed: int,
+    profile: str | Path | None,
+    bits: BitPlan | None,
+) -> dict[str, Tensor] | Profile | None:
+    """What widths and switchable channels are decided from: a profile, or windows of every text; None where nothing is to be decided."""
+    if profile is not None:
+        found = Profile.read(profile)
+        check_profile(found, checkpoint, recipe)
+        return found
+    if not recipe.needs_profile or (bits is not None and not recipe.switching.share):
+        return None
+    texts = parse_texts(text)
+    if recipe.switching.share and len(texts) < 2:
+        raise BadInputError(
+            f"switching.share {recipe.switching.share}: which channels change with the data takes two texts or more to see; "
+            "give --text NAME=FILE several times, or --set switching.share=0"
+        )
+    each = max(1, recipe.calibration.samples // max(1, len(texts)))
+    return data_sets(checkpoint, texts, each, recipe.calibration.seq_len, seed)
+
+
+def _digest_of(sets: dict[str, Tensor] | Profile) -> dict[str, Any]:
+    if isinstance(sets, Profile):
+        return {name: facts["sha256"] for name, facts in sets.sets.items()}
+    return {name: digest(windows) for name, windows in sets.items()}
+
+
 def _width(checkpoint: Checkpoint) -> int:
     return int(checkpoint.config.get_text_config().hidden_size)
 
@@ -269,15 +310,6 @@ def _identity(checkpoint: Checkpoint, recipe: Recipe, windows: Tensor | None, me
         "seed": seed,
         "compute": str(checkpoint.model.dtype).removeprefix("torch."),
     }
-
-
-def checkpoint_fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 over the configuration and every shard's name, size and header."""
-    fingerprint = hashlib.sha256((checkpoint.path / "config.json").read_bytes())
-    for file in sorted({entry.file for entry in checkpoint.entries.values()}):
-        header = sorted((e.name, str(e.dtype), e.shape, e.offset) for e in read_header(file).values())
-        fingerprint.update(json.dumps([file.name, file.stat().st_size, header]).encode())
-    return fingerprint.hexdigest()
 
 
 def _changed(checkpoint: Checkpoint) -> dict[str, int]:

@@ -92,7 +92,7 @@ def load_bit_plan(file: str | Path) -> BitPlan:
         or not isinstance(data.get("linears", {}), dict)
     ):
         raise BadInputError(f'--plan {path}: expected {{"version": 1, "experts": {{...}}, "linears": {{...}}}} as docs/format.md has it')
-    unknown = sorted(set(data) - {"version", "experts", "linears"})
+    unknown = sorted(set(data) - {"version", "made", "experts", "linears"})
     wrong = [name for name, parts in data.get("experts", {}).items() if not isinstance(parts, dict)]
     if unknown or wrong:
         what = f"unknown key {unknown[0]!r}" if unknown else f"{wrong[0]}: expected {{projection: width or list of widths}}"

@@ -243,6 +243,50 @@ class CalibrationSection(_Section):
         return self
 
 
+class AllocationSection(_Section):
+    """Which modules get more bits and which fewer; `uniform` gives all of them `weights.bits`.
+
+    kind: `fuzzy` (MoQa: clusters of significance), `knapsack` (measured errors), `frequency` (tokens alone).
+    target_bits: average on disk of everything quantized, scales included. ladder: widths to choose from.
+    granularity: what has one width: an expert, a projection, a layer's experts (the last two: knapsack).
+    significance: over data sets, for fuzzy. solver: what rounds where errors are measured. engine: `vllm` restricts to what it serves.
+    """
+
+    kind: Literal["uniform", "fuzzy", "knapsack", "frequency"] = "uniform"
+    target_bits: float | None = Field(None, gt=0)
+    ladder: list[int] = [2, 3, 4, 6, 8]
+    granularity: Literal["expert", "projection", "layer"] = "expert"
+    significance: Literal["mean", "max"] = "mean"
+    solver: Literal["rtn", "gptq"] = "rtn"
+    engine: Literal["any", "vllm"] = "any"
+
+    @field_validator("ladder")
+    @classmethod
+    def _known_widths(cls, ladder: list[int]) -> list[int]:
+        if not ladder or len(set(ladder)) < len(ladder) or not set(ladder) <= set(BIT_WIDTHS):
+            raise ValueError(f"{ladder}: choose some of {', '.join(map(str, BIT_WIDTHS))}, each once")
+        return ladder
+
+    @model_validator(mode="after")
+    def _target(self) -> AllocationSection:
+        if (self.kind == "uniform") != (self.target_bits is None):
+            need = "needs target_bits" if self.kind != "uniform" else "takes its width from weights.bits; leave target_bits out"
+            raise ValueError(f"kind: {self.kind} {need}")
+        if self.kind in ("fuzzy", "frequency") and (self.granularity != "expert" or self.engine != "any"):
+            raise ValueError(f"kind: {self.kind} compares the experts of one layer; granularity and engine need kind: knapsack")
+        return self
+
+
+class SwitchingSection(_Section):
+    """Channels kept in full precision beside the output, for `moebit adapt`.
+
+    share: of the channels of every expert (or `per` layer), the most dynamic over the texts; 0 keeps none.
+    """
+
+    share: float = Field(0.0, ge=0.0, le=0.25)
+    per: Literal["expert", "layer"] = "expert"
+
+
 class Recipe(_Section):
     """One complete description of a quantization."""
 
@@ -254,6 +298,8 @@ class Recipe(_Section):
     smoothing: SmoothingSection = SmoothingSection()
     router: RouterSection = RouterSection()
     calibration: CalibrationSection = CalibrationSection()
+    allocation: AllocationSection = AllocationSection()
+    switching: SwitchingSection = SwitchingSection()
     format: Literal["native", "compressed-tensors", "dense"] = "native"
 
     @model_validator(mode="after")
@@ -306,6 +352,25 @@ class Recipe(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _widths_and_channels_belong_to_integers(self) -> Recipe:
+        if self.needs_profile and self.weights.type == "fp8":
+            raise ValueError("allocation and switching choose integer widths; set weights.type: int")
+        if self.allocation.kind != "uniform" and self.activations.bits != 16:
+            raise ValueError("allocation: engines that round activations take one width; set activations.bits: 16")
+        if self.switching.share and self.format != "native":
+            raise ValueError(f"switching: format {self.format} has no place for channels apart; set format: native")
+        if self.switching.share and (self.activations.bits != 16 or self.rotation.online != "none"):
+            raise ValueError(
+                "switching: channels apart are multiplied with inputs as they are; set activations.bits: 16 and rotation.online: none"
+            )
+        return self
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether widths or channels are chosen from what texts say about the experts."""
+        return self.allocation.kind != "uniform" or self.switching.share > 0
+
     @property
     def needs_calibration(self) -> bool:
         looks = self.scales_channels or self.router.align != "none" or self.router.realign != "none" or self.rotation.online == "duquant"
@@ -327,14 +392,6 @@ class Recipe(_Section):
     def digest(self) -> str:
         """sha256 of the recipe's content, independent of how its YAML is written."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
-
-
-# Part of the recipe language that names a method this version does not have: said plainly instead of "unknown key".
-# Value that means "off", of every key that switches a method on; None for a key that only tunes one.
-_NOT_YET: dict[str, dict[str, Any]] = {
-    "allocation": {"kind": "uniform"},
-    "switching": {"share": 0.0},
-}
 
 
 def presets() -> dict[str, str]:
@@ -361,7 +418,6 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe | None, override
         data = _read(recipe if recipe is not None else "gptq-w4")
     for path, value in (overrides or {}).items():
         _set(data, path, value)
-    _drop_inactive(data)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -413,20 +469,6 @@ def _set(data: dict[str, Any], path: str, value: Any) -> None:
         if not isinstance(data, dict):
             raise BadInputError(f"--set {path}: {key!r} is a value, not a section")
     data[leaf] = value
-
-
-def _drop_inactive(data: dict[str, Any]) -> None:
-    """Sections and values of the recipe language that mean "off" are accepted; switched on they are refused by name."""
-    for section, off in _NOT_YET.items():
-        values = data.pop(section, None) or {}
-        if not isinstance(values, dict):
-            raise BadInputError(f"recipe: {section}: expected a section with {', '.join(off)}, got {values!r}")
-        for key, value in values.items():
-            if key not in off:
-                near = difflib.get_close_matches(str(key), off, n=1, cutoff=0.4)
-                raise BadInputError(f"recipe: {section}.{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
-            if off[key] is not None and value != off[key]:
-                raise BadInputError(f"recipe: {section}.{key}: {value} is not in this version of moebit (only {off[key]!r} is)")
 
 
 def _explain(item: Any) -> str:

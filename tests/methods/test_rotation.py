@@ -1,4 +1,4 @@
-"""Absorbed rotation: a plain checkpoint with other numbers and the same logits, as transformers computes them, or a refusal with the reason."""
+"""Absorbed rotation: a plain checkpoint with other numbers and the same logits of transformers, or a refusal with the reason."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from moebit.formats.compressed_tensors import METHOD as COMPRESSED
 from moebit.formats.compressed_tensors import virtual_entries
 from moebit.formats.native import FORMAT_VERSION, METHOD, WITH_ACTIVATIONS, PackedSpec, packed_specs
 from moebit.formats.opening import open_checkpoint
+from moebit.formats.overlay import overlay_specs
 from moebit.model.files import PIECE, TensorEntry, TensorSpec
 from moebit.model.inputs import DOWN, FIRST, LINEAR
 from moebit.recipe import BIT_WIDTHS
@@ -78,6 +79,7 @@ def native(config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> lis
             for stored, spec in native_specs(name, entry).items():
                 known |= spec.specs(stored).keys() | {f"{stored}.zero_point"}
                 found += _module(stored, spec, entries)
+            found += _overlay(name, entry, entries, known)
         except (BadInputError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             found.append(Finding(f"module {name!r} cannot be understood ({type(error).__name__}: {error})", CONFIG, CONFIG_REMEDY))
             known |= {stored for stored in entries if stored.startswith(f"{name}.")}
@@ -162,6 +164,27 @@ def _module(name: str, spec: PackedSpec, entries: Mapping[str, TensorEntry]) -> 
     if good:
         found += _contents(name, spec, entries)
     return found
+
+
+def _overlay(name: str, entry: Mapping[str, Any], entries: Mapping[str, TensorEntry], known: set[str]) -> Iterator[Finding]:
+    """Channels that stand in for the base's: their tensors, and that the places exist; adds the stored names to `known`."""
+    for projection, spec in overlay_specs({"modules": {name: entry}}).get(name, {}).items():
+        stored = f"{name}.overlay.{projection}"
+        wanted = spec.specs(stored)
+        known.update(wanted)
+        for tensor, of in wanted.items():
+            if tensor not in entries:
+                yield Finding(f"{CONFIG} asks for tensor {tensor!r}, which no shard has", CONFIG, CONFIG_REMEDY)
+                return
+            if entries[tensor].spec != of:
+                what = f"is {_said(entries[tensor].dtype, entries[tensor].shape)} where {CONFIG} says {_said(of.dtype, of.shape)}"
+                yield Finding(what, place(entries[tensor]), CONFIG_REMEDY)
+                return
+        limits = {"expert": entry["experts"], "channel": entry["projections"][projection]["shape"][projection == "down_proj"]}
+        for leaf, limit in limits.items():
+            places = entries[f"{stored}.{leaf}"].read()
+            if len(places) and not (int(places.min()) >= 0 and int(places.max()) < limit):
+                yield Finding(f"speaks of {leaf} {int(places.max())} of {limit}", place(entries[f"{stored}.{leaf}"]), AGAIN)
 
 
 def _contents(name: str, spec: PackedSpec, entries: Mapping[str, TensorEntry]) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -218,6 +218,12 @@ def average_bits(specs: Mapping[str, Mapping[str, PackedSpec]]) -> float:
     return 8 * sum(p.nbytes for p in parts) / sum(p.weights for p in parts)
 
 
+class ChannelOverlay(Protocol):
+    """Channels of a projection that stand in for the stored ones (formats/overlay.py)."""
+
+    def put(self, projection: str, start: int, w_COI: Tensor) -> None: ...
+
+
 class NativeWeights(Weights):
     """The weights of a native output, dequantized as they are read."""
 
@@ -227,8 +233,10 @@ class NativeWeights(Weights):
         entries: Mapping[str, TensorEntry],
         specs: Mapping[str, Mapping[str, PackedSpec]],
         layouts: Mapping[str, ExpertsLayout],
+        overlays: Mapping[str, Mapping[str, ChannelOverlay]] | None = None,
     ) -> None:
         self._model, self._entries, self._specs, self._layouts = model, dict(entries), specs, layouts
+        self._overlays = overlays or {}
         for name, parts in specs.items():
             for projection, spec in parts.items():
                 for stored, wanted in spec.specs(f"{name}.{projection}" if projection else name).items():
@@ -296,4 +304,8 @@ class NativeWeights(Weights):
         stored_codes = self._entries[f"{name}.codes"].read(codes[start], codes[stop])
         stored_zeros = None if spec.symmetric else self._entries[f"{name}.zero_point"].read(zeros[start], zeros[stop])
         scale = self._entries[f"{name}.scale"].read(start, stop)
-        return unpack_matrices(stored_codes, scale, stored_zeros, list(spec.bits[start:stop]), spec.shape)
+        result = unpack_matrices(stored_codes, scale, stored_zeros, list(spec.bits[start:stop]), spec.shape)
+        overlay = self._overlays.get(owner, {}).get(projection)
+        if overlay is not None:
+            overlay.put(projection, start, result)
+        return result

@@ -12,6 +12,7 @@ from moebit.formats import compressed_tensors, native
 from moebit.formats.activations import read_activations
 from moebit.formats.compressed_tensors import CompressedWeights
 from moebit.formats.native import METHOD, NativeWeights, PackedSpec, packed_specs
+from moebit.formats.overlay import OVERLAY_FILE, overlay_specs, read_overlays
 from moebit.model.checkpoint import Checkpoint, load_config, open_hub_checkpoint, read_config, resolve, skeleton
 from moebit.model.experts import layout_of
 from moebit.model.files import read_index
@@ -44,9 +45,9 @@ def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float
     skeleton_model = skeleton(config, compute or torch.float32)
     entries = read_index(path)
     layouts = {name: layout_of(module, name) for name, module in skeleton_model.named_modules() if is_experts(module)}
-    specs = packed_specs(quantization)
+    specs, overlays = packed_specs(quantization), read_overlays(overlay_specs(quantization), entries)
     attach(skeleton_model, read_activations(quantization), specs)
-    return Checkpoint(path, config, skeleton_model, NativeWeights(skeleton_model, entries, specs, layouts), entries)
+    return Checkpoint(path, config, skeleton_model, NativeWeights(skeleton_model, entries, specs, layouts, overlays), entries)
 
 
 def quantized_modules(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Mapping[str, PackedSpec]]] | None:
@@ -66,8 +67,15 @@ def activations_of(checkpoint: Checkpoint) -> Activations:
 
 
 def average_bits(checkpoint: Checkpoint) -> float | None:
-    """8 x bytes of codes, scales and zero points / number of weights they stand for, of a packed output; None for whole weights."""
+    """8 x bytes of codes, scales and zero points / number of weights they stand for, of a packed output; None for whole weights.
+
+    Channels that stand in for others (formats/overlay.py) add their bytes and no weights.
+    """
     found = quantized_modules(checkpoint)
     if found is None:
         return None
-    return native.average_bits(found[1]) if found[0] == "native" else compressed_tensors.average_bits(found[1])
+    if found[0] != "native":
+        return compressed_tensors.average_bits(found[1])
+    weights = sum(spec.weights for parts in found[1].values() for spec in parts.values())
+    further = sum(entry.spec.nbytes for entry in checkpoint.entries.values() if entry.file.name == OVERLAY_FILE)
+    return native.average_bits(found[1]) + 8 * further / weights

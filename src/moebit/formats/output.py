@@ -21,6 +21,7 @@ from moebit.model.files import INDEX, ShardFile, TensorSpec, read_header, sha256
 
 JOURNAL = "journal.jsonl"
 SAMPLE = "calibration.jsonl"  # text that the model wrote for its own calibration; beginning with this name, what is finished of it
+PROFILE_DIRECTORY = "profile"  # in OUT.partial: whole after every data set, gone when the output is finished
 # Everything beside the weights that makes a checkpoint usable is carried along; weights, code and papers are not.
 CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 NOT_CARRIED = {"config.json", INDEX, "training.json", "report.json", SEALED, "requirements.txt"}
@@ -83,7 +84,7 @@ class OutputDirectory:
             other = _difference(records[0], identity)
             raise BadInputError(f"{self.partial} was started with another {other}; give the same again, or --overwrite starts again")
         self.entries = records[1:]
-        keep = {JOURNAL}
+        keep = {JOURNAL, PROFILE_DIRECTORY}
         for entry in self.entries:
             for name, checksum in entry["files"].items():
                 file = self.partial / name
@@ -146,9 +147,8 @@ class OutputDirectory:
             source: the checkpoint, whose tokenizer, generation and template files are carried along.
             documents: further files, name -> text; `moebit.json` gets the checksums of all the others.
         """
-        checksums = {name: digest for entry in self.entries for name, digest in entry["files"].items() if name.startswith("model-")}
-        self._index(list(checksums))
-        checksums |= {name: digest for entry in self.entries for name, digest in entry["files"].items() if name == SAMPLE}
+        checksums = {name: digest for entry in self.entries for name, digest in entry["files"].items() if not name.startswith("stream-")}
+        self._index([name for name in checksums if name.startswith("model-")])
         small = {INDEX, "config.json", *self._carry(source), *documents} - {SEALED}
         self._document("config.json", json.dumps(config, indent=2) + "\n")
         for name, text in documents.items():
@@ -158,6 +158,7 @@ class OutputDirectory:
         self._document(SEALED, seal(json.loads(documents[SEALED]), checksums))
         for file in self.partial.glob("stream-*"):
             file.unlink()
+        shutil.rmtree(self.partial / PROFILE_DIRECTORY, ignore_errors=True)
         sync_directory(self.partial)
         self._give_name()
 

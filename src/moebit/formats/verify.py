@@ -20,6 +20,7 @@ from moebit.formats.consistency import AGAIN, CHECKS, CONFIG, Finding, against_m
 from moebit.formats.native import FORMAT_VERSION, average_bits
 from moebit.formats.output import JOURNAL, partial_of, read_journal
 from moebit.formats.seal import SEALED, is_intact, is_report
+from moebit.formats.switch import SIDE_FILE
 from moebit.model.files import INDEX, TensorEntry, read_header, sha256
 
 Progress = Callable[[str, int, int], None]
@@ -166,6 +167,8 @@ def _shards(output: _Output) -> bool:
     before = len(output.findings)
     weight_map, total = _index(output)
     for file in sorted(output.path.glob("*.safetensors")):
+        if file.name == SIDE_FILE and file.name in output.files:
+            continue  # no loader reads it; its checksum was looked at
         if weight_map and file.name not in weight_map.values():
             output.say(f"{INDEX} names no tensor of this file", file.name, EXTRA)
             continue

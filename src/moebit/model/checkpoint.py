@@ -6,6 +6,7 @@ transformers' loading internals (key renaming, converters) are used here and now
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
@@ -29,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from moebit.errors import BadInputError
 from moebit.model.adapters import adapt
-from moebit.model.files import PIECE, Entry, TensorEntry, TensorSpec, pieces, read_index
+from moebit.model.files import PIECE, Entry, TensorEntry, TensorSpec, pieces, read_header, read_index
 from moebit.model.seam import SEAM
 from moebit.model.shipped import Shipped, check_plain, read_shipped, shipped_config
 
@@ -474,6 +475,15 @@ class Checkpoint:
         """Bytes of the tensors as they are read: more than are stored where they are shipped quantized."""
         entries: Iterable[Entry] = (self.weights if isinstance(self.weights, HubWeights) else self).entries.values()
         return sum(entry.spec.nbytes for entry in entries)
+
+
+def checkpoint_fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256 over the configuration and every shard's name, size and header."""
+    fingerprint = hashlib.sha256((checkpoint.path / "config.json").read_bytes())
+    for file in sorted({entry.file for entry in checkpoint.entries.values()}):
+        header = sorted((e.name, str(e.dtype), e.shape, e.offset) for e in read_header(file).values())
+        fingerprint.update(json.dumps([file.name, file.stat().st_size, header]).encode())
+    return fingerprint.hexdigest()
 
 
 FAST_BF16_WIDTH = 512  # hidden size from which on bf16 products are faster than float32 ones on a CPU that has instructions for them

@@ -138,6 +138,7 @@ class Stream:
         advance: bool = False,
         outputs: Tensor | None = None,
         done: int = 0,
+        stop: int | None = None,
     ) -> None:
         """Run one (loaded) layer over all windows.
 
@@ -147,10 +148,10 @@ class Stream:
                 stops as soon as all of them have been called.
             advance: replace the hidden states by the layer's output.
             outputs: [N, L, ...]: put the layer's output there instead.
-            done: batches to leave out, from the first.
+            done: batches to leave out, from the first. stop: the batch to stop before.
         """
         layer = self.layer(index)
-        for rows, calls in list(zip(self.batches(), self._calls, strict=True))[done:]:
+        for rows, calls in list(zip(self.batches(), self._calls, strict=True))[done:stop]:
             with ExitStack() as stack:
                 _watch(stack, layer, inputs or {}, stop=bool(inputs) and not advance)
                 if experts is not None:

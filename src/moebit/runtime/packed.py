@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec, unpack_matrices
+from moebit.formats.overlay import OverlaySpec
 from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots, dispatch, finish, intermediate, layout_of
 from moebit.model.inputs import InputStep
 from moebit.runtime.kernels import Stack
@@ -128,6 +130,47 @@ class PackedLinear(PackedModule):
         return f"{self.in_features} -> {self.out_features}, {self.spec.bits[0]} bits, group {self.spec.group_size}"
 
 
+class PackedChannels(PackedMatrices):
+    """Channels of one projection that stand in for the base's (formats/overlay.py): a stack of [1, H] matrices and their places.
+
+    Attributes:
+        expert, channel: int32 [n], rising.
+    """
+
+    expert: Tensor
+    channel: Tensor
+
+    def __init__(self, spec: PackedSpec) -> None:
+        super().__init__(spec)
+        _register_places(self, len(spec.bits))
+
+    def values_of(self, low: int, high: int, dtype: torch.dtype) -> Tensor:
+        """[high - low, H] of some channels."""
+        return self.matrices(low, high, dtype)[:, 0]
+
+
+class FullChannels(nn.Module):
+    """The same in full precision."""
+
+    expert: Tensor
+    channel: Tensor
+    values: Tensor
+
+    def __init__(self, spec: OverlaySpec) -> None:
+        super().__init__()
+        _register_places(self, spec.channels)
+        self.register_buffer("values", torch.empty(spec.channels, spec.hidden, dtype=spec.dtype))
+
+    def values_of(self, low: int, high: int, dtype: torch.dtype) -> Tensor:
+        """[high - low, H] of some channels."""
+        return self.values[low:high].to(dtype)
+
+
+def _register_places(module: nn.Module, count: int) -> None:
+    for leaf in ("expert", "channel"):
+        module.register_buffer(leaf, torch.empty(count, dtype=torch.int32))
+
+
 def use(model: nn.Module, path: Path) -> nn.Module:
     """Have a model's packed modules multiply in one way (`moebit.runtime.PATHS`), in place; returns the model.
 
@@ -148,13 +191,16 @@ def use(model: nn.Module, path: Path) -> nn.Module:
     return model
 
 
-def pack_experts(module: Any, path: str, specs: dict[str, PackedSpec]) -> None:
+def pack_experts(module: Any, path: str, specs: dict[str, PackedSpec], overlays: Mapping[str, OverlaySpec] | None = None) -> None:
     """Replace the weights of an experts module by packed stacks, in place; its gating and its biases stay its own."""
     module.moebit_layout = layout_of(module, path)
     for leaf in (module.moebit_layout.first, "down_proj"):
         delattr(module, leaf)
     for projection, spec in specs.items():
         module.add_module(projection, PackedMatrices(spec))
+    if overlays:
+        parts = {p: PackedChannels(spec.packed) if spec.packed else FullChannels(spec) for p, spec in overlays.items()}
+        module.overlay = nn.ModuleDict(parts)
     module._is_hf_initialized = True  # transformers would look for the weights that are gone, to initialise them
 
 
@@ -204,14 +250,21 @@ def _few(module: Any, layout: ExpertsLayout, x_TH: Tensor, chosen: list[int], ow
     for projection in layout.projections[:-1]:
         part = getattr(module, projection)
         packed_product(part.path, part.stack(), x_TH, chosen, own.bounds, own.tokens, wide, layout.rows(projection))
+        for slots, channels, values in _channels(module, projection, chosen, own, x_TH.dtype):
+            wide[slots, torch.arange(wide.shape[1])[layout.rows(projection)][channels, None]] = (values @ x_TH[own.tokens[slots]].T).float()
     first_bias, down_bias = _slot_biases(module, layout, chosen, own)
     first = wide.to(x_TH.dtype) + first_bias
     h = module._apply_gate(first) if module.has_gate else module.act_fn(first)
     if steps is not None:
         h = _down_step(steps, h, chosen, own)
     y = torch.empty(len(own.tokens), layout.hidden)
-    down = module.down_proj
+    down, apart = module.down_proj, []
+    for slots, channels, values in _channels(module, "down_proj", chosen, own, x_TH.dtype):  # the base's columns count as zero
+        apart.append((slots, h[slots, channels[:, None]].T @ values))
+        h[slots, channels[:, None]] = 0
     packed_product(down.path, down.stack(), h, chosen, own.bounds, torch.arange(len(own.tokens)), y)
+    for slots, added in apart:
+        y[slots] += added.float()
     y = y.to(x_TH.dtype) + down_bias
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
@@ -223,6 +276,26 @@ def _down_step(steps: Any, h_SI: Tensor, chosen: list[int], own: Slots) -> Tenso
     counts = dict.fromkeys(range(max(chosen) + 1), 0) | {e: own.bounds[i + 1] - own.bounds[i] for i, e in enumerate(chosen)}
     stepped: Tensor = steps.down(h_SI, [0, *accumulate(counts.values())], 0)
     return stepped
+
+
+def _channels(module: Any, projection: str, chosen: list[int], own: Slots, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(slots, channels, values [n, H]) of the chosen experts that have channels apart."""
+    for number, e in enumerate(chosen):
+        found = _channels_of(module, projection, e, dtype)
+        if found is not None:
+            yield torch.arange(own.bounds[number], own.bounds[number + 1]), *found
+
+
+def _channels_of(module: Any, projection: str, e: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """(channels int64 [n], values [n, H]) that stand in for some of expert e's; None where there are none."""
+    overlays: Any = getattr(module, "overlay", None)
+    if overlays is None or projection not in overlays:
+        return None
+    overlay = overlays[projection]
+    own = (overlay.expert == e).nonzero()[:, 0]
+    if not len(own):
+        return None
+    return overlay.channel[own].long(), overlay.values_of(int(own[0]), int(own[-1]) + 1, dtype)
 
 
 def _slot_biases(module: Any, layout: ExpertsLayout, chosen: list[int], own: Slots) -> tuple[Any, Any]:
@@ -249,6 +322,11 @@ def _dequantized(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype)
     first = down.new_empty(1, layout.intermediate * (2 if layout.gated else 1), layout.hidden)
     for projection in layout.projections[:-1]:
         getattr(module, projection).unpack_into(e, first[0], layout.rows(projection))
+    for projection in layout.projections:
+        found = _channels_of(module, projection, e, dtype)
+        if found is not None:
+            target = down[0].T if projection == "down_proj" else first[0, layout.rows(projection)]
+            target[found[0]] = found[1]
     return ExpertWeights(first, down, *_biases(module, layout, e), e)
 
 

@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moebit.formats.activations import KEY as ACTIVATIONS
 from moebit.formats.activations import read_activations
 from moebit.formats.native import METHOD, packed_specs
+from moebit.formats.overlay import overlay_specs
 from moebit.model.adapters import adapt
 from moebit.model.checkpoint import INSIDE, without_wrapper
 from moebit.model.inputs import attach
@@ -57,13 +58,13 @@ class MoebitQuantizer(HfQuantizer):
         if getattr(model.config, "_experts_implementation", None) not in (EXPERTS_IMPLEMENTATION, SEAM):
             model.set_experts_implementation(EXPERTS_IMPLEMENTATION)  # type: ignore[operator]
         adapt(model)
-        specs = packed_specs(self.quantization_config.to_dict())
+        specs, overlays = packed_specs(self.quantization_config.to_dict()), overlay_specs(self.quantization_config.to_dict())
         names = _names_in(model, specs)
         for stored, parts in specs.items():
             name = names[stored]
             module, (parent, _, leaf) = model.get_submodule(name), name.rpartition(".")
             if "" not in parts:
-                pack_experts(module, name, parts)
+                pack_experts(module, name, parts, overlays.get(stored))
                 block: Any = model.get_submodule(parent)
                 if not block._parameters and not block._buffers:
                     block._is_hf_initialized = True  # some blocks initialise their experts' weights, which are not there

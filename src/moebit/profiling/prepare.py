@@ -1,0 +1,146 @@
+"""What a quantization with `allocation` or `switching` needs before its first layer: a profile, widths, switchable channels.
+
+The profile is made in OUT.partial/profile, data set by data set, and goes when the output is finished; what is decided stands in the
+journal, so that a resumed run decides nothing again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebit.errors import BadInputError
+from moebit.formats.output import PROFILE_DIRECTORY, OutputDirectory
+from moebit.formats.profile import Profile
+from moebit.formats.switch import SIDE_FILE, Channels, Usage, side_specs, write_side_file
+from moebit.methods.significance import expert_shares
+from moebit.methods.switching import switchable
+from moebit.model.checkpoint import Checkpoint, HubWeights, checkpoint_fingerprint
+from moebit.planning import BitPlan, Plan
+from moebit.profiling.allocate import allocate
+from moebit.profiling.passes import Progress
+from moebit.profiling.profile import run_profile
+from moebit.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was decided.
+
+    Attributes:
+        bits: widths, None where the recipe's hold. facts: for moebit.json.
+    """
+
+    bits: BitPlan | None
+    facts: dict[str, Any]
+
+
+def check_profile(profile: Profile, checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuse a profile of another model, or of a grid that the recipe does not have.
+
+    Raises:
+        BadInputError: naming what differs.
+    """
+    grid = recipe.weights
+    wanted = {
+        "input": checkpoint_fingerprint(checkpoint),
+        "group_size": grid.group_size,
+        "symmetric": grid.symmetric,
+        "signed": grid.signed,
+    }
+    other = [key for key, value in wanted.items() if profile.facts.get(key) != value]
+    if other:
+        what = "of another checkpoint" if other[0] == "input" else f"with {other[0]} {profile.facts.get(other[0])}"
+        raise BadInputError(f"--profile {profile.path}: was made {what}; profile this checkpoint with this recipe")
+
+
+def prepare(
+    output: OutputDirectory,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    bits: BitPlan | None,
+    sets: Mapping[str, Tensor] | Profile,
+    progress: Progress,
+) -> Prepared:
+    """Profile, allocate, choose channels and write the side file; from the journal where that was done.
+
+    Args:
+        plan: of the recipe without an allocation. bits: widths that were given, which an allocation then does not choose.
+        sets: windows by data set, or a profile that is there.
+    """
+    known = next((entry for entry in output.entries if entry["kind"] == "profile"), None)
+    if known is None:
+        profile = sets if isinstance(sets, Profile) else _profile(output, checkpoint, plan, sets, bits is None, progress)
+        _record(output, checkpoint, plan, bits, profile)
+        known = output.entries[-1]
+    chosen = None if known["plan"] is None else BitPlan(known["plan"]["experts"], known["plan"]["linears"])
+    return Prepared(chosen, known["facts"])
+
+
+def _profile(
+    output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, sets: Mapping[str, Tensor], allocating: bool, progress: Progress
+) -> Profile:
+    section = plan.recipe.allocation
+    errors = allocating and section.kind == "knapsack"
+    where, widths = output.partial / PROFILE_DIRECTORY, tuple(sorted(section.ladder))
+    return run_profile(checkpoint, plan.structure, plan, sets, where, widths, section.solver, errors, plan.budget.memory, progress)
+
+
+def _record(output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, bits: BitPlan | None, profile: Profile) -> None:
+    """Decide, write the side file, and note both."""
+    assert isinstance(checkpoint.weights, HubWeights)
+    recipe, made = plan.recipe, None
+    section = recipe.allocation
+    if bits is None and section.kind != "uniform":
+        assert section.target_bits is not None
+        result = allocate(
+            profile,
+            target_bits=section.target_bits,
+            method=section.kind,
+            ladder=section.ladder,
+            granularity=None if section.engine == "vllm" else section.granularity,
+            engine=section.engine,
+            significance=section.significance,
+            linear_bits=recipe.weights.bits,
+        )
+        bits, made = result.plan, {key: value for key, value in result.made.items() if key not in ("by", "model", "input", "sets")}
+    usage, channels = _usage(profile), _channels(profile, recipe)
+    layouts = {f"{layer.name}.{layer.moe.experts}": layer.moe.layout for layer in plan.structure.layers if layer.moe}
+    chunk = {f"{layer.name}.{layer.moe.experts}": plan.chunk[layer.index] for layer in plan.structure.layers if layer.moe}
+    with output.shard(SIDE_FILE, side_specs(checkpoint.weights, layouts, usage, channels)) as shard:
+        write_side_file(shard, checkpoint.weights, layouts, usage, channels, chunk)
+    facts: dict[str, Any] = {"sets": {name: dict(item) for name, item in profile.sets.items()}, "allocation": made}
+    if channels:
+        facts["switching"] = {"share": recipe.switching.share, "channels": sum(len(chosen.expert) for chosen in channels.values())}
+    written = None if bits is None else {"experts": bits.experts, "linears": bits.linears}
+    output.record("profile", [SIDE_FILE], plan=written, facts=facts)
+
+
+def _usage(profile: Profile) -> dict[str, Usage]:
+    return {
+        name: Usage(
+            profile.stacked(f"{name}.tokens"),
+            torch.stack([expert_shares(s).float() for (s,) in profile.over_sets(f"{name}.significance")]),
+        )
+        for name in profile.experts
+    }
+
+
+def _channels(profile: Profile, recipe: Recipe) -> dict[str, Channels]:
+    """Switchable channels by experts module.
+
+    Raises:
+        BadInputError: a single data set, on which nothing changes.
+    """
+    share = recipe.switching.share
+    if not share:
+        return {}
+    if len(profile.sets) < 2:
+        raise BadInputError(
+            "switching: which channels change with the data takes two data sets or more to see; give --text NAME=FILE several times"
+        )
+    return {name: Channels(*switchable(profile.stacked(f"{name}.significance"), share, recipe.switching.per)) for name in profile.experts}

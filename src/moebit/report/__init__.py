@@ -1,0 +1,1 @@
+"""What a run did, to look at: pages and plots."""

@@ -1,0 +1,294 @@
+"""Profiles of tiny models against transformers' own forward and plain loops; what is added, refused, allocated, drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import moebit
+from moebit.errors import BadInputError
+from moebit.formats.profile import Profile
+from moebit.profiling import profile as verb
+from tests import reference
+from tests.models import ARCHITECTURES, EXPERTS, HIDDEN, INTERMEDIATE, LENGTH, WINDOWS, Checkpoints, windows
+from tests.outputs import Outputs, stored_tensors, token_file
+
+MIXTRAL, QWEN3 = ARCHITECTURES["mixtral"], ARCHITECTURES["qwen3_moe"]
+QWEN3_RECIPE = {"weights": {"bits": 3, "group_size": -1}, "solver": {"method": "rtn"}}
+RECIPE = {"weights": {"bits": 3, "group_size": 32}, "solver": {"method": "rtn"}}
+SIZES = {"samples": WINDOWS, "length": LENGTH}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`a` are the very windows that the reference runs; `b` others."""
+    folder = tmp_path_factory.mktemp("text")
+    a = folder / "a.jsonl"
+    a.write_text(json.dumps({"input_ids": windows().flatten().tolist()}) + "\n")
+    return {"a": a, "b": token_file(folder / "b.jsonl", WINDOWS * LENGTH, seed=3)}
+
+
+def profiled(path: Path, out: Path, texts: dict[str, Path], **options: Any) -> Profile:
+    return moebit.profile(path, out, **{"text": texts, "recipe": RECIPE, **SIZES, **options})
+
+
+@pytest.fixture(scope="module")
+def mixtral(checkpoints: Checkpoints, texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    return profiled(checkpoints.path(MIXTRAL), tmp_path_factory.mktemp("profile") / "p", texts)
+
+
+def test_what_is_kept_is_what_transformers_routes(checkpoints: Checkpoints, mixtral: Profile) -> None:
+    """Tokens, affinity, co-activation and S_ch of every layer, token by token from transformers' router and the experts' weights."""
+    model = checkpoints.reference(MIXTRAL)
+    found = load_file(mixtral.path / "a.safetensors")
+    for index, routed in model.routed.items():
+        name = f"{model.layers_name}.{index}.mlp.experts"
+        experts = model.experts(index)
+        tokens, affinity = np.zeros(EXPERTS, dtype=np.int64), np.zeros(EXPERTS)
+        both, significance = np.zeros((EXPERTS, EXPERTS), dtype=np.int64), np.zeros((EXPERTS, INTERMEDIATE))
+        for x, ids, weights in zip(routed.x, routed.ids, routed.weights, strict=True):
+            for e, g in zip(ids.tolist(), weights.tolist(), strict=True):
+                gate, up = experts.gate_up_proj[e].detach().chunk(2)
+                h = torch.nn.functional.silu(gate @ x) * (up @ x)
+                lengths = experts.down_proj[e].detach().norm(dim=0)
+                significance[e] += (g * h.abs() * lengths).numpy()
+                tokens[e] += 1
+                affinity[e] += g
+                for other in ids.tolist():
+                    both[e, other] += 1
+        assert found[f"{name}.tokens"].tolist() == tokens.tolist()
+        assert found[f"{name}.coactivation"].tolist() == both.tolist()
+        assert np.allclose(found[f"{name}.affinity"].numpy(), affinity, rtol=1e-4)
+        assert np.allclose(found[f"{name}.significance"].numpy(), significance, rtol=1e-3, atol=1e-6)
+
+
+def test_errors_of_down_are_what_arrives(checkpoints: Checkpoints, mixtral: Profile) -> None:
+    """sum_t |g dW h|^2 with the oracle's own rounding, an expert and a width at a time: nothing is approximated for down."""
+    model = checkpoints.reference(MIXTRAL)
+    routed, experts = model.routed[0], model.experts(0)
+    found = load_file(mixtral.path / "a.safetensors")[f"{model.layers_name}.0.mlp.experts.down_proj.error"]
+    for e, bits in ((0, 2), (3, 4)):
+        w = experts.down_proj[e].detach().double().numpy()
+        grid = reference.Grid(bits, 32, True, False, "float32")
+        missed = torch.from_numpy(reference.rtn(w, grid).weight_OI - w)
+        error = 0.0
+        for x, ids, weights in zip(routed.x, routed.ids, routed.weights, strict=True):
+            for chosen, g in zip(ids.tolist(), weights.tolist(), strict=True):
+                if chosen == e:
+                    gate, up = experts.gate_up_proj[e].detach().chunk(2)
+                    h = torch.nn.functional.silu(gate @ x) * (up @ x)
+                    error += float((g * (missed @ h.double())).square().sum())
+        assert float(found[verb.LADDER.index(bits), e]) == pytest.approx(error, rel=0.01)
+
+
+def test_errors_of_a_linear_are_what_arrives(checkpoints: Checkpoints, mixtral: Profile) -> None:
+    """The change of the layer's output with one linear rounded, routing and experts as they were: attention's own output here."""
+    model = checkpoints.reference(MIXTRAL)
+    layer = model.layers[0]
+    name = f"{model.layers_name}.0.self_attn.v_proj"
+    seen: list[torch.Tensor] = []
+    hook = layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[0].detach().clone()))
+    weight = layer.self_attn.v_proj.weight
+    kept = weight.detach().clone()
+    rounded = reference.rtn(kept.double().numpy(), reference.Grid(3, 32, True, False, "float32")).weight_OI
+    try:
+        with torch.no_grad():
+            model.model(input_ids=windows(), use_cache=False)
+            weight.copy_(torch.from_numpy(rounded).float())
+            model.model(input_ids=windows(), use_cache=False)
+    finally:
+        hook.remove()
+        with torch.no_grad():
+            weight.copy_(kept)
+    wanted = float((seen[1] - seen[0]).double().square().sum())
+    found = load_file(mixtral.path / "a.safetensors")[f"{name}.error"]
+    assert float(found[verb.LADDER.index(3)]) == pytest.approx(wanted, rel=0.01)
+
+
+def test_more_bits_cost_less(mixtral: Profile) -> None:
+    for name, module in mixtral.modules.items():
+        for part in module.parts:
+            error = mixtral.stacked(f"{name}.{part}.error" if part else f"{name}.error").sum(0).view(len(verb.LADDER), -1).sum(1)
+            assert bool((error[:-1] > error[1:]).all()), name
+
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+def test_a_further_set_recomputes_nothing(
+    solver: str, checkpoints: Checkpoints, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoints.path(QWEN3)
+    both = profiled(path, tmp_path / "both", texts, solver=solver, recipe=QWEN3_RECIPE)
+    passes = []
+    run = verb.run_pass
+    monkeypatch.setattr(verb, "run_pass", lambda *args: passes.append(1) or run(*args))
+    profiled(path, tmp_path / "one", {"a": texts["a"]}, solver=solver, recipe=QWEN3_RECIPE)
+    added = profiled(path, tmp_path / "one", {"b": texts["b"]}, solver=solver, recipe=QWEN3_RECIPE)
+    assert len(passes) == 2
+    again = profiled(path, tmp_path / "one", texts, solver=solver, recipe=QWEN3_RECIPE)
+    assert len(passes) == 2
+    for name in ("a", "b"):
+        assert (added.path / f"{name}.safetensors").read_bytes() == (both.path / f"{name}.safetensors").read_bytes()
+    assert json.loads((again.path / "profile.json").read_text()) == json.loads((both.path / "profile.json").read_text())
+
+
+def test_the_memory_limit_changes_pieces_and_nothing_else(checkpoints: Checkpoints, texts: dict[str, Path], tmp_path: Path) -> None:
+    path = checkpoints.path(QWEN3)
+    whole, pieces = (profiled(path, tmp_path / str(m), {"a": texts["a"]}, memory=m, recipe=QWEN3_RECIPE) for m in (2**32, 2**17))
+    for name, tensor in load_file(whole.path / "a.safetensors").items():
+        other = load_file(pieces.path / "a.safetensors")[name]
+        assert torch.allclose(tensor.double(), other.double(), rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "nemotron_h", "olmoe", "qwen2_moe"])
+def test_other_architectures(name: str, checkpoints: Checkpoints, texts: dict[str, Path], tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    recipe = {"weights": {"bits": 3, "group_size": -1}, "solver": {"method": "rtn"}}
+    found = profiled(checkpoints.path(architecture), tmp_path / "p", {"a": texts["a"]}, recipe=recipe, widths=[2, 4])
+    assert len(found.experts) == sum(architecture.moe)
+    for key, tensor in load_file(found.path / "a.safetensors").items():
+        assert bool(torch.isfinite(tensor.double()).all()), key
+        assert bool((tensor >= 0).all()), key
+    plan = moebit.allocate(found, target_bits=3.6, method="knapsack", ladder=[2, 4], granularity="projection")
+    assert plan.average_bits <= 3.6
+
+
+# --- what is refused
+
+
+def test_refusals(checkpoints: Checkpoints, outputs: Outputs, mixtral: Profile, texts: dict[str, Path], tmp_path: Path) -> None:
+    path = checkpoints.path(MIXTRAL)
+
+    def refused(message: str, **options: Any) -> None:
+        with pytest.raises(BadInputError, match=message):
+            moebit.profile(options.pop("model", path), options.pop("out", tmp_path / "p"), **{"recipe": RECIPE, **SIZES, **options})
+
+    refused("--text")
+    refused("already quantized", model=outputs.rtn(MIXTRAL), text=texts)
+    refused("another text", out=mixtral.path, text={"a": texts["b"]})
+    refused("group_size 32, now -1", out=mixtral.path, text=texts, recipe={"weights": {"bits": 3, "group_size": -1}})
+    refused("ignored modules", out=mixtral.path, text=texts, overrides={"weights.ignore": ["*.q_proj"]})
+    refused("widths 2, 7", text=texts, widths=[2, 7])
+    refused("plain NAME", text={"../a": texts["a"]})
+    refused("is a checkpoint", out=path, text=texts)
+    assert not (tmp_path / "p").exists()
+    with pytest.raises(BadInputError, match=r"no profile\.json"):
+        moebit.allocate(tmp_path, target_bits=3)
+
+
+# --- widths
+
+
+@pytest.mark.parametrize("method", ["fuzzy", "knapsack", "frequency", "uniform"])
+@pytest.mark.parametrize("target", [3.5, 4.5])
+def test_an_output_has_the_size_that_its_plan_said(
+    method: str, target: float, checkpoints: Checkpoints, mixtral: Profile, tmp_path: Path
+) -> None:
+    """Counted from the bytes on disk: codes and scales of everything that is quantized."""
+    result = moebit.allocate(mixtral, tmp_path / "plan.json", target_bits=target, method=method)
+    moebit.quantize(checkpoints.path(MIXTRAL), tmp_path / "out", recipe=RECIPE, plan=tmp_path / "plan.json")
+    packed = {n: t for n, t in stored_tensors(tmp_path / "out").items() if n.endswith((".codes", ".scale"))}
+    weights = 2 * (EXPERTS * 3 * HIDDEN * INTERMEDIATE + 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 2)
+    on_disk = 8 * sum(t.nbytes for t in packed.values()) / weights
+    assert on_disk == pytest.approx(result.average_bits, abs=1e-9)
+    assert on_disk <= target
+    if method != "uniform":
+        step = 8 * 2 * 3 * HIDDEN * INTERMEDIATE / 8 / weights  # two bits of one expert: the ladder's largest step
+        assert on_disk > target - max(0.02, step)
+
+
+def test_a_plan_says_how_it_was_made_and_can_be_edited(checkpoints: Checkpoints, mixtral: Profile, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    moebit.allocate(mixtral, file, target_bits=3.5, method="knapsack", granularity="projection")
+    plan = json.loads(file.read_text())
+    assert (plan["made"]["method"], plan["made"]["target_bits"], set(plan["made"]["sets"])) == ("knapsack", 3.5, {"a", "b"})
+    name = next(iter(plan["experts"]))
+    plan["experts"][name]["down_proj"] = 8
+    file.write_text(json.dumps(plan))
+    moebit.quantize(checkpoints.path(MIXTRAL), tmp_path / "out", recipe=RECIPE, plan=file)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["modules"][name]["projections"]["down_proj"]["bits"] == 8
+
+
+def test_granularity(mixtral: Profile) -> None:
+    by = {g: moebit.allocate(mixtral, target_bits=4.0, method="knapsack", granularity=g).plan for g in ("layer", "expert", "projection")}
+    for parts in by["layer"].experts.values():
+        assert all(isinstance(width, int) for width in parts.values())
+        assert len(set(parts.values())) == 1
+    for parts in by["expert"].experts.values():
+        assert parts["gate_proj"] == parts["up_proj"] == parts["down_proj"]
+    assert any(parts["gate_proj"] != parts["down_proj"] for parts in by["projection"].experts.values())
+
+
+def test_finer_choices_cost_less(mixtral: Profile) -> None:
+    """The knapsack's own error: projections may do what experts do, and experts what layers do."""
+    errors = []
+    for granularity in ("layer", "expert", "projection"):
+        plan = moebit.allocate(mixtral, target_bits=4.0, method="knapsack", granularity=granularity).plan
+        total = 0.0
+        for name, module in mixtral.modules.items():
+            layer = name.split(".experts")[0].rpartition(".mlp")[0] or ".".join(name.split(".")[:3])
+            output = mixtral.stacked(f"{layer}.output")
+            for part in module.parts:
+                error = mixtral.stacked(f"{name}.{part}.error" if part else f"{name}.error").double()
+                bits = plan.widths(name, part, module.experts, 0) if part else (plan.linears[name],)
+                shares = (error.view(len(error), len(verb.LADDER), -1) / output.unsqueeze(2)).mean(0)
+                total += sum(float(shares[verb.LADDER.index(width), e]) for e, width in enumerate(bits))
+        errors.append(total)
+    assert errors[2] <= errors[1] * 1.01 <= errors[0] * 1.03
+
+
+def test_what_vllm_serves(mixtral: Profile) -> None:
+    plan = moebit.allocate(mixtral, target_bits=6.5, method="knapsack", engine="vllm").plan
+    assert all(len(set(parts.values())) == 1 and set(parts.values()) <= {4, 8} for parts in plan.experts.values())
+    for layer in range(2):
+        assert len({width for name, width in plan.linears.items() if f".{layer}.self_attn" in name and "o_proj" not in name}) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"target_bits": 1.9}, r"the lowest widths take 3\.0.*linears outside of the experts at 2"),
+        ({"target_bits": 3, "method": "magic"}, "fuzzy, knapsack"),
+        ({"target_bits": 3.1, "linear_bits": 3}, r"the lowest widths take 3\.2.*linears outside of the experts at 3"),
+        ({"target_bits": 3, "linear_bits": 7}, "2, 3, 4, 5, 6, 8"),
+        ({"target_bits": 3, "granularity": "layer"}, "compares the experts of one layer"),
+        ({"target_bits": 3, "method": "knapsack", "ladder": [2, 5]}, "no errors were measured at 5"),
+        ({"target_bits": 3, "engine": "tgi"}, "any, transformers, vllm"),
+        ({"target_bits": 5, "method": "knapsack", "engine": "vllm", "granularity": "expert"}, "one width for all experts"),
+        ({"target_bits": 5, "method": "knapsack", "engine": "vllm", "ladder": [2, 3]}, "none of 4, 8"),
+        ({"target_bits": 2.1, "method": "uniform"}, r"2 bits take 3\.0"),
+    ],
+)
+def test_what_cannot_be_allocated(options: dict[str, Any], says: str, mixtral: Profile) -> None:
+    with pytest.raises(BadInputError, match=says):
+        moebit.allocate(mixtral, **options)
+
+
+def test_without_errors_there_is_no_knapsack(checkpoints: Checkpoints, texts: dict[str, Path], tmp_path: Path) -> None:
+    found = profiled(checkpoints.path(MIXTRAL), tmp_path / "p", texts, errors=False)
+    with pytest.raises(BadInputError, match="errors were not measured"):
+        moebit.allocate(found, target_bits=3.5, method="knapsack")
+    assert moebit.allocate(found, target_bits=4.0).average_bits <= 4.0
+    measured = profiled(checkpoints.path(MIXTRAL), tmp_path / "p", texts)  # the same sets again, with errors
+    assert measured.has_errors
+
+
+# --- drawn
+
+
+def test_heat_maps(mixtral: Profile, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plan = moebit.allocate(mixtral, target_bits=4.0).plan
+    files = moebit.heatmaps(mixtral, tmp_path / "one", widths=plan.experts)
+    assert {file.stem for file in files} == {
+        "tokens-a", "tokens-b", "significance-a", "significance-b", "dynamics-of-significance-over-data-sets", "bits",
+    }  # fmt: skip
+    again = moebit.heatmaps(mixtral, tmp_path / "two", widths=plan.experts)
+    assert [f.read_bytes() for f in files] == [f.read_bytes() for f in again]
+    assert all(f.read_text().startswith("<?xml") for f in files)
