@@ -63,7 +63,7 @@ def transformed(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, se
             scales = find_scales(checkpoint, structure)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # a model's own code fails in any way
         raise BadInputError(
-            f"{type(checkpoint.model).__name__}: a run on random values failed ({type(error).__name__}: {error}), so that nothing is proved "
+            f"{type(checkpoint.model).__name__}: a run on random values failed ({type(error).__name__}: {error}), nothing is proved "
             "about its transforms; use a recipe without rotation.absorbed and channel scales"
         ) from error
     if scales and isinstance(checkpoint.weights, HubWeights) and not isinstance(checkpoint.weights, EditedWeights):
