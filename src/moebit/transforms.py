@@ -54,10 +54,18 @@ def transformed(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, se
         BadInputError: a rotation that the model does not allow, a format that cannot hold an edited parameter.
     """
     kind = recipe.rotation.absorbed
-    rotation = plan_rotation(checkpoint, structure, kind) if kind != "none" else None
-    if rotation is not None:
-        checkpoint = rotation.applied(checkpoint, seed)
-    scales = find_scales(checkpoint, structure) if recipe.scales_channels else ()
+    rotation, scales = None, tuple[LayerScales, ...]()
+    try:
+        if kind != "none":
+            rotation = plan_rotation(checkpoint, structure, kind)
+            checkpoint = rotation.applied(checkpoint, seed)
+        if recipe.scales_channels:
+            scales = find_scales(checkpoint, structure)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # a model's own code fails in any way
+        raise BadInputError(
+            f"{type(checkpoint.model).__name__}: a run on random values failed ({type(error).__name__}: {error}), nothing is proved "
+            "about its transforms; use a recipe without rotation.absorbed and channel scales"
+        ) from error
     edited_later = bool(scales) or recipe.router.active  # a layer's own edits come when it is calibrated
     if edited_later and isinstance(checkpoint.weights, HubWeights) and not isinstance(checkpoint.weights, EditedWeights):
         checkpoint = replace(checkpoint, weights=EditedWeights(checkpoint.weights))

@@ -110,7 +110,7 @@ class LayerAWQ:
                 routed = self.stream.capture_routing(self.sites.index)
             else:
                 routed = None
-                self.stream.run(self.sites.index, outputs=torch.empty_like(self.stream.hidden))
+                self.stream.run(self.sites.index, outputs=self.stream.store.allocate(tuple(self.stream.hidden.shape), self.stream.dtype))
         return {name: torch.cat(parts) for name, parts in kept.items()}, routed
 
     def _sample(self) -> Tensor:
