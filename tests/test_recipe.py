@@ -57,6 +57,23 @@ def test_presets_of_moequant_differ_from_their_baselines_in_the_method_alone(bit
     assert load_recipe(awq, {"solver.affinity_power": 0}) == load_recipe(f"awq-w{bits}")
 
 
+@pytest.mark.parametrize(("weights", "activations"), [(4, 4), (3, 4), (3, 3), (2, 4), (8, 8)])
+def test_presets_of_eaquant_are_duquant_and_the_expert_aware_parts(weights: int, activations: int) -> None:
+    eaquant = load_recipe(f"eaquant-w{weights}a{activations}")
+    assert (eaquant.weights.bits, eaquant.activations.bits, eaquant.activations.qkv_bits) == (weights, activations, activations)
+    assert (eaquant.smoothing.kind, eaquant.smoothing.aggregate, eaquant.router.bits, eaquant.router.align) == (
+        "expert_aware",
+        "max",
+        8,
+        "kl",
+    )
+    assert (eaquant.calibration.balance, eaquant.router.realign) == (2, "none")
+    off = {"smoothing": {}, "router": {}, "calibration.balance": "none", "weights.bits": 4}
+    off |= {"activations.bits": 4, "activations.qkv_bits": 4, "activations.clip": 0.9}
+    assert load_recipe(eaquant, off) == load_recipe("duquant-w4a4")
+    assert load_recipe("smoothquant-w4a4", {"smoothing": {}}) == load_recipe("rtn-w4a4")
+
+
 def test_the_default_is_gptq_w4() -> None:
     assert load_recipe(None) == load_recipe("gptq-w4")
 

@@ -581,6 +581,8 @@ def _show_result(result: Any) -> None:
         )
     if result.fallbacks:
         out.print(f"[yellow]{result.fallbacks} matrices fell back to round-to-nearest[/yellow] (report.json names them)")
+    for what, count in result.skipped.items():
+        out.print(f"[yellow]left in {count} places[/yellow]: {escape(what)}")
 
 
 def _show_verification(result: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -68,6 +69,13 @@ class Result:
     @property
     def unseen_experts(self) -> int:
         return sum(layer.unseen_experts for layer in self.layers)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """What the recipe asks for and was left, as "what: reason" with the number of places."""
+        left = [f"{what}: {reason}" for layer in self.layers for what, reason in layer.router.get("skipped", {}).items()]
+        left += [f"smoothing: {reason}" for layer in self.layers for reason in layer.smoothing.get("skipped", {}).values()]
+        return dict(Counter(left))
 
 
 def inspect(
