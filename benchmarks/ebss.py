@@ -50,9 +50,9 @@ def throughput(model: str, settings: dict[str, Any], cache: Path) -> dict[str, f
     result = {}
     for name, rows, beams in (("plain", n * width, 1), ("beam", n, width)):
         ids = torch.randint(1, loaded.config.vocab_size, (rows, 1), generator=torch.Generator().manual_seed(0))
-        how = {"do_sample": True} if beams == 1 else {"num_beams": beams}
+        how = {"do_sample": True, "top_k": 0} if beams == 1 else {"num_beams": beams}
         began = time.perf_counter()
-        loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length - 1, pad_token_id=0, top_k=0, **how)
+        loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length - 1, pad_token_id=0, **how)
         result[f"transformers, {name}"] = n * width * length / (time.perf_counter() - began)
         kind = {"kind": "self"} if beams == 1 else {"kind": "ebss", "width": width, "repetition_penalty": 1.0, "no_repeat_ngram": 0}
         ours = moebit.sample(path, cache / "throughput.jsonl", sequences=rows, length=length, overwrite=True, **kind)

@@ -60,7 +60,7 @@ def test_the_program_itself() -> None:
 def test_help_shows_every_verb_with_examples(moebit: Moebit) -> None:
     overview = moebit("--help")
     assert overview.returncode == 0
-    for verb in ("inspect", "quantize", "evaluate", "recipes", "verify"):
+    for verb in ("inspect", "quantize", "evaluate", "recipes", "sample", "verify"):
         assert verb in overview.stdout
         page = moebit(verb, "--help")
         assert page.returncode == 0
@@ -146,3 +146,18 @@ def test_sizes(text: str, count: int) -> None:
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(BadInputError, match="--memory"):
         parse_size(text)
+
+
+def test_sample_writes_calibration_text(moebit: Moebit, tmp_path: Path) -> None:
+    out, told = tmp_path / "own.jsonl", tmp_path / "told.json"
+    run = moebit("sample", MODEL, "-o", out, "--kind", "self", "--sequences", 2, "--length", 16, "--json", told)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(told.read_text())
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [len(row["input_ids"]) for row in rows] == [16, 16]
+    assert all(row["text"] for row in rows)
+    assert f"perplexity {result['perplexity']:.2f}" in run.stdout
+    assert f"{result['sigma']:.4f}" in run.stdout
+    again = moebit("sample", MODEL, "-o", out, "--kind", "self", "--sequences", 2, "--length", 16)
+    assert again.returncode == 2
+    assert "--overwrite" in again.stderr

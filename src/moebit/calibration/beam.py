@@ -86,7 +86,8 @@ def force(likely_BV: Tensor, ended_B: Tensor, restart_B: Tensor) -> Tensor:
 def extensions(likely_BV: Tensor, count: int, noise: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """(log-probabilities, tokens), [B, K] each: the likeliest, or drawn without replacement (the largest with Gumbel noise added)."""
     if noise is None:
-        return tuple(likely_BV.topk(count))
+        likeliest = likely_BV.topk(count)
+        return likeliest.values, likeliest.indices
     gumbel_BV = -torch.empty_like(likely_BV).exponential_(generator=noise).log()
     token_BK = (likely_BV + gumbel_BV).topk(count).indices
     return likely_BV.gather(1, token_BK), token_BK
