@@ -297,6 +297,31 @@ def test_what_adapt_refuses(checkpoints: Checkpoints, output: Path, texts: dict[
     assert not (tmp_path / "x").exists()
 
 
+def test_nothing_to_switch_writes_nothing(checkpoints: Checkpoints, texts: dict[str, Path], tmp_path: Path) -> None:
+    """All experts have the ladder's highest width already."""
+    recipe = {**RECIPE, "weights": {"bits": 8, "group_size": 32}, "solver": {"method": "rtn"}, "allocation": {"kind": "uniform"}}
+    out = quantized(checkpoints.path(MIXTRAL), tmp_path / "out", texts, recipe=recipe).path
+    before = file_bytes(out, set())
+    result = moebit.adapt(out, text={"few": texts["few"]}, to=tmp_path / "to", **SIZES)
+    assert (result.channels, result.bytes_written, result.path) == (0, 0, out)
+    assert file_bytes(out, set()) == before
+    assert not (tmp_path / "to").exists()
+
+
+def test_for_vllm(checkpoints: Checkpoints, texts: dict[str, Path], tmp_path: Path) -> None:
+    """The preset, at a grid that fits a tiny model: one width for a layer's experts, in the format that vLLM reads."""
+    out = tmp_path / "out"
+    changes = {"weights.group_size": 32, "calibration.samples": 8, "calibration.seq_len": LENGTH, "allocation.target_bits": 7.0}
+    path = checkpoints.path(ARCHITECTURES["olmoe"])
+    quantized(path, out, texts, recipe="moqa-4bit-vllm", overrides=changes, engine="vllm")
+    manifest = json.loads((out / "moebit.json").read_text())
+    assert manifest["plan"]["engines"]["vllm"]["runs"]
+    assert manifest["plan"]["average_bits"] <= 7.0
+    assert manifest["profile"]["allocation"]["engine"] == "vllm"
+    assert not (out / "switch.safetensors").exists()
+    assert moebit.verify(out)["findings"] == []
+
+
 # --- drift
 
 
