@@ -241,8 +241,18 @@ def replaced(reference: Reference, base: Path, adapted: Path, architecture: Arch
     return as_parameters(architecture, matrices)
 
 
-@pytest.mark.parametrize("architecture", [MIXTRAL, GPT_OSS, NEMOTRON], ids=str)
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "keep"),
+    [
+        (MIXTRAL, False),
+        (GPT_OSS, True),
+        *(
+            pytest.param(a, keep, marks=pytest.mark.slow)
+            for a, keep in ((MIXTRAL, True), (GPT_OSS, False), (NEMOTRON, False), (NEMOTRON, True))
+        ),
+    ],
+    ids=str,
+)
 def test_every_reader_puts_the_channels_in_their_place(
     architecture: Architecture, keep: bool, checkpoints: Checkpoints, texts: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -109,7 +109,7 @@ def _record(output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, bits: B
         )
         bits, made = result.plan, {key: value for key, value in result.made.items() if key not in ("by", "model", "input", "sets")}
     usage, channels = _usage(profile), _channels(profile, recipe)
-    files = []
+    files: list[str] = []
     if recipe.format == "native":  # what looks at it reads no other
         layouts = {f"{layer.name}.{layer.moe.experts}": layer.moe.layout for layer in plan.structure.layers if layer.moe}
         chunk = {f"{layer.name}.{layer.moe.experts}": plan.chunk[layer.index] for layer in plan.structure.layers if layer.moe}
