@@ -213,7 +213,14 @@ def recipes(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="P
         recipe = load_recipe(key)
         grid = "symmetric" if recipe.weights.symmetric else "asymmetric"
         summary = text.splitlines()[0].removeprefix("# ")
-        table.add_row(key, str(recipe.weights.bits), str(recipe.weights.group_size), grid, recipe.solver.method, summary)
+        table.add_row(
+            key,
+            f"{recipe.allocation.target_bits or recipe.weights.bits:g}",
+            str(recipe.weights.group_size),
+            grid,
+            recipe.solver.method,
+            summary,
+        )
     out.print(table)
 
 
@@ -369,6 +376,9 @@ def adapt(
         )  # fmt: skip
     if undo:
         out.print(f"[bold]{escape(str(output))}[/bold]: as it was")
+        return
+    if not result.channels:
+        out.print(f"[bold]{escape(str(output))}[/bold]: no expert needs more bits for this than it has; nothing was written")
         return
     experts = sum(len(raised) for raised in result.raised.values())
     out.print(

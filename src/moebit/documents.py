@@ -51,6 +51,8 @@ def _inputs(plan: Plan) -> str:
 def _card(checkpoint: Checkpoint, plan: Plan) -> str:
     base = checkpoint.path.name
     w, s = plan.recipe.weights, plan.recipe.solver
+    kind = plan.recipe.allocation.kind
+    width = f"{w.bits} bits" if kind == "uniform" else f"widths by {kind}"
     shipped = (
         f"The checkpoint itself is shipped quantized ({checkpoint.shipped.scheme}) and was read as it is.\n" if checkpoint.shipped else ""
     )
@@ -58,7 +60,7 @@ def _card(checkpoint: Checkpoint, plan: Plan) -> str:
     load = f'{registered}from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("DIRECTORY")'
     return (
         f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [moebit, quantized, moe]\n---\n\n# {base}, quantized\n\n"
-        f"{base}, quantized by moebit: {s.method}, {w.bits} bits, {'symmetric' if w.symmetric else 'asymmetric'}, "
+        f"{base}, quantized by moebit: {s.method}, {width}, {'symmetric' if w.symmetric else 'asymmetric'}, "
         f"{'per channel' if w.group_size == -1 else f'groups of {w.group_size}'}, scope {w.scope}; "
         f"{plan.average_bits:.3f} bits per quantized weight on disk.\n{_inputs(plan)}{shipped}"
         f"Runs in: {', '.join(name for name, verdict in plan.engines.items() if verdict.runs)}.\n"

@@ -145,7 +145,9 @@ def test_the_memory_limit_changes_pieces_and_nothing_else(checkpoints: Checkpoin
         assert torch.allclose(tensor.double(), other.double(), rtol=1e-3, atol=1e-6), name
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "nemotron_h", "olmoe", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "name", ["gpt_oss", "nemotron_h", *(pytest.param(n, marks=pytest.mark.slow) for n in ("deepseek_v3", "olmoe", "qwen2_moe"))]
+)
 def test_other_architectures(name: str, checkpoints: Checkpoints, texts: dict[str, Path], tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
     recipe = {"weights": {"bits": 3, "group_size": -1}, "solver": {"method": "rtn"}}
@@ -282,6 +284,7 @@ def test_without_errors_there_is_no_knapsack(checkpoints: Checkpoints, texts: di
 # --- drawn
 
 
+@pytest.mark.slow
 def test_heat_maps(mixtral: Profile, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plan = moebit.allocate(mixtral, target_bits=4.0).plan

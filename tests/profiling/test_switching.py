@@ -241,8 +241,18 @@ def replaced(reference: Reference, base: Path, adapted: Path, architecture: Arch
     return as_parameters(architecture, matrices)
 
 
-@pytest.mark.parametrize("architecture", [MIXTRAL, GPT_OSS, NEMOTRON], ids=str)
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "keep"),
+    [
+        (MIXTRAL, False),
+        (GPT_OSS, True),
+        *(
+            pytest.param(a, keep, marks=pytest.mark.slow)
+            for a, keep in ((MIXTRAL, True), (GPT_OSS, False), (NEMOTRON, False), (NEMOTRON, True))
+        ),
+    ],
+    ids=str,
+)
 def test_every_reader_puts_the_channels_in_their_place(
     architecture: Architecture, keep: bool, checkpoints: Checkpoints, texts: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -295,6 +305,31 @@ def test_what_adapt_refuses(checkpoints: Checkpoints, output: Path, texts: dict[
     with pytest.raises(BadInputError, match="keeps no channels"):
         moebit.adapt(without, text=text, to=tmp_path / "x", **SIZES)
     assert not (tmp_path / "x").exists()
+
+
+def test_nothing_to_switch_writes_nothing(checkpoints: Checkpoints, texts: dict[str, Path], tmp_path: Path) -> None:
+    """All experts have the ladder's highest width already."""
+    recipe = {**RECIPE, "weights": {"bits": 8, "group_size": 32}, "solver": {"method": "rtn"}, "allocation": {"kind": "uniform"}}
+    out = quantized(checkpoints.path(MIXTRAL), tmp_path / "out", texts, recipe=recipe).path
+    before = file_bytes(out, set())
+    result = moebit.adapt(out, text={"few": texts["few"]}, to=tmp_path / "to", **SIZES)
+    assert (result.channels, result.bytes_written, result.path) == (0, 0, out)
+    assert file_bytes(out, set()) == before
+    assert not (tmp_path / "to").exists()
+
+
+def test_for_vllm(checkpoints: Checkpoints, texts: dict[str, Path], tmp_path: Path) -> None:
+    """The preset, at a grid that fits a tiny model: one width for a layer's experts, in the format that vLLM reads."""
+    out = tmp_path / "out"
+    changes = {"weights.group_size": 32, "calibration.samples": 8, "calibration.seq_len": LENGTH, "allocation.target_bits": 7.0}
+    path = checkpoints.path(ARCHITECTURES["olmoe"])
+    quantized(path, out, texts, recipe="moqa-4bit-vllm", overrides=changes, engine="vllm")
+    manifest = json.loads((out / "moebit.json").read_text())
+    assert manifest["plan"]["engines"]["vllm"]["runs"]
+    assert manifest["plan"]["average_bits"] <= 7.0
+    assert manifest["profile"]["allocation"]["engine"] == "vllm"
+    assert not (out / "switch.safetensors").exists()
+    assert moebit.verify(out)["findings"] == []
 
 
 # --- drift

@@ -42,8 +42,9 @@ class Adaptation:
     """What `adapt` did.
 
     Attributes:
-        path: of the adapted output. raised: experts by module whose width rose. channels: that were rounded anew, by projection and
-            module. bytes_written: the overlay; all else that changed is three documents. seconds: the texts' pass included.
+        path: of the adapted output; of `out` itself, and nothing was written, where no expert needs more bits than it has.
+        raised: experts by module whose width rose. channels: that were rounded anew, by projection and module.
+        bytes_written: the overlay; all else that changed is three documents. seconds: the texts' pass included.
         noted: seconds of the texts' pass alone.
     """
 
@@ -115,13 +116,15 @@ def adapt(
     parts = {name: _parts(seen, name, kept[name], widths[name]) for name in kept}
     raised = {name: sorted({int(e) for part in found.values() for e in part.expert.tolist()}) for name, found in parts.items()}
     facts = {"texts": seen.texts, "keep": keep, "samples": samples, "length": length, "raised": {n: len(e) for n, e in raised.items()}}
+    count = sum(len(part.bits) for found in parts.values() for part in found.values())
+    if not count:
+        return Adaptation(path, raised, 0, 0, time.perf_counter() - began, noted)
     if to is not None:
         _copy(path, partial_of(target))
     written = _write(partial_of(target) if to is not None else path, seen, parts, keep, facts)
     if to is not None:
         os.replace(partial_of(target), target)
         sync_directory(target.parent)
-    count = sum(len(part.bits) for found in parts.values() for part in found.values())
     return Adaptation(target, raised, count, written, time.perf_counter() - began, noted)
 
 

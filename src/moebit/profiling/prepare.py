@@ -109,15 +109,18 @@ def _record(output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, bits: B
         )
         bits, made = result.plan, {key: value for key, value in result.made.items() if key not in ("by", "model", "input", "sets")}
     usage, channels = _usage(profile), _channels(profile, recipe)
-    layouts = {f"{layer.name}.{layer.moe.experts}": layer.moe.layout for layer in plan.structure.layers if layer.moe}
-    chunk = {f"{layer.name}.{layer.moe.experts}": plan.chunk[layer.index] for layer in plan.structure.layers if layer.moe}
-    with output.shard(SIDE_FILE, side_specs(checkpoint.weights, layouts, usage, channels)) as shard:
-        write_side_file(shard, checkpoint.weights, layouts, usage, channels, chunk)
+    files: list[str] = []
+    if recipe.format == "native":  # what looks at it reads no other
+        layouts = {f"{layer.name}.{layer.moe.experts}": layer.moe.layout for layer in plan.structure.layers if layer.moe}
+        chunk = {f"{layer.name}.{layer.moe.experts}": plan.chunk[layer.index] for layer in plan.structure.layers if layer.moe}
+        with output.shard(SIDE_FILE, side_specs(checkpoint.weights, layouts, usage, channels)) as shard:
+            write_side_file(shard, checkpoint.weights, layouts, usage, channels, chunk)
+        files = [SIDE_FILE]
     facts: dict[str, Any] = {"sets": {name: dict(item) for name, item in profile.sets.items()}, "allocation": made}
     if channels:
         facts["switching"] = {"share": recipe.switching.share, "channels": sum(len(chosen.expert) for chosen in channels.values())}
     written = None if bits is None else {"experts": bits.experts, "linears": bits.linears}
-    output.record("profile", [SIDE_FILE], plan=written, facts=facts)
+    output.record("profile", files, plan=written, facts=facts)
 
 
 def _usage(profile: Profile) -> dict[str, Usage]:
