@@ -12,6 +12,7 @@ from moebit.evaluate import evaluate
 from moebit.formats.verify import verify
 from moebit.pipeline import Result, inspect, quantize
 from moebit.recipe import Recipe, load_recipe, presets
+from moebit.report import report
 from moebit.runtime.generate import Generated, Generation, generate
 
 __version__ = version("moebit")
@@ -29,5 +30,6 @@ __all__ = [
     "load_recipe",
     "presets",
     "quantize",
+    "report",
     "verify",
 ]

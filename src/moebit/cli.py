@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,7 +126,7 @@ def quantize(
         result: Any = moebit.quantize(
             model, output, recipe=recipe, text=text or [], overrides=overrides, plan=plan_file, format=output_format, engine=engine,
             device=device, memory=parse_size(memory), seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
-            accept_unquantized=accept_unquantized, progress=progress,
+            accept_unquantized=accept_unquantized, progress=progress, command=_command(),
         )  # fmt: skip
     if dry_run:
         _show_plan(result.describe(), None)
@@ -225,6 +226,26 @@ def verify(
     raise typer.Exit({"fine": DONE, "damaged": BAD_INPUT, "unfinished": INTERRUPTED}[result["state"]])
 
 
+@app.command(
+    epilog="Examples:\n\n  moebit report olmoe-w3\n\n  moebit evaluate olmoe-w3 --against reference/olmoe --text wiki.txt --json e.json\n\n"
+    "  moebit report olmoe-w3 --evaluation e.json -o olmoe-w3.html"
+)
+def report(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="What `moebit quantize -o OUT` wrote.")],
+    page: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE.html", help="Where it goes (default: OUT/report.html).")
+    ] = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option("--evaluation", metavar="FILE", help="Result of `moebit evaluate OUT --json`, to be shown; repeats."),
+    ] = None,
+) -> None:
+    """Write an output's report.html again, with its evaluation where one is given."""
+    import moebit
+
+    out.print(f"written: {escape(str(moebit.report(output, page, evaluation=evaluation or [])))}", soft_wrap=True)
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
     if version:
@@ -232,6 +253,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
         out.print(f"moebit {installed('moebit')}", highlight=False)
         raise typer.Exit
+
+
+def _command() -> str:
+    """What was typed, so that it can be typed again; a resumed run is made again without --resume."""
+    return shlex.join(["moebit", *(word for word in sys.argv[1:] if word != "--resume")])
 
 
 def parse_size(text: str) -> int:
@@ -367,6 +393,7 @@ def _show_result(result: Any) -> None:
     )
     table.add_row("average bits", f"{result.plan.average_bits:.3f}")
     table.add_row("time", _duration(result.seconds))
+    table.add_row("report", str(result.path / "report.html"))
     out.print(table)
     if result.unseen_experts:
         out.print(

@@ -34,6 +34,7 @@ class LayerReport:
         linears: per quantized linear: bits, weight_error (|dW|^2 / |W|^2), damping, fallback.
         tokens_per_expert: routed slots in the calibration text.
         experts: per projection, lists over experts: bits, weight_error, damping, fallback.
+        peak_memory_bytes: the most that the process has had resident until the layer's end.
     """
 
     layer: int
@@ -41,6 +42,7 @@ class LayerReport:
     tokens_per_expert: list[int] = field(default_factory=list)
     experts: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     seconds: float = 0.0
+    peak_memory_bytes: int = 0
 
     @property
     def fallbacks(self) -> int:

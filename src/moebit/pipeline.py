@@ -30,6 +30,7 @@ from moebit.formats.opening import average_bits, open_checkpoint, quantized_modu
 from moebit.formats.output import JOURNAL, OutputDirectory, check_free, check_space, disk_error, partial_of, read_journal
 from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress
+from moebit.model.activations import peak_resident_bytes
 from moebit.model.checkpoint import Checkpoint, HubWeights
 from moebit.model.files import TensorSpec, check_finite, read_header
 from moebit.model.shipped import check_shipped, plain_config
@@ -37,6 +38,7 @@ from moebit.model.stream import Stream
 from moebit.model.structure import LayerSites, find_structure
 from moebit.planning import BitPlan, Plan, describe_structure, load_bit_plan, make_plan
 from moebit.recipe import Recipe, load_recipe
+from moebit.report.command import python_call
 
 DEFAULT_MEMORY = 4 * 2**30
 
@@ -111,6 +113,7 @@ def quantize(
     dry_run: bool = False,
     accept_unquantized: bool = False,
     progress: Progress | None = None,
+    command: str | None = None,
 ) -> Result | Plan:
     """Quantize a checkpoint into the directory `out`; the plan alone with `dry_run`.
 
@@ -127,12 +130,17 @@ def quantize(
         resume: go on with an interrupted run after its last whole layer.
         accept_unquantized: go on even if more than 5% of the expert parameters would stay in full precision.
         progress: called with (what, done, total).
+        command: what to write into the report as the way to make it again; by default, this call.
 
     Raises:
         BadInputError: before any work where it can be known before: the model, the recipe, the text, the output, the disk.
         InterruptedWorkError: the disk failed on the way; resume goes on.
     """
     began = time.perf_counter()
+    asked = command or python_call(
+        "moebit.quantize", model, out, recipe=recipe, text=text, overrides=overrides, plan=plan, format=format, engine=(engine, ANY),
+        device=(device, "cpu"), memory=(memory, DEFAULT_MEMORY), seed=(seed, 0), accept_unquantized=accept_unquantized,
+    )  # fmt: skip
     chosen = load_recipe(recipe, {**(overrides or {}), **({"format": format} if format else {})})
     if device != "cpu" and not torch.cuda.is_available():
         raise BadInputError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
@@ -161,12 +169,13 @@ def quantize(
         with OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite) as output:
             sink = SINKS[chosen.format](checkpoint.weights, decided.modules)
             reports = _Work(checkpoint, decided, output, sink, device, progress or (lambda what, done, total: None)).run(windows)
-            written = documents(checkpoint, decided, identity, reports, time.perf_counter() - began)
+            size = sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
+            run = {"output": out.name, "size_after": size, "command": asked, "peak_memory_bytes": peak_resident_bytes()}
+            written = documents(checkpoint, decided, identity, reports, time.perf_counter() - began, run)
             _check_unchanged(checkpoint, seen)
             output.finish(checkpoint.path, sink.config(_config(checkpoint)), written)
     except OSError as error:
         raise disk_error(error, partial_of(out)) from error
-    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     return Result(out, decided, checkpoint.size_bytes, size, reports, time.perf_counter() - began)
 
 
@@ -283,6 +292,7 @@ class _Work:
         with self.output.shard(files[0], self.sink.specs(names)) as shard, loaded as layer:
             LayerJob(self.plan, self.sink, sites, shard, report, stream, layer, self.device, self.progress).run()
         report.seconds = round(time.perf_counter() - began, 3)
+        report.peak_memory_bytes = peak_resident_bytes()
         if stream:
             files.append(_stream_file(sites.index))
             state = {"hidden": stream.hidden, **stream.handed_on()}

@@ -1,0 +1,5 @@
+"""What happened, as pages for people: one output's report, and several outputs side by side."""
+
+from moebit.report.page import report
+
+__all__ = ["report"]
