@@ -113,12 +113,16 @@ def test_sections_are_there_when_their_numbers_are() -> None:
     assert not {"Quality", "Routing", "Load of the experts"} & bare
     balanced = documents()
     for layer in balanced.report["layers"]:
-        layer["balance"] = {"tokens_before": [1] * 32, "tokens_after": [2] * 32}
+        layer["balance"] = {"wanted": 3.5, "short_before": 2, "short_after": 0, "drawn": [2] * 32}
+        agreed = {"routing_exact": 0.9, "routing_overlap": 0.95, "kl": None}
+        layer["router"] = {"score": "softmax", "against": "full precision", "before": agreed, "after": agreed, "skipped": {}}
         layer["coactivation"] = [[0, 2], [2, 0]]
     page = report_page(balanced)
     assert "Load before balancing" in page
     assert "Load after balancing" in page
     assert "Chosen together, layer 3" in page
+    assert "Tokens with all experts the same as full precision" in page
+    assert "Adjusting the router" not in report_page(documents())
 
 
 def test_the_shortest_report_and_one_of_a_dense_layer() -> None:

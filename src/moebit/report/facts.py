@@ -217,9 +217,18 @@ def _extra(layer: Mapping[str, Any]) -> dict[str, str]:
     known = {"layer", "linears", "experts", "tokens_per_expert", "seconds", "peak_memory_bytes"}
     return {
         key.replace("_", " "): value if isinstance(value, str) else json.dumps(value)
-        for key, value in layer.items()
+        for key, value in _flat(layer)
         if key not in known and _small(value)
     }
+
+
+def _flat(layer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values, those of a section with several kinds of values one by one."""
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and key not in ("linears", "experts") and not _small(value):
+            yield from ((f"{key} {inner}", item) for inner, item in value.items())
+        else:
+            yield key, value
 
 
 def _small(value: Any) -> bool:

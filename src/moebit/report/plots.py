@@ -76,23 +76,28 @@ def _load(layers: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
     routed = [layer for layer in layers if sum(layer.get("tokens_per_expert") or ())]
     if not routed:
         return
-    yield from _load_of(layers, "tokens_per_expert", "Load of the experts")
-    for key, title in BALANCED.items():
-        if any(sum(_counts(layer, key)) for layer in layers):
-            yield from _load_of(layers, key, title)
+    drawn = any(_drawn(layer) for layer in layers)
+    yield from _load_of(layers, _before, "Load before balancing" if drawn else "Load of the experts")
+    if drawn:
+        yield from _load_of(layers, _after, "Load after balancing")
 
 
-# Counts that balanced calibration adds beside `tokens_per_expert`.
-BALANCED = {"tokens_before": "Load before balancing", "tokens_after": "Load after balancing"}
+def _before(layer: Mapping[str, Any]) -> list[int]:
+    return list(layer.get("tokens_per_expert") or ())
 
 
-def _counts(layer: Mapping[str, Any], key: str) -> list[int]:
-    found = layer.get(key) if key in layer else (layer.get("balance") or {}).get(key) if isinstance(layer.get("balance"), Mapping) else None
-    return list(found) if isinstance(found, Sequence) and not isinstance(found, str) else []
+def _drawn(layer: Mapping[str, Any]) -> list[int]:
+    """Tokens that balancing added to each expert."""
+    return list((layer.get("balance") or {}).get("drawn") or ())
 
 
-def _load_of(layers: Sequence[Mapping[str, Any]], key: str, title: str) -> Iterator[Figure]:
-    shares = {layer["layer"]: _relative(_counts(layer, key)) for layer in layers if sum(_counts(layer, key))}
+def _after(layer: Mapping[str, Any]) -> list[int]:
+    before, more = _before(layer), _drawn(layer)
+    return [a + b for a, b in zip(before, more, strict=True)] if len(more) == len(before) else before
+
+
+def _load_of(layers: Sequence[Mapping[str, Any]], counts: Callable[[Mapping[str, Any]], list[int]], title: str) -> Iterator[Figure]:
+    shares = {layer["layer"]: _relative(counts(layer)) for layer in layers if sum(counts(layer))}
     spread = [(x, *(float(np.quantile(v, q)) for q in (0.1, 0.9))) for x, v in shares.items()]
     series = [
         Series("most used", [(x, max(v)) for x, v in shares.items()], 0),
@@ -104,7 +109,7 @@ def _load_of(layers: Sequence[Mapping[str, Any]], key: str, title: str) -> Itera
     note = "1 is an even load. The area holds the middle eighty percent of the experts."
     yield Figure(f"{title}, by layer", lines(_across(layers), up, series, bands=[(1, spread)]), legend, note)
     high = max(max(v) for v in shares.values())
-    svg = _map(layers, lambda layer: _relative(_counts(layer, key)) if sum(_counts(layer, key)) else [], 0.0, high, log=False)
+    svg = _map(layers, lambda layer: _relative(counts(layer)) if sum(counts(layer)) else [], 0.0, high, log=False)
     if svg:
         yield Figure(f"{title}, by expert", svg, note="Colour: tokens / even share.")
 
@@ -115,18 +120,29 @@ def _relative(counts: Sequence[int]) -> list[float]:
 
 
 def _routing(documents: Documents) -> Iterator[Figure]:
-    """Agreement of the routing with the reference."""
+    """Agreement of the routing with the reference: as evaluated, and what adjusting the router changed while it was made."""
     found = routing(documents)
-    if not found:
-        return
+    if found:
+        series = [
+            Series("all experts the same", [(x, row["routing_exact"]) for x, row in found.items()], 0),
+            Series("experts in common", [(x, row["routing_overlap"]) for x, row in found.items()], 1),
+        ]
+        yield _agreement("Routing that stayed the same", documents, series, "Of tokens, and of chosen experts; on the evaluated texts.")
+    steps = [(layer["layer"], layer["router"]) for layer in documents.layers if isinstance(layer.get("router"), Mapping)]
     series = [
-        Series("all experts the same", [(x, row["routing_exact"]) for x, row in found.items()], 0),
-        Series("experts in common", [(x, row["routing_overlap"]) for x, row in found.items()], 1),
+        Series(name, [(x, one[key]["routing_exact"]) for x, one in steps if isinstance(one.get(key), Mapping)], colour)
+        for colour, (key, name) in enumerate({"before": "before", "after": "after"}.items())
     ]
+    if all(one.points for one in series):
+        against = ", ".join(dict.fromkeys(str(one["against"]) for _, one in steps if one.get("against")))
+        note = f"Tokens with all experts the same as {against or 'before'}, on the calibration text."
+        yield _agreement("Adjusting the router", documents, series, note)
+
+
+def _agreement(title: str, documents: Documents, series: Sequence[Series], note: str) -> Figure:
     low = min(y for one in series for _, y in one.points)
-    up = Axis("share", math.floor(low * 10) / 10 if low > 0.1 else 0.0, 1.0)
-    svg = lines(_across(documents.layers), up, series)
-    yield Figure("Routing that stayed the same", svg, [(one.colour, one.name) for one in series], "Of tokens, and of chosen experts.")
+    up = Axis("share", math.floor(low * 10 - 1e-9) / 10 if low > 0.1 else 0.0, 1.0)
+    return Figure(title, lines(_across(documents.layers), up, series), [(one.colour, one.name) for one in series], note)
 
 
 def _bits(layers: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
