@@ -12,7 +12,7 @@ from moebit.evaluate import evaluate
 from moebit.formats.verify import verify
 from moebit.pipeline import Result, inspect, quantize
 from moebit.recipe import Recipe, load_recipe, presets
-from moebit.report import report
+from moebit.report import compare, report
 from moebit.runtime.generate import Generated, Generation, generate
 
 __version__ = version("moebit")
@@ -24,6 +24,7 @@ __all__ = [
     "MoebitError",
     "Recipe",
     "Result",
+    "compare",
     "evaluate",
     "generate",
     "inspect",

@@ -246,6 +246,32 @@ def report(
     out.print(f"written: {escape(str(moebit.report(output, page, evaluation=evaluation or [])))}", soft_wrap=True)
 
 
+@app.command(
+    epilog="Examples:\n\n  moebit compare reference/olmoe olmoe-w3 olmoe-w4 --text wiki.txt -o compared.html\n\n"
+    "  moebit compare MODEL OURS THEIRS --text a.txt --text b.txt --max-tokens 20000 -o compared.html --json compared.json"
+)
+def compare(
+    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="The full-precision model.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Its quantized outputs, moebit's or other libraries'.")],
+    page: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="The page to write.")],
+    text: TextOption = None,
+    window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(help="Use at most so many tokens of each text.")] = None,
+    memory: MemoryOption = "4GiB",
+    json_file: JsonOption = None,
+) -> None:
+    """Several outputs of one model side by side: size against quality. What did not load as it should is named and not scored."""
+    import moebit
+
+    with _progress() as progress:
+        result = moebit.compare(
+            reference, models, page, text=text or [], window=window, max_tokens=max_tokens, memory=parse_size(memory), progress=progress
+        )
+    if not _write_json(json_file, result):
+        _show_comparison(result)
+        out.print(f"written: {escape(str(page))}", soft_wrap=True)
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
     if version:
@@ -448,6 +474,21 @@ def _show_evaluation(result: dict[str, Any]) -> None:
             ]
         table.add_row(*cells)
     out.print(table)
+
+
+def _show_comparison(result: dict[str, Any]) -> None:
+    from moebit.report.compare import labels, mean_of
+
+    names = labels([row["model"] for row in result["models"]])
+    table = _table("output", "made by", "size", "bits/parameter", "KL x 1000", "same experts")
+    for name, row in zip(names, result["models"], strict=True):
+        kl, same = mean_of(row, "kl"), mean_of(row, "routing_exact")
+        cells = ["-" if kl is None else f"{1000 * kl:.3f}", "-" if same is None else f"{same:.1%}"]
+        table.add_row(escape(name), row["made_by"], size(row["size_bytes"]), f"{row['bits_per_parameter']:.2f}", *cells)
+    out.print(table)
+    for name, row in zip(names, result["models"], strict=True):
+        if row["refused"]:
+            out.print(f"[yellow]{escape(name)} is not scored[/yellow]: {escape(row['refused'])}", soft_wrap=True)
 
 
 def _show_generation(prompt: str, result: Any) -> None:
