@@ -14,8 +14,8 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime quality architectures formats reference \
-        wheel-check
+.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime quality architectures formats docs \
+        reference wheel-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,10 @@ architectures: setup  ## which model types of the installed transformers work: d
 
 formats: setup  ## which format of which architecture runs where, as logits
 	$(BIN)/python -m benchmarks.formats
+
+docs: setup  ## build the documentation site in runs/site; a warning is an error
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[docs]'
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build
 
 reference: setup runs/corpus  ## retrain the reference models (hours; goes on where it was interrupted)
 	set -e; for name in $(REFERENCES); do \

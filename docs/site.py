@@ -1,6 +1,6 @@
 """What the documentation site adds to docs/: the committed results as pages, and links out of docs/ that still lead somewhere.
 
-The Markdown files are written to be read in the repository. There, `../benchmarks/results/quality.md` is a file; on the site the same results
+The Markdown files are written to be read in the repository, where `../benchmarks/results/quality.md` is a file. On the site the results
 are pages under results/, and other files of the repository are named without a link (or linked, where mkdocs knows repo_url).
 """
 
@@ -23,7 +23,9 @@ def on_files(files: Any, config: Any) -> Any:
     listed = []
     for path in sorted((ROOT / RESULTS).iterdir()):
         if path.suffix in (".md", ".svg", ".png"):
-            files.append(File.generated(config, f"results/{path.name}", content=path.read_bytes() if path.suffix == ".png" else path.read_text()))
+            files.append(
+                File.generated(config, f"results/{path.name}", content=path.read_bytes() if path.suffix == ".png" else path.read_text())
+            )
         if path.suffix == ".md":
             title = next((line[2:] for line in path.read_text().splitlines() if line.startswith("# ")), path.stem)
             listed.append(f"- [{title}]({path.name})")
