@@ -147,6 +147,12 @@ def evaluate(
     window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use at most so many tokens of each text.")] = None,
     memory: MemoryOption = "4GiB",
+    tasks: Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Tasks of lm-evaluation-harness (moebit\\[eval]).")] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option("--task-data", metavar="DIR", help="Local items of the tasks (docs/evaluation.md); else they are fetched."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many items of each task.")] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Perplexity on texts and, against a reference, KL divergence and routing agreement."""
@@ -156,10 +162,12 @@ def evaluate(
         raise BadInputError(f"--json {json_file}: no such directory")
     with _progress() as progress:
         result = moebit.evaluate(
-            model, against=against, text=text or [], window=window, max_tokens=max_tokens, memory=parse_size(memory), progress=progress
-        )
+            model, against=against, text=text or [], window=window, max_tokens=max_tokens, memory=parse_size(memory),
+            tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()], task_data=task_data, limit=limit, progress=progress,
+        )  # fmt: skip
     if not _write_json(json_file, result):
         _show_evaluation(result)
+        _show_tasks(result.get("tasks", {}))
 
 
 @app.command(
@@ -456,6 +464,8 @@ def _show_evaluation(result: dict[str, Any]) -> None:
         f"[bold]{escape(result['model'])}[/bold], {size(result['size_bytes'])}{bits}"
         + (f", against {escape(result['reference'])}" if result["reference"] else "")
     )
+    if not result["texts"]:
+        return
     compared = result["reference"] is not None
     table = _table("text", "tokens", "perplexity", "bits/byte", *(("KL x 1000", "top-1", "same experts", "overlap") if compared else ()))
     for name, row in result["texts"].items():
@@ -474,6 +484,23 @@ def _show_evaluation(result: dict[str, Any]) -> None:
             ]
         table.add_row(*cells)
     out.print(table)
+
+
+def _show_tasks(tasks: dict[str, Any]) -> None:
+    if not tasks:
+        return
+
+    def around(value: float, ends: list[float] | None) -> str:
+        return f"{value:.4f}" if ends is None else f"{value:.4f} ± {(ends[1] - ends[0]) / 2:.4f}"
+
+    table = _table("task", "metric", "items", "score", "reference", "difference, paired")
+    for name, row in tasks.items():
+        for metric, found in row["metrics"].items():
+            compared = "reference" in found
+            cells = [f"{found['reference']:.4f}", around(found["difference"], found["difference_interval"])] if compared else ["-", "-"]
+            table.add_row(escape(name), escape(metric), str(row["items"]), around(found["score"], found["interval"]), *cells)
+    out.print(table)
+    out.print("±: half of a 95% confidence interval", style="dim")
 
 
 def _show_comparison(result: dict[str, Any]) -> None:
