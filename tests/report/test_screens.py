@@ -40,7 +40,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c == "large" else ()) for c in CASES])
 def test_nothing_overlaps_or_is_cut_off(case: str, pages: dict[str, Path], browser: Browser, tmp_path: Path) -> None:
     for width, dark, paper in ((PHONE, False, False), (DESK, True, False), (PAPER, True, True)):
         browser.show(pages[case], width=width, dark=dark, paper=paper, opened=True)

@@ -79,12 +79,15 @@ def _read(file: Path) -> dict[str, Any]:
     return document
 
 
+ExpertRow = tuple[int, str, str, Sequence[str], str]  # expert, tokens, bits, errors by projection, note
+
+
 @dataclass(frozen=True)
 class LayerRow:
     """One layer on the page.
 
     Attributes:
-        problems: what to know about it, as sentences. experts: (expert, tokens, bits, errors by projection, note) of those that are listed.
+        problems: what to know about it, as sentences. experts: those that are listed.
         left_out: how many experts are not.
     """
 
@@ -100,7 +103,7 @@ class LayerRow:
     peak: int | None
     problems: Sequence[str]
     linears: Sequence[tuple[str, int, float, str]]
-    experts: Sequence[tuple[int, str, str, Sequence[str], str]] = ()
+    experts: Sequence[ExpertRow] = ()
     left_out: int = 0
     extra: Mapping[str, str] = field(default_factory=dict)
 
@@ -158,13 +161,13 @@ def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(good) if good else math.nan
 
 
-def _expert_rows(layer: Mapping[str, Any], every: bool) -> tuple[list[tuple[int, str, str, Sequence[str], str]], int]:
+def _expert_rows(layer: Mapping[str, Any], every: bool) -> tuple[list[ExpertRow], int]:
     """(rows of experts, how many are left out): all of a small model's, the worst of a large one's."""
     parts, tokens = layer.get("experts", {}), layer.get("tokens_per_expert") or []
     total = _experts(layer)
     worst = sorted(range(total), key=lambda e: -max((_finite(part["weight_error"][e]) for part in parts.values()), default=0.0))
     chosen = range(total) if every else sorted(worst[:WORST])
-    rows = []
+    rows: list[ExpertRow] = []
     for e in chosen:
         fallen = [short(name) for name, part in parts.items() if part["fallback"][e]]
         note = f"{', '.join(fallen)} rounded to nearest" if fallen else "no tokens" if tokens and not tokens[e] else ""

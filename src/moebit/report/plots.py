@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def _across(layers: Sequence[Mapping[str, Any]]) -> Axis:
 def _errors(layers: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
     """Mean error per layer, and a heat map layers × experts for every projection."""
     names = list(dict.fromkeys(name for layer in layers for name in layer.get("experts", {})))
-    series = []
+    series: list[Series] = []
     for name in names:
         points = [(layer["layer"], _mean(layer["experts"][name]["weight_error"])) for layer in layers if name in layer.get("experts", {})]
         series.append(Series(short(name), points, len(series)))
@@ -62,9 +63,7 @@ def _errors(layers: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
     yield Figure("Error of the weights, by layer", lines(_across(layers), up, series), legend, "Mean over a layer's matrices; logarithmic.")
     low, high = _ends([e for layer in layers for part in layer.get("experts", {}).values() for e in part["weight_error"]])
     for name in names:
-        svg = _map(
-            layers, lambda layer, name=name: layer["experts"][name]["weight_error"] if name in layer.get("experts", {}) else [], low, high
-        )
+        svg = _map(layers, partial(_column, name, "weight_error"), low, high)
         if svg:
             yield Figure(
                 f"Error of {short(name)}, by expert", svg, note="Colour: |ΔW|² / |W|², logarithmic, one scale for all projections."
@@ -153,7 +152,7 @@ def _bits(layers: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
     for name in dict.fromkeys(name for layer in layers for name in layer.get("experts", {})):
         svg = _map(
             layers,
-            lambda layer, name=name: layer["experts"][name]["bits"] if name in layer.get("experts", {}) else [],
+            partial(_column, name, "bits"),
             min(widths),
             max(widths),
             log=False,
@@ -186,6 +185,11 @@ def _cost(layers: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
 
 
 # --- heat maps layers × experts
+
+
+def _column(projection: str, key: str, layer: Mapping[str, Any]) -> list[float]:
+    """A number of every expert in one projection; none where the layer does not have it."""
+    return list(layer.get("experts", {}).get(projection, {}).get(key, ()))
 
 
 def _map(

@@ -115,7 +115,9 @@ def lines(
         parts.append(f'<polyline class="line c{one.colour} d{one.colour}" points="{_points(placed)}"/>')
         if len(placed) <= 64:
             titles = [f"{one.name}, {across.label} {number(x)}: {y:.4g}" for x, y in one.points if up.shows(y)]
-            parts += [_dot(x, y, one.colour, title) for (x, y), title in zip(placed, titles, strict=True)]
+            parts += [
+                _dot(x, y, one.colour, title, 2.6 if len(placed) <= 24 else 1.6) for (x, y), title in zip(placed, titles, strict=True)
+            ]
     return _document([*parts, *_frame_text(across, up)], f"{up.label} by {across.label}")
 
 

@@ -25,8 +25,8 @@ def share(value: float) -> str:
 
 
 def plain(value: float, digits: int = 3) -> str:
-    """A number with so many digits that count; "–" for none."""
-    if value is None or not math.isfinite(value):
+    """A number with so many digits that count; "–" for what is none."""
+    if not math.isfinite(value):
         return "–"
     return f"{value:.{digits}g}" if value == 0 or 1e-4 <= abs(value) < 1e6 else f"{value:.{digits - 1}e}"
 
