@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from moebit.calibration.text import load_tokenizer
 from moebit.errors import BadInputError
 from moebit.evaluate import task_data
@@ -22,7 +24,7 @@ from moebit.model.checkpoint import load_config, resolve
 
 CONFIDENCE = 1.959964  # standard normal quantile of a two-sided 95% interval
 BATCH = 8
-NOT_SCORES = ("doc_id", "filter")
+LOCAL = "_local"  # behind the name of a task whose items come from files
 ONE_SPLIT = {"training_split": None, "validation_split": None, "fewshot_split": None, "test_split": "test", "num_fewshot": 0}
 
 
@@ -51,10 +53,11 @@ def run_tasks(
     harness = _harness()
     check_tasks(tasks, data, limit)
     with tempfile.TemporaryDirectory(prefix="tasks-") as scratch:
-        specs = [_spec(task, Path(data), Path(scratch), limit) for task in tasks] if data is not None else list(tasks)
-        mine = _answers(harness, model, specs, limit)
-        theirs = _answers(harness, against, specs, limit) if against is not None else None
-    return {task: _row(task, samples, theirs[task] if theirs is not None else None) for task, samples in mine.items()}
+        manager = _local(tasks, Path(data), Path(scratch), limit) if data is not None else None
+        names = [f"{task}{LOCAL}" for task in tasks] if manager else list(tasks)
+        mine = _answers(harness, model, names, manager, limit)
+        theirs = _answers(harness, against, names, manager, limit) if against is not None else None
+    return {task.removesuffix(LOCAL): _row(task, rows, theirs[task] if theirs is not None else None) for task, rows in mine.items()}
 
 
 def check_tasks(tasks: Sequence[str], data: str | Path | None, limit: int | None = None) -> None:
@@ -87,17 +90,27 @@ def _harness() -> Any:
     return lm_eval
 
 
-def _spec(task: str, data: Path, scratch: Path, limit: int | None) -> dict[str, Any]:
-    """The harness's own task on local items."""
-    found = task_data.documents(task, data)
-    assert found is not None
-    file = scratch / f"{task}.jsonl"
-    file.write_text("".join(json.dumps(item) + "\n" for item in found[:limit]), encoding="utf-8")
-    kwargs = {"data_files": {"test": str(file)}, "cache_dir": str(scratch / "cache")}
-    return {"task": task, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": kwargs, **ONE_SPLIT}
+def _local(tasks: Sequence[str], data: Path, scratch: Path, limit: int | None) -> Any:
+    """A task manager that knows the harness's own tasks on local items, under names of their own."""
+    from lm_eval.tasks import TaskManager
+
+    index = TaskManager().task_index
+    for task in tasks:
+        found, entry = task_data.documents(task, data), index[task]
+        path = getattr(entry, "yaml_path", None)
+        if found is None or path is None:
+            raise BadInputError(f"--task-data {data}: {task} cannot be run on local items")
+        file = scratch / f"{task}.jsonl"
+        file.write_text("".join(json.dumps(item) + "\n" for item in found[:limit]), encoding="utf-8")
+        kwargs = {"data_files": {"test": str(file)}, "cache_dir": str(scratch / "cache")}
+        own = {"include": str(path), "task": f"{task}{LOCAL}", "dataset_path": "json", "dataset_name": None, "dataset_kwargs": kwargs}
+        (scratch / f"{task}.yaml").write_text(yaml.safe_dump({**own, "tag": [], **ONE_SPLIT}), encoding="utf-8")
+    return TaskManager(include_path=str(scratch), include_defaults=False)
 
 
-def _answers(harness: Any, model: str | Path, specs: Sequence[Any], limit: int | None) -> dict[str, list[dict[str, Any]]]:
+def _answers(
+    harness: Any, model: str | Path, tasks: Sequence[str], manager: Any | None, limit: int | None
+) -> dict[str, list[dict[str, Any]]]:
     """Task -> what the harness noted of each item, in order."""
     from lm_eval.models.huggingface import HFLM
 
@@ -107,8 +120,8 @@ def _answers(harness: Any, model: str | Path, specs: Sequence[Any], limit: int |
         raise BadInputError(f"{model}: no tokenizer files here, so that tasks cannot be read; copy the model's tokenizer to it")
     loaded = HFLM(pretrained=_load(directory), tokenizer=tokenizer, batch_size=BATCH)
     result = harness.simple_evaluate(
-        model=loaded, tasks=[dict(spec) if isinstance(spec, Mapping) else spec for spec in specs], limit=limit, bootstrap_iters=0,
-        log_samples=True, random_seed=None, numpy_random_seed=None, torch_random_seed=None,
+        model=loaded, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True,
+        random_seed=None, numpy_random_seed=None, torch_random_seed=None,
     )  # fmt: skip
     del loaded
     gc.collect()  # modules of transformers refer to each other in circles
@@ -128,7 +141,7 @@ def _load(directory: Path) -> Any:
 def _row(task: str, mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
     if theirs is not None and [row["doc_hash"] for row in mine] != [row["doc_hash"] for row in theirs]:
         raise BadInputError(f"--tasks {task}: the two models were not asked the same items")
-    names = [key for key, value in mine[0].items() if isinstance(value, int | float) and key not in NOT_SCORES]
+    names = [name for name in mine[0]["metrics"] if isinstance(mine[0][name], int | float)]
     metrics = {}
     for name in names:
         scores = [float(row[name]) for row in mine]
