@@ -66,7 +66,7 @@ def test_readers(task: str, file: str, text: str, document: dict[str, object], t
     (tmp_path / file).write_text(text + "\n")
     assert task_data.documents(task, tmp_path) == [document]
     (tmp_path / file).write_text('{"question": 1}\n3\n')
-    with pytest.raises(BadInputError, match="cannot be read as items of|no items"):
+    with pytest.raises(BadInputError, match=r"cannot be read as items of|no items"):
         task_data.documents(task, tmp_path)
 
 
