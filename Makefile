@@ -68,7 +68,7 @@ formats: setup  ## which format of which architecture runs where, as logits
 
 docs: setup  ## build the documentation site in runs/site; a warning is an error
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[docs]'
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 reference: setup runs/corpus  ## retrain the reference models (hours; goes on where it was interrupted)
 	set -e; for name in $(REFERENCES); do \

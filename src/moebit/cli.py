@@ -40,6 +40,11 @@ MemoryOption = Annotated[str, typer.Option("--memory", metavar="SIZE", help="Mem
 FormatOption = Annotated[str | None, typer.Option("--format", help="native, compressed-tensors or dense, instead of the recipe's.")]
 EngineOption = Annotated[str, typer.Option("--engine", help="What has to run the output: transformers, vllm or any.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON ('-' for standard output).")]
+TasksOption = Annotated[str | None, typer.Option("--tasks", metavar="NAME,NAME", help="Tasks of lm-evaluation-harness (moebit\\[eval]).")]
+TaskDataOption = Annotated[
+    Path | None, typer.Option("--task-data", metavar="DIR", help="Local items of the tasks (docs/evaluation.md); else they are fetched.")
+]
+LimitOption = Annotated[int | None, typer.Option("--limit", help="At most so many items of each task.")]
 
 
 def main() -> None:
@@ -147,12 +152,9 @@ def evaluate(
     window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use at most so many tokens of each text.")] = None,
     memory: MemoryOption = "4GiB",
-    tasks: Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Tasks of lm-evaluation-harness (moebit\\[eval]).")] = None,
-    task_data: Annotated[
-        Path | None,
-        typer.Option("--task-data", metavar="DIR", help="Local items of the tasks (docs/evaluation.md); else they are fetched."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many items of each task.")] = None,
+    tasks: TasksOption = None,
+    task_data: TaskDataOption = None,
+    limit: LimitOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Perplexity on texts and, against a reference, KL divergence and routing agreement."""
@@ -163,7 +165,7 @@ def evaluate(
     with _progress() as progress:
         result = moebit.evaluate(
             model, against=against, text=text or [], window=window, max_tokens=max_tokens, memory=parse_size(memory),
-            tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()], task_data=task_data, limit=limit, progress=progress,
+            tasks=_names(tasks), task_data=task_data, limit=limit, progress=progress,
         )  # fmt: skip
     if not _write_json(json_file, result):
         _show_evaluation(result)
@@ -266,6 +268,9 @@ def compare(
     window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use at most so many tokens of each text.")] = None,
     memory: MemoryOption = "4GiB",
+    tasks: TasksOption = None,
+    task_data: TaskDataOption = None,
+    limit: LimitOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Several outputs of one model side by side: size against quality. What did not load as it should is named and not scored."""
@@ -273,8 +278,9 @@ def compare(
 
     with _progress() as progress:
         result = moebit.compare(
-            reference, models, page, text=text or [], window=window, max_tokens=max_tokens, memory=parse_size(memory), progress=progress
-        )
+            reference, models, page, text=text or [], window=window, max_tokens=max_tokens, memory=parse_size(memory),
+            tasks=_names(tasks), task_data=task_data, limit=limit, progress=progress,
+        )  # fmt: skip
     if not _write_json(json_file, result):
         _show_comparison(result)
         out.print(f"written: {escape(str(page))}", soft_wrap=True)
@@ -292,6 +298,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def _command() -> str:
     """What was typed, so that it can be typed again; a resumed run is made again without --resume."""
     return shlex.join(["moebit", *(word for word in sys.argv[1:] if word != "--resume")])
+
+
+def _names(text: str | None) -> list[str]:
+    """a,b -> [a, b]"""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def parse_size(text: str) -> int:

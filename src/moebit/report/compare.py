@@ -13,6 +13,7 @@ from moebit.errors import BadInputError
 from moebit.evaluate import evaluate
 from moebit.evaluate.judging import Judgement, judge
 from moebit.evaluate.streaming import Progress
+from moebit.evaluate.tasks import check_tasks, run_tasks
 from moebit.formats.opening import open_checkpoint
 from moebit.report import words
 from moebit.report.page import render, write_page
@@ -31,6 +32,9 @@ def compare(
     window: int = 512,
     max_tokens: int | None = None,
     memory: int = 4 * 2**30,
+    tasks: Sequence[str] = (),
+    task_data: str | Path | None = None,
+    limit: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Judge several outputs of one model on the same texts.
@@ -38,11 +42,11 @@ def compare(
     Args:
         reference: the original. models: outputs of moebit or of other libraries (evaluate/judging.py).
         output: where to write the page; none is written without it.
-        text, window, max_tokens, memory: as for `evaluate`.
+        text, window, max_tokens, memory, tasks, task_data, limit: as for `evaluate`; text is needed.
 
     Returns:
         {"reference": {"model", "size_bytes", "texts"}, "models": [{"model", "made_by", "size_bytes", "bits_per_parameter", "average_bits",
-        "refused", "remarks", "texts"}]}: of a refused model there are no numbers but its size.
+        "refused", "remarks", "texts", "tasks"}]}: of a refused model there are no numbers but its size.
 
     Raises:
         BadInputError: nothing to compare, no text, a page that cannot be written.
@@ -53,6 +57,8 @@ def compare(
         raise BadInputError("give at least one --text FILE to compare on")
     if output is not None and not Path(output).absolute().parent.is_dir():
         raise BadInputError(f"-o {output}: no such directory")
+    if tasks:
+        check_tasks(tasks, task_data, limit)
     original = open_checkpoint(reference)
     parameters = sum(p.numel() for p in original.model.parameters())
     whole = evaluate(reference, text=text, window=window, max_tokens=max_tokens, memory=memory, progress=progress)
@@ -61,6 +67,8 @@ def compare(
         if progress:
             progress("models", number, len(models))
         judged.append(judge(model, reference, text, window=window, max_tokens=max_tokens, memory=memory, progress=progress))
+        if tasks and judged[-1].refused is None:
+            judged[-1].tasks = run_tasks(model, tasks, against=reference, data=task_data, limit=limit)
     if progress:
         progress("models", len(models), len(models))
     result = {
@@ -84,8 +92,22 @@ def compare_page(result: Mapping[str, Any]) -> str:
         texts=list(result["reference"]["texts"]),
         scored=[(name, row, mean_of(row, "kl"), mean_of(row, "routing_exact")) for name, row in scored],
         refused=refused,
+        tasks=task_rows(scored),
         figures=_figures(scored, result["reference"]["size_bytes"]),
     )
+
+
+def task_rows(scored: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, ...]]:
+    """(output, task, metric, items, original's score, score, difference with its interval) of every metric."""
+    rows: list[tuple[str, ...]] = []
+    for name, row in scored:
+        for task, found in row.get("tasks", {}).items():
+            for metric, m in found["metrics"].items():
+                ends = m["difference_interval"]
+                around = f" ({ends[0]:+.3f} to {ends[1]:+.3f})" if ends else ""
+                numbers = (f"{m['reference']:.3f}", f"{m['score']:.3f}", f"{m['difference']:+.3f}{around}")
+                rows.append((name, task, metric, str(found["items"]), *numbers))
+    return rows
 
 
 def labels(models: Sequence[str]) -> list[str]:
