@@ -17,8 +17,7 @@ REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime bench-ebss quality quality-moequant \
-        quality-moqa architectures formats reference \
-        wheel-check
+        quality-moqa architectures formats docs reference wheel-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +76,10 @@ architectures: setup  ## which model types of the installed transformers work: d
 
 formats: setup  ## which format of which architecture runs where, as logits
 	$(BIN)/python -m benchmarks.formats
+
+docs: setup  ## build the documentation site in runs/site; a warning is an error
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 reference: setup runs/corpus  ## retrain the reference models (hours; goes on where it was interrupted)
 	set -e; for name in $(REFERENCES); do \

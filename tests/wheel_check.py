@@ -20,8 +20,15 @@ from pathlib import Path
 
 CLONE = Path(__file__).resolve().parents[1]
 PROSE = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs, said the judge.\n" * 40
-MUST_HOLD = ("moebit/recipes/rtn-w4.yaml", "moebit/recipes/gptq-w4.yaml", "licenses/LICENSE", "licenses/NOTICE", "entry_points.txt")
-MUST_WRITE = ("config.json", "moebit.json", "recipe.yaml", "report.json", "tokenizer.json")
+MUST_HOLD = (
+    "moebit/recipes/rtn-w4.yaml",
+    "moebit/recipes/gptq-w4.yaml",
+    "moebit/report/templates/report.html",
+    "licenses/LICENSE",
+    "licenses/NOTICE",
+    "entry_points.txt",
+)
+MUST_WRITE = ("config.json", "moebit.json", "recipe.yaml", "report.json", "report.html", "tokenizer.json")
 
 
 def run(*command: str | Path, cwd: Path) -> str:

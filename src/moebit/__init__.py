@@ -17,6 +17,7 @@ from moebit.profiling.allocate import Allocation, allocate
 from moebit.profiling.profile import profile
 from moebit.profiling.usage import drift
 from moebit.recipe import Recipe, load_recipe, presets
+from moebit.report import compare, report
 from moebit.report.heatmaps import heatmaps
 from moebit.runtime.generate import Generated, Generation, generate
 
@@ -33,6 +34,7 @@ __all__ = [
     "Result",
     "adapt",
     "allocate",
+    "compare",
     "drift",
     "evaluate",
     "generate",
@@ -42,6 +44,7 @@ __all__ = [
     "presets",
     "profile",
     "quantize",
+    "report",
     "sample",
     "verify",
 ]

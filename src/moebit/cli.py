@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,11 @@ MemoryOption = Annotated[str, typer.Option("--memory", metavar="SIZE", help="Mem
 FormatOption = Annotated[str | None, typer.Option("--format", help="native, compressed-tensors or dense, instead of the recipe's.")]
 EngineOption = Annotated[str, typer.Option("--engine", help="What has to run the output: transformers, vllm or any.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON ('-' for standard output).")]
+TasksOption = Annotated[str | None, typer.Option("--tasks", metavar="NAME,NAME", help="Tasks of lm-evaluation-harness (moebit\\[eval]).")]
+TaskDataOption = Annotated[
+    Path | None, typer.Option("--task-data", metavar="DIR", help="Local items of the tasks (docs/evaluation.md); else they are fetched.")
+]
+LimitOption = Annotated[int | None, typer.Option("--limit", help="At most so many items of each task.")]
 
 
 def main() -> None:
@@ -129,7 +135,7 @@ def quantize(
         result: Any = moebit.quantize(
             model, output, recipe=recipe, text=text or [], overrides=overrides, plan=plan_file, profile=profile_dir, format=output_format,
             engine=engine, device=device, memory=parse_size(memory), seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
-            accept_unquantized=accept_unquantized, progress=progress,
+            accept_unquantized=accept_unquantized, progress=progress, command=_command(),
         )  # fmt: skip
     if dry_run:
         _show_plan(result.describe(), None)
@@ -153,6 +159,9 @@ def evaluate(
     window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use at most so many tokens of each text.")] = None,
     memory: MemoryOption = "4GiB",
+    tasks: TasksOption = None,
+    task_data: TaskDataOption = None,
+    limit: LimitOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Perplexity on texts and, against a reference, KL divergence and routing agreement."""
@@ -162,10 +171,12 @@ def evaluate(
         raise BadInputError(f"--json {json_file}: no such directory")
     with _progress() as progress:
         result = moebit.evaluate(
-            model, against=against, text=text or [], window=window, max_tokens=max_tokens, memory=parse_size(memory), progress=progress
-        )
+            model, against=against, text=text or [], window=window, max_tokens=max_tokens, memory=parse_size(memory),
+            tasks=_names(tasks), task_data=task_data, limit=limit, progress=progress,
+        )  # fmt: skip
     if not _write_json(json_file, result):
         _show_evaluation(result)
+        _show_tasks(result.get("tasks", {}))
 
 
 @app.command(
@@ -415,6 +426,56 @@ def _numbers(option: str, text: str) -> list[int]:
         raise BadInputError(f"{option} {text}: expected widths with commas between them, like 2,3,4") from None
 
 
+@app.command(
+    epilog="Examples:\n\n  moebit report olmoe-w3\n\n  moebit evaluate olmoe-w3 --against reference/olmoe --text wiki.txt --json e.json\n\n"
+    "  moebit report olmoe-w3 --evaluation e.json -o olmoe-w3.html"
+)
+def report(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="What `moebit quantize -o OUT` wrote.")],
+    page: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE.html", help="Where it goes (default: OUT/report.html).")
+    ] = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option("--evaluation", metavar="FILE", help="Result of `moebit evaluate OUT --json`, to be shown; repeats."),
+    ] = None,
+) -> None:
+    """Write an output's report.html again, with its evaluation where one is given."""
+    import moebit
+
+    out.print(f"written: {escape(str(moebit.report(output, page, evaluation=evaluation or [])))}", soft_wrap=True)
+
+
+@app.command(
+    epilog="Examples:\n\n  moebit compare reference/olmoe olmoe-w3 olmoe-w4 --text wiki.txt -o compared.html\n\n"
+    "  moebit compare MODEL OURS THEIRS --text a.txt --text b.txt --max-tokens 20000 -o compared.html --json compared.json"
+)
+def compare(
+    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="The full-precision model.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Its quantized outputs, moebit's or other libraries'.")],
+    page: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="The page to write.")],
+    text: TextOption = None,
+    window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(help="Use at most so many tokens of each text.")] = None,
+    memory: MemoryOption = "4GiB",
+    tasks: TasksOption = None,
+    task_data: TaskDataOption = None,
+    limit: LimitOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Several outputs of one model side by side: size against quality. What did not load as it should is named and not scored."""
+    import moebit
+
+    with _progress() as progress:
+        result = moebit.compare(
+            reference, models, page, text=text or [], window=window, max_tokens=max_tokens, memory=parse_size(memory),
+            tasks=_names(tasks), task_data=task_data, limit=limit, progress=progress,
+        )  # fmt: skip
+    if not _write_json(json_file, result):
+        _show_comparison(result)
+        out.print(f"written: {escape(str(page))}", soft_wrap=True)
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
     if version:
@@ -422,6 +483,16 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
         out.print(f"moebit {installed('moebit')}", highlight=False)
         raise typer.Exit
+
+
+def _command() -> str:
+    """What was typed, so that it can be typed again; a resumed run is made again without --resume."""
+    return shlex.join(["moebit", *(word for word in sys.argv[1:] if word != "--resume")])
+
+
+def _names(text: str | None) -> list[str]:
+    """a,b -> [a, b]"""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def parse_size(text: str) -> int:
@@ -583,6 +654,7 @@ def _show_result(result: Any) -> None:
     )
     table.add_row("average bits", f"{result.plan.average_bits:.3f}")
     table.add_row("time", _duration(result.seconds))
+    table.add_row("report", str(result.path / "report.html"))
     out.print(table)
     if result.unseen_experts:
         out.print(
@@ -621,6 +693,8 @@ def _show_evaluation(result: dict[str, Any]) -> None:
         f"[bold]{escape(result['model'])}[/bold], {size(result['size_bytes'])}{bits}"
         + (f", against {escape(result['reference'])}" if result["reference"] else "")
     )
+    if not result["texts"]:
+        return
     compared = result["reference"] is not None
     table = _table("text", "tokens", "perplexity", "bits/byte", *(("KL x 1000", "top-1", "same experts", "overlap") if compared else ()))
     for name, row in result["texts"].items():
@@ -688,6 +762,38 @@ def _show_allocation(result: Any, file: Path) -> None:
         table.add_row(escape(name), *(str(counts.get(width, 0)) for width in widths))
     out.print(table)
     out.print(f"[bold]{escape(str(file))}[/bold]: {result.average_bits:.4f} bits per quantized weight on disk")
+
+
+def _show_tasks(tasks: dict[str, Any]) -> None:
+    if not tasks:
+        return
+
+    def around(value: float, ends: list[float] | None) -> str:
+        return f"{value:.4f}" if ends is None else f"{value:.4f} ± {(ends[1] - ends[0]) / 2:.4f}"
+
+    table = _table("task", "metric", "items", "score", "reference", "difference, paired")
+    for name, row in tasks.items():
+        for metric, found in row["metrics"].items():
+            compared = "reference" in found
+            cells = [f"{found['reference']:.4f}", around(found["difference"], found["difference_interval"])] if compared else ["-", "-"]
+            table.add_row(escape(name), escape(metric), str(row["items"]), around(found["score"], found["interval"]), *cells)
+    out.print(table)
+    out.print("±: half of a 95% confidence interval", style="dim")
+
+
+def _show_comparison(result: dict[str, Any]) -> None:
+    from moebit.report.compare import labels, mean_of
+
+    names = labels([row["model"] for row in result["models"]])
+    table = _table("output", "made by", "size", "bits/parameter", "KL x 1000", "same experts")
+    for name, row in zip(names, result["models"], strict=True):
+        kl, same = mean_of(row, "kl"), mean_of(row, "routing_exact")
+        cells = ["-" if kl is None else f"{1000 * kl:.3f}", "-" if same is None else f"{same:.1%}"]
+        table.add_row(escape(name), row["made_by"], size(row["size_bytes"]), f"{row['bits_per_parameter']:.2f}", *cells)
+    out.print(table)
+    for name, row in zip(names, result["models"], strict=True):
+        if row["refused"]:
+            out.print(f"[yellow]{escape(name)} is not scored[/yellow]: {escape(row['refused'])}", soft_wrap=True)
 
 
 def _show_generation(prompt: str, result: Any) -> None:

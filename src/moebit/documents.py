@@ -1,4 +1,4 @@
-"""The documents beside the weights: moebit.json, report.json, recipe.yaml and the model card."""
+"""The documents beside the weights: moebit.json, report.json and its page, recipe.yaml and the model card."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from moebit.formats import native
 from moebit.layer import LayerReport
 from moebit.model.checkpoint import Checkpoint
 from moebit.planning import Plan
+from moebit.report.facts import Documents
+from moebit.report.page import report_page
 
 
 def documents(
-    checkpoint: Checkpoint, plan: Plan, identity: Mapping[str, Any], reports: list[LayerReport], seconds: float
+    checkpoint: Checkpoint, plan: Plan, identity: Mapping[str, Any], reports: list[LayerReport], seconds: float, run: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Every document of an output, name -> text; what depends on time or place is in report.json alone."""
+    """Every document of an output, name -> text; what depends on time or place is in report.json and report.html alone.
+
+    Args:
+        run: facts of this run for the report: `output` (its directory's name), `size_after`, `command`, `peak_memory_bytes`.
+    """
     described = {
         "format_version": native.FORMAT_VERSION,
         **identity,
@@ -27,13 +33,17 @@ def documents(
     report = {
         "seconds": round(seconds, 2),
         "size_before": checkpoint.size_bytes,
+        "size_after": run["size_after"],
         "average_bits": plan.average_bits,
+        "peak_memory_bytes": run["peak_memory_bytes"],
+        "command": run["command"],
         "layers": [asdict(r) for r in reports],
     }
     recipe = f"# sha256 of the content: {plan.recipe.digest()}\n{plan.recipe.to_yaml()}"
     return {
         "moebit.json": json.dumps(described, indent=1) + "\n",
         "report.json": json.dumps(report, indent=1) + "\n",
+        "report.html": report_page(Documents(run["output"], report, described, recipe)),
         "recipe.yaml": recipe,
         "README.md": _card(checkpoint, plan),
     }

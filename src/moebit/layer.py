@@ -50,6 +50,7 @@ class LayerReport:
         smoothing: which channels were scaled (methods/smooth_layer.py).
         router: what was done to the router (methods/alignment.py). balance: which experts drew further tokens (methods/balance.py).
         scales: AWQ's exponent behind every norm and linear, and for every expert's down.
+        peak_memory_bytes: the most that the process has had resident until the layer's end.
     """
 
     layer: int
@@ -61,6 +62,7 @@ class LayerReport:
     router: dict[str, Any] = field(default_factory=dict)
     balance: dict[str, Any] = field(default_factory=dict)
     scales: dict[str, Any] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
 
     @property
     def fallbacks(self) -> int:

@@ -34,6 +34,7 @@ from moebit.formats.profile import Profile
 from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress
 from moebit.methods.balance import further_windows
+from moebit.model.activations import peak_resident_bytes
 from moebit.model.checkpoint import Checkpoint, HubWeights, checkpoint_fingerprint
 from moebit.model.edits import EditedWeights, untied_config
 from moebit.model.files import TensorSpec, check_finite, read_header
@@ -46,6 +47,7 @@ from moebit.planning import BitPlan, Plan, describe_structure, load_bit_plan, ma
 from moebit.profiling.prepare import check_profile, prepare
 from moebit.profiling.profile import data_sets
 from moebit.recipe import Recipe, load_recipe
+from moebit.report.command import python_call
 from moebit.transforms import transformed
 
 DEFAULT_MEMORY = 4 * 2**30
@@ -132,6 +134,7 @@ def quantize(
     dry_run: bool = False,
     accept_unquantized: bool = False,
     progress: Progress | None = None,
+    command: str | None = None,
 ) -> Result | Plan:
     """Quantize a checkpoint into the directory `out`; the plan alone with `dry_run`.
 
@@ -150,12 +153,17 @@ def quantize(
         resume: go on with an interrupted run after its last whole layer.
         accept_unquantized: go on even if more than 5% of the expert parameters would stay in full precision.
         progress: called with (what, done, total).
+        command: what to write into the report as the way to make it again; by default, this call.
 
     Raises:
         BadInputError: before any work where it can be known before: the model, the recipe, the text, the output, the disk.
         InterruptedWorkError: the disk failed on the way; resume goes on.
     """
     began = time.perf_counter()
+    asked = command or python_call(
+        "moebit.quantize", model, out, recipe=recipe, text=text, overrides=overrides, plan=plan, format=format, engine=(engine, ANY),
+        device=(device, "cpu"), memory=(memory, DEFAULT_MEMORY), seed=(seed, 0), accept_unquantized=accept_unquantized,
+    )  # fmt: skip
     chosen = load_recipe(recipe, {**(overrides or {}), **({"format": format} if format else {})})
     if device != "cpu" and not torch.cuda.is_available():
         raise BadInputError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
@@ -202,12 +210,13 @@ def quantize(
             assert isinstance(checkpoint.weights, HubWeights)
             sink = SINKS[chosen.format](checkpoint.weights, decided.modules, decided.activations)
             reports = _Work(checkpoint, decided, output, sink, device, report, seed).run(windows, pool)
-            written = documents(checkpoint, decided, identity, reports, time.perf_counter() - began)
+            size = sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
+            run = {"output": out.name, "size_after": size, "command": asked, "peak_memory_bytes": peak_resident_bytes()}
+            written = documents(checkpoint, decided, identity, reports, time.perf_counter() - began, run)
             _check_unchanged(checkpoint, seen)
             output.finish(checkpoint.path, sink.config(_config(checkpoint)), written)
     except OSError as error:
         raise disk_error(error, partial_of(out)) from error
-    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     return Result(out, decided, checkpoint.size_bytes, size, reports, time.perf_counter() - began)
 
 
@@ -390,6 +399,7 @@ class _Work:
             job.reference, job.pool = reference, streams.pool if streams else None
             job.run()
         report.seconds = round(time.perf_counter() - began, 3)
+        report.peak_memory_bytes = peak_resident_bytes()
         if streams and stream:
             files.append(_stream_file(sites.index))
             state = streams.state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moebit
+from moebit.errors import BadInputError
 from moebit.formats.opening import open_checkpoint
 from moebit.methods.rotation import RotationPlan, plan_rotation
 from moebit.model.structure import find_structure

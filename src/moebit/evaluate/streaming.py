@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moebit.calibration.text import TokenText, consecutive_windows, load_tokenizer, parse_texts, tokenize
 from moebit.errors import BadInputError
+from moebit.evaluate.tasks import check_tasks, run_tasks
 from moebit.formats.opening import average_bits, open_checkpoint
 from moebit.model.budget import make_budget
 from moebit.model.checkpoint import Checkpoint
@@ -55,6 +56,9 @@ def evaluate(
     window: int = 512,
     max_tokens: int | None = None,
     memory: int = 4 * 2**30,
+    tasks: Sequence[str] = (),
+    task_data: str | Path | None = None,
+    limit: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Perplexity and bits per byte of a model on texts; with a reference, KL, top-1 and routing agreement.
@@ -67,24 +71,37 @@ def evaluate(
         model, against: checkpoints or native outputs.
         text: `[NAME=]FILE` items or a mapping.
         window: tokens per window. max_tokens: of each text.
-        memory: bytes that the work may take.
+        memory: bytes that the work may take; for tasks, the model is loaded whole.
+        tasks, task_data, limit: of lm-evaluation-harness, local items, and how many of each (evaluate/tasks.py).
 
     Returns:
-        The document of INTERFACE's `evaluate --json`: {"model", "reference", "size_bytes", "average_bits", "texts": {NAME: {...}}}.
+        The document of INTERFACE's `evaluate --json`: {"model", "reference", "size_bytes", "average_bits", "texts": {NAME: {...}}};
+        with tasks also "tasks": {NAME: {"items", "metrics"}}.
 
     Raises:
         BadInputError: models that don't belong together, a text shorter than a window.
     """
     report = progress or (lambda what, done, total: None)
     files = parse_texts(text)
-    if not files:
+    if not files and not tasks:
         raise BadInputError("give at least one --text FILE to evaluate on")
+    if tasks:
+        check_tasks(tasks, task_data, limit)
     if window < 2:
         raise BadInputError(f"--window {window}: at least 2 tokens, the first of which is not scored")
     candidate, reference = open_checkpoint(model), open_checkpoint(against) if against else None
     checkpoints = [candidate] + ([reference] if reference else [])
     structures = [find_structure(checkpoint.model) for checkpoint in checkpoints]
     _check_pair(checkpoints, structures)
+    facts = {
+        "model": str(model),
+        "reference": str(against) if against else None,
+        "size_bytes": candidate.size_bytes,
+        "average_bits": _average_bits(candidate),
+    }
+    answered = {"tasks": run_tasks(model, tasks, against=against, data=task_data, limit=limit)} if tasks else {}
+    if not files:
+        return {**facts, "texts": {}, **answered}
     if max_tokens is not None and max_tokens < window:
         raise BadInputError(f"--max-tokens {max_tokens}: at least one window of {window}")
     limit = getattr(candidate.config.get_text_config(), "max_position_embeddings", None)
@@ -97,11 +114,9 @@ def evaluate(
     routing = _Lockstep(checkpoints, structures, windows, parts, memory, report)
     scores = routing.run()
     return {
-        "model": str(model),
-        "reference": str(against) if against else None,
-        "size_bytes": candidate.size_bytes,
-        "average_bits": _average_bits(candidate),
+        **facts,
         "texts": {part.text.name: _row(scores[i], part, routing.agreement[i], bool(reference)) for i, part in enumerate(parts)},
+        **answered,
     }
 
 

@@ -24,7 +24,7 @@ from moebit.formats.switch import SIDE_FILE
 from moebit.model.files import INDEX, TensorEntry, read_header, sha256
 
 Progress = Callable[[str, int, int], None]
-RECIPE, REPORT = "recipe.yaml", "report.json"
+RECIPE, REPORT, PAGE = "recipe.yaml", "report.json", "report.html"
 EXTRA = "move it away: it is no part of this output"
 RESTART = "`moebit quantize` with --overwrite starts again"
 # What a loader reads when it lies in the directory: a file of this kind that the output does not have may change the model.
@@ -231,6 +231,9 @@ def _values(output: _Output) -> None:
 def _documents(output: _Output) -> None:
     """recipe.yaml, moebit.json and config.json tell one story."""
     output.document(REPORT)
+    page = output.path / PAGE
+    if page.is_file() and not page.stat().st_size:
+        output.say("is empty", PAGE, "`moebit report OUT` makes it again")
     digest = _recipe(output)
     manifest = output.manifest
     if not manifest:

@@ -84,3 +84,9 @@ def resident_bytes() -> int:
     """Resident memory of this process (Linux)."""
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * mmap.PAGESIZE
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process has ever had resident (Linux)."""
+    with open("/proc/self/status") as status:
+        return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")), resident_bytes())

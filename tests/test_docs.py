@@ -1,0 +1,114 @@
+"""The documentation: every command of the quick start is run, numbers are those of committed results, links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+NOT_HERE = ("make ", "source ")  # set-up: this run is its result
+
+
+def blocks(page: Path, kinds: tuple[str, ...] = ("bash", "python")) -> list[tuple[str, str]]:
+    return re.findall(rf"```({'|'.join(kinds)})\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+
+
+def run(step: list[str], workplace: Path) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "140"}
+    done = subprocess.run(step, cwd=workplace, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{step[-1]}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", ["quickstart.md", "api.md"])
+def test_every_command_and_python_block_runs(page: str, tmp_path: Path) -> None:
+    """In order, in a directory that has nothing but the reference models."""
+    (tmp_path / "reference").symlink_to(ROOT / "reference")
+    ran = 0
+    for kind, block in blocks(DOCS / page):
+        if kind == "python":
+            run([sys.executable, "-c", block], tmp_path)
+            ran += 1
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.strip() and not line.startswith(("#", *NOT_HERE)):
+                run(["bash", "-c", line], tmp_path)
+                ran += 1
+    assert ran >= (10 if page == "quickstart.md" else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    """Its code cells, in order, in one interpreter, from the directory that it lies in."""
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) >= 5
+    assert all(not cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"), "kept without outputs"
+    (tmp_path / "cells.py").write_text("\n\n".join(cells), encoding="utf-8")
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "cells.py")], cwd=ROOT / "examples", env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (next(tmp_path.glob("moebit-*")) / "compared.html").is_file()
+    shutil.rmtree(next(tmp_path.glob("moebit-*")))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_links_lead_to_files(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).resolve().exists(), f"{page.name} links {link}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    def leaves(part: object) -> list[str]:
+        if isinstance(part, str):
+            return [part]
+        return [leaf for item in (part.values() if isinstance(part, dict) else part) for leaf in leaves(item)]  # type: ignore[attr-defined]
+
+    named = leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted({*named} - {"results/index.md"}) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
+
+
+def test_the_numbers_are_the_benchmarks() -> None:
+    """Every decimal number of the decision table stands in the committed quality table."""
+    results = (ROOT / "benchmarks" / "results" / "quality.md").read_text()
+    section = (DOCS / "recipes.md").read_text(encoding="utf-8").split("<!-- results -->")[1].split("<!-- /results -->")[0]
+    numbers = {number for line in section.splitlines() if line.startswith("|") for number in re.findall(r"(?<![\w.])\d+\.\d+", line)}
+    assert len(numbers) >= 15
+    assert not [number for number in numbers if number not in results]
+
+
+def test_every_verb_is_documented() -> None:
+    from moebit.cli import app
+
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    everything = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert {verb for verb in verbs if f"moebit {verb}" not in everything} == set()
+
+
+def test_pictures_are_those_of_their_program(tmp_path: Path) -> None:
+    shutil.copy(DOCS / "pictures" / "draw.py", tmp_path / "draw.py")
+    subprocess.run([sys.executable, str(tmp_path / "draw.py")], check=True)
+    drawn = {file.name: file.read_text() for file in tmp_path.glob("*.svg")}
+    assert drawn == {file.name: file.read_text() for file in (DOCS / "pictures").glob("*.svg")}
+    for name, picture in drawn.items():
+        root = ET.fromstring(picture)
+        width, height = (float(root.attrib[key]) for key in ("width", "height"))
+        for element in root.iter():
+            if "x" in element.attrib and "y" in element.attrib:
+                assert 0 <= float(element.attrib["x"]) <= width, name
+                assert 0 <= float(element.attrib["y"]) <= height, name
