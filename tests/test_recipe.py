@@ -50,7 +50,9 @@ def test_presets_of_moequant_differ_from_their_baselines_in_the_method_alone(bit
         moequant, quarot = load_recipe(f"moequant-w{bits}{suffix}"), load_recipe(f"quarot-gptq-w{bits}{suffix}")
         gptq = load_recipe(f"gptq-w{bits}", {"weights.group_size": group})
         assert (moequant.rotation.absorbed, moequant.solver.affinity_power) == ("r1", 1)
-        assert load_recipe(moequant, {"solver.affinity_power": 0}) == quarot
+        assert moequant.calibration.kind == "ebss"
+        same_text = {"solver.affinity_power": 0, "calibration": quarot.calibration.model_dump()}
+        assert load_recipe(moequant, same_text) == quarot
         assert load_recipe(quarot, {"rotation.absorbed": "none"}) == gptq
         awq = load_recipe(f"moequant-awq-w{bits}{suffix}")
         assert (awq.solver.method, awq.solver.affinity_power, awq.weights.group_size) == ("awq", 1, group)
