@@ -94,7 +94,8 @@ class RotationPlan:
     def applied(self, checkpoint: Checkpoint, seed: int) -> Checkpoint:
         """The checkpoint as it is after the rotation."""
         assert isinstance(checkpoint.weights, HubWeights)
-        own = [name for name in self.untie if name not in checkpoint.weights.available()]
+        tied = (*self.untie, f"{self.embeddings}.weight") if self.untie else ()  # one of the two is stored
+        own = [name for name in tied if name not in checkpoint.weights.available()]
         edited = EditedWeights(checkpoint.weights, self.edits(checkpoint.weights, seed), own)
         edited.untied = self.untie
         return replace(checkpoint, weights=edited)
