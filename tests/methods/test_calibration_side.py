@@ -161,7 +161,7 @@ def test_routers_can_be_rounded_without_data(checkpoints: Checkpoints, tmp_path:
         assert float((weight - original).norm() / original.norm()) < 0.12
 
 
-@pytest.mark.parametrize("output", ["dense", "compressed-tensors"])
+@pytest.mark.parametrize("output", ["dense", pytest.param("compressed-tensors", marks=pytest.mark.slow)])
 def test_other_formats_hold_the_changed_router(output: str, checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
     path = checkpoints.path(QWEN2)
     wanted = {**recipe(**REALIGN), "weights": {"bits": 4, "group_size": -1}}
@@ -176,7 +176,7 @@ def test_other_formats_hold_the_changed_router(output: str, checkpoints: Checkpo
     assert float((mine - theirs).norm()) < 0.3 * moved
 
 
-@pytest.mark.parametrize("memory", [2**32, TIGHT])
+@pytest.mark.parametrize("memory", [2**32, pytest.param(TIGHT, marks=pytest.mark.slow)])
 def test_an_interrupted_run_resumes_to_the_same_bytes(memory: int, checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
     """Three streams side by side: all of them are taken up again."""
     path = checkpoints.path(ARCHITECTURES["qwen3_moe"])
