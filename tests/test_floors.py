@@ -28,6 +28,7 @@ FLOORS = {
     "runtime": 5,
     "evaluate": 5,
     "report": 5,
+    "transforms": 5,  # of the weights: what methods find and model applies
     "planning": 6,  # the pipeline's own rooms, in the order in which they are used
     "layer": 7,
     "documents": 8,

@@ -44,6 +44,21 @@ def test_presets_compare_rounding_alone(bits: int) -> None:
     assert not rtn.needs_calibration
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_presets_of_moequant_differ_from_their_baselines_in_the_method_alone(bits: int) -> None:
+    for suffix, group in (("", -1), ("-g128", 128)):
+        moequant, quarot = load_recipe(f"moequant-w{bits}{suffix}"), load_recipe(f"quarot-gptq-w{bits}{suffix}")
+        gptq = load_recipe(f"gptq-w{bits}", {"weights.group_size": group})
+        assert (moequant.rotation.absorbed, moequant.solver.affinity_power) == ("r1", 1)
+        assert (moequant.calibration.kind, moequant.calibration.scope, moequant.calibration.width) == ("ebss", "sequence", 4)
+        assert load_recipe(moequant.model_copy(update={"calibration": quarot.calibration}), {"solver.affinity_power": 0}) == quarot
+        assert load_recipe(quarot, {"rotation.absorbed": "none"}) == gptq
+        awq = load_recipe(f"moequant-awq-w{bits}{suffix}")
+        assert (awq.solver.method, awq.solver.affinity_power, awq.weights.group_size) == ("awq", 1, group)
+    plain = load_recipe(f"awq-w{bits}")
+    assert load_recipe(awq.model_copy(update={"calibration": plain.calibration}), {"solver.affinity_power": 0}) == plain
+
+
 def test_the_default_is_gptq_w4() -> None:
     assert load_recipe(None) == load_recipe("gptq-w4")
 
@@ -218,11 +233,10 @@ def test_what_is_switched_off_is_accepted() -> None:
         ({"activations": {"clip": 0.9}}, "activations.clip"),
         ({"router": {"realign": "ridge"}}, "router.realign: ridge"),
         ({"smoothing": {"kind": "smoothquant"}}, "smoothing.kind: smoothquant"),
-        ({"rotation": {"absorbed": "r1"}}, "rotation.absorbed: r1"),
+        ({"rotation": {"online": "hadamard"}}, "rotation.online: hadamard"),
         ({"allocation": {"kind": "fuzzy"}}, "allocation.kind: fuzzy"),
         ({"switching": {"share": 0.01}}, "switching.share: 0.01"),
         ({"calibration": {"balance": 2}}, "calibration.balance"),
-        ({"solver": {"method": "awq"}}, "solver.method: awq"),
     ],
 )
 def test_what_is_switched_on_is_refused_by_name(data: dict[str, Any], says: str) -> None:

@@ -13,6 +13,8 @@ from moebit.calibration.statistics import ExpertMoments, down_layer_hessians, la
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
 from moebit.formats.sink import Sink
+from moebit.methods.awq_layer import LayerAWQ, Rounding
+from moebit.model.edits import EditedWeights
 from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slots, dispatch, finish, intermediate
 from moebit.model.files import ShardFile
 from moebit.model.stream import Stream, experts_names, read_experts
@@ -20,6 +22,7 @@ from moebit.model.structure import LayerSites, LinearGroup
 from moebit.planning import Plan
 from moebit.recipe import Recipe
 from moebit.tensor import QTensor, QuantScheme, SolveInfo, add_second_moment, mirror_, solve_gptq, solve_rtn
+from moebit.tensor.linalg import filled_diagonal
 
 Progress = Callable[[str, int, int], None]
 ROWS = 4096  # tokens that are looked at together where nothing else sets a limit
@@ -34,6 +37,7 @@ class LayerReport:
         linears: per quantized linear: bits, weight_error (|dW|^2 / |W|^2), damping, fallback.
         tokens_per_expert: routed slots in the calibration text.
         experts: per projection, lists over experts: bits, weight_error, damping, fallback.
+        scales: AWQ's exponent behind every norm and linear, and for every expert's down.
     """
 
     layer: int
@@ -41,6 +45,7 @@ class LayerReport:
     tokens_per_expert: list[int] = field(default_factory=list)
     experts: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     seconds: float = 0.0
+    scales: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fallbacks(self) -> int:
@@ -52,12 +57,21 @@ class LayerReport:
         return sum(count == 0 for count in self.tokens_per_expert)
 
 
+def scheme_of(recipe: Recipe, scale_dtype: torch.dtype) -> QuantScheme:
+    """The recipe's grid, with scales of one type."""
+    grid = recipe.weights
+    return QuantScheme(grid.group_size, grid.symmetric, grid.signed, scale_dtype, grid.type == "fp8")
+
+
 def solve(
     recipe: Recipe, w_EOI: Tensor, h_EII: Tensor | None, bits_E: Tensor, scale_dtype: torch.dtype, device: str
 ) -> tuple[QTensor, SolveInfo | None]:
-    """Round a stack of matrices as the recipe says: to nearest without a Hessian, else with GPTQ."""
-    solver, grid = recipe.solver, recipe.weights
-    scheme = QuantScheme(grid.group_size, grid.symmetric, grid.signed, scale_dtype, grid.type == "fp8")
+    """Round a stack of matrices as the recipe says: to nearest without a Hessian (awq: with it, for the clipping), else with GPTQ."""
+    solver = recipe.solver
+    scheme = scheme_of(recipe, scale_dtype)
+    if solver.method == "awq" and h_EII is not None:
+        importance = filled_diagonal(h_EII.to(device))
+        return solve_rtn(w_EOI.to(device), bits_E, scheme, importance_EI=importance, clip_search=solver.clip_search), None
     if h_EII is None:
         return solve_rtn(w_EOI.to(device), bits_E, scheme, clip_search=solver.clip_search), None
     return solve_gptq(
@@ -95,6 +109,8 @@ class LayerJob:
 
     def run(self) -> None:
         """Attention and whatever else runs before the experts, then shared experts, routed experts, and what runs behind them."""
+        if self.plan.recipe.solver.method == "awq" and self.stream is not None:
+            self._scale(self.stream)
         before, beside, behind = self._in_order()
         inputs: dict[int, Tensor] = {}
         for number in before:
@@ -112,6 +128,25 @@ class LayerJob:
         for number in behind:
             self._quantize_group(number, inputs, outputs=outputs)
         self._finish_layer(outputs, without)
+
+    def _scale(self, stream: Stream) -> None:
+        """Scale channels up where that spares the large ones some rounding (methods/awq.py), in the loaded layer and what is written."""
+        weights, name, plan = self.sink.weights, self.sites.name, self.plan
+        assert isinstance(weights, EditedWeights)
+        assert self.layer is not None
+
+        def rounding(spec: PackedSpec) -> Rounding:
+            return Rounding(spec.bits, scheme_of(plan.recipe, spec.scale_dtype))
+
+        linears = {full: rounding(spec) for full, spec in plan.linears.items() if full.startswith(f"{name}.")}
+        parts = plan.experts.get(f"{name}.{self.sites.moe.experts}", {}) if self.sites.moe else {}
+        experts = {projection: rounding(spec) for projection, spec in parts.items()}
+        scales, chunk = plan.transforms.scales[self.sites.index], plan.chunk.get(self.sites.index, 1)
+        power = plan.recipe.solver.affinity_power
+        found = LayerAWQ(stream, self.sites, scales, weights, linears, experts, chunk, power, self.device).run()
+        weights.add(found.edits)
+        weights.refresh(self.layer, name, found.edits)
+        self.report.scales = found.report
 
     def _in_order(self) -> tuple[list[int], list[int], list[int]]:
         """Groups by when they can be solved: before the experts, from the experts' own input, behind the experts."""
@@ -291,7 +326,7 @@ class LayerJob:
             hessian = inputs.hessians(start, stop, power, sensitive) if inputs else None
             first = self._solve_first(layout, weights.first, hessian, parts, start, stop, quantized)
             weights = ExpertWeights(first, weights.down, weights.first_bias, weights.down_bias)
-            del hessian
+            del hessian, sensitive
         stored_down, weights = weights.down, weights.to(self._dtype)
         if inputs is None or parts is None:
             h = inputs.through_first(module, weights, start, stop, None) if inputs else None

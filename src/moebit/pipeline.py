@@ -32,12 +32,14 @@ from moebit.formats.output import JOURNAL, SAMPLE, OutputDirectory, check_free, 
 from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress
 from moebit.model.checkpoint import Checkpoint, HubWeights
+from moebit.model.edits import EditedWeights, untied_config
 from moebit.model.files import TensorSpec, check_finite, read_header
 from moebit.model.shipped import check_shipped, plain_config
 from moebit.model.stream import Stream
 from moebit.model.structure import LayerSites, find_structure
 from moebit.planning import BitPlan, Plan, describe_structure, load_bit_plan, make_plan
 from moebit.recipe import Recipe, load_recipe
+from moebit.transforms import transformed
 
 DEFAULT_MEMORY = 4 * 2**30
 
@@ -90,7 +92,8 @@ def inspect(
             raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
     elif recipe is not None:
         chosen = load_recipe(recipe, {"format": format} if format else {})
-        result["plan"] = make_plan(checkpoint, structure, chosen, memory, engine=engine).describe()
+        checkpoint, transforms = transformed(checkpoint, structure, chosen, 0)
+        result["plan"] = make_plan(checkpoint, structure, chosen, memory, engine=engine, transforms=transforms).describe()
     return result
 
 
@@ -143,12 +146,13 @@ def quantize(
         raise BadInputError(f"--seed {seed}: a number from 0 to 2^63 - 1")
     checkpoint = open_checkpoint(model, compute=None)
     seen = _changed(checkpoint)
-    if not isinstance(checkpoint.weights, HubWeights):
+    if not isinstance(weights := checkpoint.weights, HubWeights):
         raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
     _check_output(out, checkpoint.path)
     structure = find_structure(checkpoint.model)
     bits = load_bit_plan(plan) if isinstance(plan, str | Path) else plan
-    decided = make_plan(checkpoint, structure, chosen, memory, bits, engine)
+    checkpoint, transforms = transformed(checkpoint, structure, chosen, seed)
+    decided = make_plan(checkpoint, structure, chosen, memory, bits, engine, transforms)
     decided.coverage.check(accept_unquantized)
     windows, sampled = _calibration(checkpoint, chosen, text, seed), sampling_settings(chosen, bool(text), seed)
     if sampled:
@@ -160,13 +164,14 @@ def quantize(
     check_space(out, decided.size_bytes + tokens * _width(checkpoint) * 4 * 2)
     if not (resume and read_journal(partial_of(out) / JOURNAL)):  # a run that began has looked, and knows the files again
         check_finite(checkpoint.entries)
-        check_shipped(checkpoint.weights.entries.values())
+        check_shipped(weights.entries.values())
     identity = _identity(checkpoint, chosen, windows, memory, seed) | ({"bit_plan": bits.digest()} if bits else {})
     try:
         with OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite) as output:
             if sampled:
                 windows = _sampled(output, checkpoint, sampled, windows, memory, progress or (lambda what, done, total: None))
                 identity["calibration"] = digest(windows)
+            assert isinstance(checkpoint.weights, HubWeights)
             sink = SINKS[chosen.format](checkpoint.weights, decided.modules)
             reports = _Work(checkpoint, decided, output, sink, device, progress or (lambda what, done, total: None)).run(windows)
             written = documents(checkpoint, decided, identity, reports, time.perf_counter() - began)
@@ -345,5 +350,9 @@ def _stream_file(index: int) -> str:
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json without what it says about how the checkpoint was shipped: the output is no longer stored like that."""
-    return plain_config(json.loads((checkpoint.path / "config.json").read_text()))
+    """config.json without what it says about how the checkpoint was shipped: the output is no longer stored like that.
+
+    Nor does it say that the head is tied to the embeddings, where it is its own now.
+    """
+    config = plain_config(json.loads((checkpoint.path / "config.json").read_text()))
+    return untied_config(config) if isinstance(checkpoint.weights, EditedWeights) and checkpoint.weights.untied else config

@@ -18,11 +18,13 @@ from moebit.errors import BadInputError
 from moebit.formats import compressed_tensors
 from moebit.formats.engines import ANY, Verdict, check_engine, verdicts
 from moebit.formats.native import PackedSpec, average_bits
+from moebit.methods.awq import SAMPLE
 from moebit.model.budget import Budget, make_budget
 from moebit.model.checkpoint import Checkpoint, HubWeights
 from moebit.model.coverage import Coverage, expert_coverage
 from moebit.model.structure import LayerSites, Structure
 from moebit.recipe import BIT_WIDTHS, Recipe
+from moebit.transforms import NO_TRANSFORMS, Transforms
 
 FLOPS_PER_THREAD = 50e9  # float32 products on an AVX-512 core, cautiously; only for the time estimate
 
@@ -103,6 +105,7 @@ class Plan:
         coverage: which expert parameters of the files the structure covers. What the recipe ignores by name is the user's wish.
         size_bytes: of the output's tensors. budget: the pieces in which the work is done. seconds: an estimate.
         as_stored: stored tensors that the model class does not use; they are written as they are.
+        transforms: what is done to the weights before they are quantized, and where it can be.
         engines: what each engine makes of the output.
     """
 
@@ -117,6 +120,7 @@ class Plan:
     coverage: Coverage
     engines: dict[str, Verdict]
     as_stored: tuple[str, ...] = ()
+    transforms: Transforms = NO_TRANSFORMS
 
     @property
     def chunk(self) -> dict[int, int]:
@@ -156,17 +160,25 @@ class Plan:
             "unquantized_expert_share": self.coverage.share,
             "experts_per_chunk": self.chunk,
             "engines": {name: verdict.describe() for name, verdict in self.engines.items()},
+            **({"transforms": self.transforms.describe()} if self.transforms else {}),
         }
 
 
 def make_plan(
-    checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memory: int, bits: BitPlan | None = None, engine: str = ANY
+    checkpoint: Checkpoint,
+    structure: Structure,
+    recipe: Recipe,
+    memory: int,
+    bits: BitPlan | None = None,
+    engine: str = ANY,
+    transforms: Transforms = NO_TRANSFORMS,
 ) -> Plan:
     """Decide what is quantized and how, and check that it can be.
 
     Args:
         bits: widths that differ from the recipe's.
         engine: what has to run the output: transformers, vllm, or any of them.
+        transforms: what was found out about the weights' transforms; `checkpoint` is the transformed one.
 
     Raises:
         BadInputError: a group size that does not divide (naming the layer and what would), an ignore pattern that matches nothing,
@@ -243,6 +255,7 @@ def make_plan(
         coverage,
         engines,
         tuple(getattr(checkpoint.weights, "unused", ())),
+        transforms,
     )
 
 
@@ -323,6 +336,8 @@ def _solve_flops(recipe: Recipe, count: int, out: int, inputs: int) -> float:
     search = 100 * out * inputs if recipe.solver.clip_search else 0
     if recipe.solver.method == "rtn":
         return float(count * (search + 10 * out * inputs))
+    if recipe.solver.method == "awq":
+        return float(count * (search + 20 * out * inputs * (10 + 2 * SAMPLE)))
     return float(count * (out * inputs**2 + 2 * inputs**3 + search))
 
 

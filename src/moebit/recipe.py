@@ -80,12 +80,13 @@ class ActivationsSection(_Section):
 class SolverSection(_Section):
     """How weights are rounded.
 
+    method: `rtn` to nearest; `gptq`; `awq` to nearest after channels were scaled (`methods/awq.py`).
     scales: `static` from the original weights, `dynamic` from the columns as updated when a group begins (not with act_order).
     affinity_power: power p of the routing weight in the Hessians, `sum g^p x x^T`; 0 weighs all routed tokens alike.
     output_aware: weigh routed tokens by what an error costs in the layer's output instead (gptq).
     """
 
-    method: Literal["rtn", "gptq"] = "gptq"
+    method: Literal["rtn", "gptq", "awq"] = "gptq"
     scales: Literal["static", "dynamic"] = "static"
     act_order: bool = True
     damping: float = Field(0.01, ge=0.0, le=1.0)
@@ -104,6 +105,15 @@ class SolverSection(_Section):
         if self.method == "gptq" and self.scales == "dynamic" and self.act_order:
             raise ValueError("scales: dynamic needs act_order: false (columns would need a group index each); set one of the two")
         return self
+
+
+class RotationSection(_Section):
+    """Orthogonal transforms.
+
+    absorbed: in the weights, at no run-time cost (`methods/rotation.py`): `r1` of the hidden states, `r1r2` of attention's values too.
+    """
+
+    absorbed: Literal["none", "r1", "r1r2"] = "none"
 
 
 class CalibrationSection(_Section):
@@ -149,6 +159,7 @@ class Recipe(_Section):
     weights: WeightsSection = WeightsSection()
     solver: SolverSection = SolverSection()
     activations: ActivationsSection = ActivationsSection()
+    rotation: RotationSection = RotationSection()
     calibration: CalibrationSection = CalibrationSection()
     format: Literal["native", "compressed-tensors", "dense"] = "native"
 
@@ -179,6 +190,11 @@ class Recipe(_Section):
     def needs_calibration(self) -> bool:
         return self.solver.method != "rtn"
 
+    @property
+    def scales_channels(self) -> bool:
+        """Whether channels are scaled, layer by layer, before weights are rounded."""
+        return self.solver.method == "awq"
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
@@ -192,7 +208,6 @@ class Recipe(_Section):
 _NOT_YET: dict[str, dict[str, Any]] = {
     "router": {"bits": 16, "align": "none", "realign": "none"},
     "smoothing": {"kind": "none", "alpha": None, "aggregate": None},
-    "rotation": {"absorbed": "none", "online": "none"},
     "allocation": {"kind": "uniform"},
     "switching": {"share": 0.0},
 }
@@ -291,9 +306,11 @@ def _drop_inactive(data: dict[str, Any]) -> None:
     calibration = data.get("calibration")
     if isinstance(calibration, dict) and calibration.pop("balance", None) not in (None, "none"):
         raise BadInputError("recipe: calibration.balance is not in this version of moebit (only 'none' is)")
-    solver = data.get("solver")
-    if isinstance(solver, dict) and solver.get("method") == "awq":
-        raise BadInputError("recipe: solver.method: awq is not in this version of moebit (rtn and gptq are)")
+    rotation = data.get("rotation")
+    if isinstance(rotation, dict):
+        rotation = data["rotation"] = dict(rotation)
+        if (online := rotation.pop("online", "none")) != "none":
+            raise BadInputError(f"recipe: rotation.online: {online} is not in this version of moebit (only 'none' is)")
     activations = data.get("activations")
     if isinstance(activations, dict):
         activations = data["activations"] = dict(activations)

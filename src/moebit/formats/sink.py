@@ -104,8 +104,7 @@ class DenseSink(Sink):
         return {stored: self.weights.entries[stored].spec for name in names for stored in self.weights.stored_names(name)}
 
     def put_plain(self, shard: ShardFile, names: list[str]) -> None:
-        for stored in dict.fromkeys(stored for name in self.plain(names) for stored in self.weights.stored_names(name)):
-            put_stored(shard, self.weights.entries[stored])
+        put_plain_as_stored(shard, self.weights, self.plain(names))
 
     def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
         self._put(shard, f"{name}.weight", q.dequantize()[0])
@@ -120,10 +119,7 @@ class DenseSink(Sink):
             self._put(shard, f"{name}.{leaf}", layout.stacked(value), start)
 
     def _put(self, shard: ShardFile, name: str, tensor: Tensor, start: int = 0) -> None:
-        for stored, value in self.weights.stored_form(name, tensor, start).items():
-            spec = shard.specs[stored]
-            stacked = value.shape != spec.shape  # some of the experts of a tensor that is stored whole
-            shard.write(stored, value.to(spec.dtype), skip=start * (spec.nbytes // spec.shape[0]) if stacked else 0)
+        put_under_stored_names(shard, self.weights, name, tensor, start)
 
     def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return q.dequantize(q.scheme.scale_dtype).to(dtype).cpu()
@@ -153,8 +149,7 @@ class CompressedTensorsSink(Sink):
         return list(dict.fromkeys(stored for name in self.plain(names) for stored in self.weights.stored_names(name)))
 
     def put_plain(self, shard: ShardFile, names: list[str]) -> None:
-        for stored in self._stored(names):
-            put_stored(shard, self.weights.entries[stored])
+        put_plain_as_stored(shard, self.weights, self.plain(names))
 
     def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
         self._put(shard, self._names[name][""], self.modules[name][""], q)
@@ -174,6 +169,25 @@ class CompressedTensorsSink(Sink):
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {**config, "quantization_config": compressed_tensors.quantization_config(self.weights, self.modules, self._names)}
+
+
+def put_under_stored_names(shard: ShardFile, weights: HubWeights, name: str, tensor: Tensor, start: int = 0) -> None:
+    """Write a parameter, or its rows (experts) from `start` on, under the checkpoint's own names."""
+    for stored, value in weights.stored_form(name, tensor, start).items():
+        spec = shard.specs[stored]
+        some = value.shape != spec.shape  # some of the rows of a tensor that is stored whole
+        shard.write(stored, value.to(spec.dtype), skip=start * (spec.nbytes // spec.shape[0]) if some else 0)
+
+
+def put_plain_as_stored(shard: ShardFile, weights: HubWeights, names: list[str]) -> None:
+    """Parameters that are not quantized, under the checkpoint's own names: copied, or written anew where they were edited."""
+    copied = [name for name in names if not weights.edited(name)]
+    for stored in dict.fromkeys(stored for name in copied for stored in weights.stored_names(name)):
+        put_stored(shard, weights.entries[stored])
+    for name in (name for name in names if weights.edited(name)):
+        spec = weights.specs[name]
+        for begin, piece in weights.pieces(name):
+            put_under_stored_names(shard, weights, name, piece, begin // (spec.nbytes // spec.shape[0]))
 
 
 def put_stored(shard: ShardFile, entry: Entry) -> None:

@@ -11,7 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,20 @@ class HubWeights(Weights):
 
     def available(self) -> set[str]:
         return set(self._of)
+
+    def edited(self, name: str) -> bool:
+        """Whether a parameter differs from what is stored (`model/edits.py`)."""
+        return False
+
+    def with_own(self, name: str) -> HubWeights:
+        """The same checkpoint, but a parameter that was tied to another one is one of its own, which begins as a copy."""
+        other = tied_names(self.model)[name]
+        part = replace(self._of[other].parts[0][1], name=name)  # type: ignore[type-var]
+        result = copy.copy(self)
+        result.entries = {**self.entries, name: part}
+        result._of = {**self._of, name: _Source(None, name, [(name, part)])}
+        result.specs = {**self.specs, name: self.specs[other]}
+        return result
 
     def stored_together(self) -> dict[str, list[str]]:
         """Parameters that share stored tensors with others, and with which."""

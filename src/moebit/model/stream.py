@@ -106,6 +106,15 @@ class Stream:
             return calls
         return [same_arguments(mine, known, _same) for mine, known in zip(calls, self._calls[0], strict=True)]
 
+    @property
+    def hands_on(self) -> bool:
+        """Whether layers hand on anything beside the hidden states."""
+        return any(call.hands_on for calls in self._calls for call in calls)
+
+    def call(self, index: int) -> LayerCall:
+        """How a layer is called for the first batch."""
+        return self._calls[0][index]
+
     def layer(self, index: int) -> nn.Module:
         return self.checkpoint.model.get_submodule(self.structure.layers[index].name)
 

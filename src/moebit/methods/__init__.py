@@ -1,0 +1,1 @@
+"""Methods of quantization: one file per idea, each citing its source and listing its departures."""
