@@ -523,7 +523,7 @@ class LayerJob:
             transform = self.transforms.get(f"{name}.{FIRST}")
             first = self._solve_first(layout, weights.first, hessian, parts, start, stop, quantized, transform)
             weights = ExpertWeights(first, weights.down, weights.first_bias, weights.down_bias)
-            del hessian
+            del hessian, sensitive
         stored_down, weights = weights.down, weights.to(self._dtype)
         if inputs is None or parts is None or not wanted:
             h = inputs.through_first(module, weights, start, stop, None) if inputs else None
