@@ -372,3 +372,19 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     with pytest.raises(BadInputError) as error:
         load_recipe(file)
     assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"activations": {"bits": 8}},
+        {"rotation": {"absorbed": "r1"}},
+        {"rotation": {"online": "hadamard"}},
+        {"smoothing": {"kind": "smoothquant"}},
+        {"solver": {"method": "awq"}},
+    ],
+)
+def test_channels_apart_want_weights_and_inputs_as_they_are(other: dict[str, Any]) -> None:
+    assert load_recipe({"switching": {"share": 0.01}}).switching.share == 0.01
+    with pytest.raises(BadInputError, match="switching: channels apart"):
+        load_recipe({"switching": {"share": 0.01}, **other})

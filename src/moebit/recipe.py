@@ -360,9 +360,17 @@ class Recipe(_Section):
             raise ValueError("allocation: engines that round activations take one width; set activations.bits: 16")
         if self.switching.share and self.format != "native":
             raise ValueError(f"switching: format {self.format} has no place for channels apart; set format: native")
-        if self.switching.share and (self.activations.bits != 16 or self.rotation.online != "none"):
+        changed = {
+            "activations.bits": self.activations.bits != 16,
+            "rotation.absorbed": self.rotation.absorbed != "none",
+            "rotation.online": self.rotation.online != "none",
+            "smoothing.kind": self.smoothing.kind != "none",
+            "solver.method: awq": self.solver.method == "awq",
+        }
+        if self.switching.share and any(changed.values()):
+            named = ", ".join(key for key, on in changed.items() if on)
             raise ValueError(
-                "switching: channels apart are multiplied with inputs as they are; set activations.bits: 16 and rotation.online: none"
+                f"switching: channels apart are kept as the checkpoint has them, but {named} changes what they meet; leave it out"
             )
         return self
 
