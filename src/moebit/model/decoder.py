@@ -111,7 +111,8 @@ class Decoder:
         moe = self.structure.moe_layers[self._row[module]].moe
         assert moe is not None
         first, down, *biases = (module.get_parameter(name.rpartition(".")[2]) for name in experts_names("", moe.layout))
-        return ExpertWeights(moe.layout.stacked(first), moe.layout.stacked(down), *biases)
+        first_bias, down_bias = biases or (None, None)
+        return ExpertWeights(moe.layout.stacked(first), moe.layout.stacked(down), first_bias, down_bias)
 
     @property
     def weight_bytes(self) -> int:
