@@ -63,7 +63,7 @@ def _factors(size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         if found is not None:
             used, first = found[0], found[1] / (odd << found[0]) ** 0.5
         else:
-            first = torch.linalg.qr(torch.randn(odd, odd, dtype=torch.float64, generator=generator))[0]
+            first = torch.linalg.qr(torch.randn(odd, odd, dtype=torch.float64, generator=generator))[0].contiguous()
     rest, parts = twos - used, [first]
     grow = 0  # the first factor takes powers of two until it is about as large as the second
     while grow < rest and len(first) << (grow + 1) <= min(LARGEST_FACTOR, 1 << (rest - grow)):
