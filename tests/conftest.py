@@ -13,6 +13,11 @@ from tests.models import Checkpoints
 from tests.outputs import Outputs
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: with processes side by side, nothing else is left to do while it runs alone."""
+    items.sort(key=lambda item: "test_every_command_and_python_block_runs" not in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """The tiny checkpoints of tests/models.py, each built once for the whole session."""

@@ -32,7 +32,7 @@ from moebit.model.files import TensorEntry
 from moebit.pipeline import checkpoint_fingerprint
 from moebit.planning import Plan
 from tests.models import ARCHITECTURES, EXPERTS, HIDDEN, INTERMEDIATE, quiet, random_model, save
-from tests.outputs import file_bytes, read_config, small_recipe, stored_tensors, token_file
+from tests.outputs import REPORTS, file_bytes, read_config, small_recipe, stored_tensors, token_file
 
 DEEPSEEK, GPT_OSS, QWEN3 = ARCHITECTURES["deepseek_v3"], ARCHITECTURES["gpt_oss"], ARCHITECTURES["qwen3_moe"]
 UNEVEN = {"hidden_size": 160, "moe_intermediate_size": 136, "intermediate_size": 200}  # no multiples of 128
@@ -397,7 +397,7 @@ def test_reads_only_the_rows_asked_for(blocks: tuple[Path, Path]) -> None:
 def assert_same_weights(one: Path, other: Path) -> None:
     """Every file is the same, but for what names the input."""
     names = {"moebit.json", "README.md"}
-    assert file_bytes(one, {"report.json", *names}) == file_bytes(other, {"report.json", *names})
+    assert file_bytes(one, REPORTS | names) == file_bytes(other, REPORTS | names)
 
 
 @pytest.mark.parametrize("format", ["native", "dense"])
