@@ -20,7 +20,7 @@ from quality import ROOT, markdown_row, mean_over, run_all
 Result = dict[str, Any]
 
 
-def groups_of(results: list[Result], model: str, bits: int) -> dict[str, list[Result]]:
+def groups_of(results: list[Result], model: str, bits: int | str) -> dict[str, list[Result]]:
     """Rows of a table, each with its seeds."""
     found: dict[str, list[Result]] = {}
     for result in results:

@@ -27,6 +27,10 @@ from moebit.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ROOT / "reference" / "text"
+NEUTRAL = (
+    "__main__.py", "cli.py", "documents.py", "report", "formats/verify.py", "runtime/generate.py", "evaluate/judging.py",
+    "evaluate/tasks.py", "evaluate/task_data.py", "profiling",
+)  # fmt: skip
 
 
 def digest(*parts: Any) -> str:
@@ -38,6 +42,13 @@ def digest(*parts: Any) -> str:
         else:
             state.update(json.dumps(part, sort_keys=True).encode())
     return state.hexdigest()[:20]
+
+
+def numeric_code() -> list[Path]:
+    """moebit's modules, without those that no number of a cell depends on; of the recipes, a cell's own counts."""
+    package = Path(moebit.__file__).parent
+    neutral = {package / name for name in NEUTRAL}
+    return sorted(file for file in package.rglob("*.py") if not neutral & {file, *file.parents})
 
 
 def cells(protocol: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -58,16 +69,19 @@ def run(cell: dict[str, Any], protocol: dict[str, Any], cache: Path, code: str) 
     texts, calibration = protocol["texts"], protocol["calibration"]
     names = [*texts["known"], *texts["novel"]]
     model = ROOT / cell["model"]
-    key = digest(cell, texts, calibration, code, model / "config.json", model / "model.safetensors", TEXTS)
+    widths = protocol.get("widths", {}).get(cell["bits"], {"weights.bits": cell["bits"]})
+    recipe = load_recipe(cell["recipe"].format(bits=cell["bits"]), widths) if "recipe" in cell else None
+    key = digest(
+        cell, texts, calibration, code, recipe.digest() if recipe else None, model / "config.json", model / "model.safetensors", TEXTS
+    )
     file = cache / f"{key}.json"
     if file.exists():
         return dict(json.loads(file.read_text()))
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         out = model
-        if "recipe" in cell:
+        if recipe is not None:
             out = Path(scratch) / "out"
-            recipe = load_recipe(cell["recipe"].format(bits=cell["bits"]), {"weights.bits": cell["bits"]})
             chosen = calibration_texts(cell, calibration, model, cache, code)
             sizes = {"calibration.samples": calibration["samples"], "calibration.seq_len": calibration["seq_len"]} if chosen else {}
             began = time.perf_counter()
@@ -201,7 +215,7 @@ def main() -> None:
 def run_all(protocol: dict[str, Any], cache: Path, model: str | None, only: str | None) -> list[dict[str, Any]]:
     """Every cell, or those of one model and of rows with `only` in their name."""
     cache.mkdir(parents=True, exist_ok=True)
-    code = digest(Path(moebit.__file__).parent)
+    code = digest(*numeric_code())
     todo = [cell for cell in cells(protocol) if model in (None, cell["model"]) and (only is None or only in cell["row"])]
     results = []
     for number, cell in enumerate(todo, 1):

@@ -1,0 +1,123 @@
+"""EAQuant, its parts and its baselines on the reference models, as they are and with the outliers of large models:
+benchmarks/protocol-eaquant.yaml, as benchmarks/results/eaquant.md.
+
+    make quality-eaquant        (or: .venv/bin/python benchmarks/eaquant.py)
+
+Cells are run and kept as those of quality.py. `--model` and `--only` run a part of them, without a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from moequant import groups_of
+from outliers import inject
+from quality import ROOT, markdown_row, mean_over, run_all
+
+Result = dict[str, Any]
+
+
+def with_copies(protocol: dict[str, Any]) -> dict[str, Any]:
+    """The protocol with the copies among its models; those that are not there are made."""
+    copies = []
+    for model in protocol["models"]:
+        copy = Path("runs") / "outliers" / Path(model).name
+        if not (ROOT / copy / "model.safetensors").exists():
+            print(f"{copy}: logits moved by {inject(ROOT / model, ROOT / copy, protocol['outliers']['seed']):.1e} of their norm")
+        copies.append(str(copy))
+    return {**protocol, "models": [*protocol["models"], *copies]}
+
+
+def table(results: list[Result], protocol: dict[str, Any], name: str) -> str:
+    """The Markdown document."""
+    known, novel = protocol["texts"]["known"], protocol["texts"]["novel"]
+    lines = [
+        "# EAQuant on the reference models",
+        "",
+        f"The protocol is [{name}](../{name}). KL is that of the full-precision distribution from the quantized one, nats × 1000, mean",
+        "per token of held-out text; lower is better; ± is the standard deviation over calibration seeds of the mean over the known",
+        "domains. WxAy: weights in x bits, one scale per output channel; inputs of linears, query, key and value in y bits, per token.",
+        "Models under runs/outliers are copies with the outliers of large models ([outliers.py](../outliers.py)).",
+        "",
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads.",
+        "",
+    ]
+    heads = ["method", *known, *novel, "known, mean", "novel, mean", "bits per byte", "wiki perplexity", "same experts", "size, MB", "s"]
+    for model in protocol["models"]:
+        full = groups_of(results, model, 16)["full precision"]
+        lines += [
+            f"## {model}",
+            "",
+            f"Full precision: {_bits_per_byte(full, [*known, *novel]):.4f} bits per byte, mean over all domains.",
+            "",
+        ]
+        for bits in protocol["bits"]:
+            lines += [f"### {bits}", "", markdown_row(heads), markdown_row(["---"] + ["---:"] * (len(heads) - 1))]
+            lines += [markdown_row(_cells(row, same, known, novel)) for row, same in groups_of(results, model, bits).items()]
+            lines.append("")
+    return "\n".join([*lines, *findings(results, protocol)]) + "\n"
+
+
+def _bits_per_byte(same: list[Result], names: list[str]) -> float:
+    return mean_over(same, names, "bits_per_byte")[0]
+
+
+def _cells(row: str, same: list[Result], known: list[str], novel: list[str]) -> list[str]:
+    every = [*known, *novel]
+    mean, spread = mean_over(same, known, "kl")
+    return [
+        row,
+        *(f"{1000 * mean_over(same, [name], 'kl')[0]:.1f}" for name in every),
+        f"{1000 * mean:.1f}" + (f" ± {1000 * spread:.1f}" if len(same) > 1 else ""),
+        f"{1000 * mean_over(same, novel, 'kl')[0]:.1f}",
+        f"{_bits_per_byte(same, every):.4f}",
+        f"{mean_over(same, ['wiki'], 'perplexity')[0]:.3f}",
+        f"{mean_over(same, every, 'routing_exact')[0]:.1%}",
+        f"{same[0]['size_bytes'] / 1e6:.1f}",
+        f"{statistics.fmean(r['quantize_seconds'] for r in same):.0f}",
+    ]
+
+
+def findings(results: list[Result], protocol: dict[str, Any]) -> list[str]:
+    """What the table is asked to show, computed from it."""
+    every, expected = [*protocol["texts"]["known"], *protocol["texts"]["novel"]], protocol["expected"]
+    lines = ["## What it shows", ""]
+    for model in protocol["models"]:
+        full = _bits_per_byte(groups_of(results, model, 16)["full precision"], every)
+        for bits in protocol["bits"]:
+            rows = groups_of(results, model, bits)
+            gap = {row: _bits_per_byte(same, every) - full for row, same in rows.items()}
+            best = min(gap, key=lambda row: gap[row])
+            recovered = 1 - gap["EAQuant"] / gap["RTN"]
+            others = ", ".join(f"{row} {1 - gap[row] / gap['RTN']:.0%}" for row in ("SmoothQuant", "DuQuant", "Hadamard"))
+            line = f"- {model}, {bits}: of RTN's gap to full precision ({gap['RTN']:.4f} bits per byte) EAQuant recovers {recovered:.0%}"
+            lines.append(f"{line}; {others}. Smallest gap: {best}.")
+            if bits == "W4A4" and model.startswith("runs/"):
+                reached = recovered >= expected["recovered"] and all(gap["EAQuant"] < gap[row] for row in expected["ahead_of"])
+                lines.append(f"  - expected: {expected['recovered']:.0%}, and ahead of {' and '.join(expected['ahead_of'])}: ")
+                lines[-1] += "reached." if reached else "missed."
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--protocol", type=Path, default=ROOT / "benchmarks" / "protocol-eaquant.yaml")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "eaquant.md")
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "quality")
+    parser.add_argument("--model", help="only this one's cells, and no table: for running models side by side")
+    parser.add_argument("--only", help="only rows with this in their name, and no table")
+    args = parser.parse_args()
+    protocol = with_copies(yaml.safe_load(args.protocol.read_text()))
+    results = run_all(protocol, args.cache, args.model, args.only)
+    if args.model is None and args.only is None:
+        args.out.write_text(table(results, protocol, args.protocol.name))
+        print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
