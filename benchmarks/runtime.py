@@ -222,8 +222,8 @@ def tables(found: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> s
         "",
         f"{arguments.layers} layers with OLMoE's structure, random weights: {size}. {torch.get_num_threads()} threads, {processor()}, "
         f"torch {torch.__version__}. Made by `make bench-runtime`; what the columns mean stands in [runtime.py](../runtime.py).",
-        "Ratios of speed are to the faster of the two bf16 rows, those of memory to the bf16 weights: transformers, stacking experts that are",
-        "stored one by one, also has the file's pages resident, which the system can take back.",
+        "Ratios of speed are to the faster of the two bf16 rows, those of memory to the bf16 weights: transformers, stacking experts",
+        "that are stored one by one, also has the file's pages resident, which the system can take back.",
         "",
         f"| model | file, MB | resident, MB | | peak, MB | prefill ({arguments.prompt}), tokens/s | | decode, tokens/s | |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -249,13 +249,14 @@ def findings(packed: dict[str, Any], base: dict[str, Any]) -> list[str]:
     faster = {part: base["parts"][part] / packed["parts"][part] for part in PARTS}
     whole = sum(packed["parts"].values())
     same = sum(packed["parts"][part] for part in PARTS[2:]) / whole
+    judged = {True: "reached", False: "missed"}
     return [
-        f"- 4 bits: decode {decode:.2f}× (2× hoped for: {'reached' if decode >= 2 else 'missed'}), memory {memory:.2f}× of the bf16 weights "
-        f"(a third hoped for: {'reached' if memory <= 1 / 3 else 'missed'}).",
-        f"- Experts run {faster[PARTS[0]]:.1f}× as fast, attention's linears {faster[PARTS[1]]:.1f}×. The head, which stays bf16, and what is no "
-        f"product at all take {same:.0%} of a packed token's time: the more layers a model has, the less of that is the head's.",
-        f"- Prefill: {packed['prefill'] / base['prefill']:.2f}×. An expert with many tokens is dequantized first and multiplied by torch, which "
-        "costs more than the smaller weights save as long as memory is not what limits.",
+        f"- 4 bits: decode {decode:.2f}× (2× hoped for: {judged[decode >= 2]}), memory {memory:.2f}× of the bf16 weights",
+        f"  (a third hoped for: {judged[memory <= 1 / 3]}).",
+        f"- Experts run {faster[PARTS[0]]:.1f}× as fast, attention's linears {faster[PARTS[1]]:.1f}×. The head, which stays bf16, and",
+        f"  what is no product at all take {same:.0%} of a packed token's time: the more layers, the less of that is the head's.",
+        f"- Prefill: {packed['prefill'] / base['prefill']:.2f}×. An expert with many tokens is dequantized first and multiplied by torch,",
+        "  which costs more than the smaller weights save as long as memory is not what limits.",
     ]
 
 
