@@ -75,9 +75,9 @@ def reference_logits(original: Path, output: Path, tmp_path: Path, dtype: torch.
 def rounded_to_float8(x: Tensor) -> Tensor:
     """On the float8 e4m3 grid whose largest number, 448, is the largest magnitude of what shares a scale.
 
-    That is a token in [batch, token, channel]; the library keeps the first two axes, so that in [token, channel], as shared experts get
-    their inputs, all tokens share one.
+    The library keeps the first two axes. That is a token in [batch, token, channel]; in [token, channel], as shared experts get their
+    inputs, all tokens share one, and in [batch, 1, token, channel], as latent attention unfolds its own, those of a sequence.
     """
-    scale = (x.abs().amax(-1, keepdim=True) if x.ndim == 3 else x.abs().amax()) / 448
+    scale = (x.abs().amax(tuple(range(2, x.ndim)), keepdim=True) if x.ndim > 2 else x.abs().amax()) / 448
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * scale
