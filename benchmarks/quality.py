@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ROOT / "reference" / "text"
 NEUTRAL = (
     "__main__.py", "cli.py", "documents.py", "report", "formats/verify.py", "runtime/generate.py", "evaluate/judging.py",
-    "evaluate/tasks.py", "evaluate/task_data.py", "profiling",
+    "evaluate/tasks.py", "evaluate/task_data.py",
 )  # fmt: skip
 
 

@@ -70,9 +70,12 @@ def test_presets_of_eaquant_are_duquant_and_the_expert_aware_parts(weights: int,
         "kl",
     )
     assert (eaquant.calibration.balance, eaquant.router.realign) == (2, "none")
-    off = {"smoothing": {}, "router": {}, "calibration.balance": "none", "weights.bits": 4}
+    duquant = load_recipe("duquant-w4a4")
+    assert duquant.smoothing.kind == "smoothquant"
+    assert duquant.smoothing.alpha == eaquant.smoothing.alpha
+    off = {"smoothing": duquant.smoothing.model_dump(), "router": {}, "calibration.balance": "none", "weights.bits": 4}
     off |= {"activations.bits": 4, "activations.qkv_bits": 4, "activations.clip": 0.9}
-    assert load_recipe(eaquant, off) == load_recipe("duquant-w4a4")
+    assert load_recipe(eaquant, off) == duquant
     assert load_recipe("smoothquant-w4a4", {"smoothing": {}}) == load_recipe("rtn-w4a4")
 
 
