@@ -7,15 +7,12 @@ Cells are run and kept as those of quality.py. `--model` and `--only` run a part
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from quality import ROOT, markdown_row, mean_over, run_all
+from quality import kl_cells, markdown_row, mean_over, run_protocol
 
 Result = dict[str, Any]
 
@@ -56,12 +53,9 @@ def table(results: list[Result], protocol: dict[str, Any], name: str) -> str:
 
 def _cells(row: str, same: list[Result], known: list[str], novel: list[str]) -> list[str]:
     every = [*known, *novel]
-    mean, spread = mean_over(same, known, "kl")
     return [
         row,
-        *(f"{1000 * mean_over(same, [name], 'kl')[0]:.2f}" for name in every),
-        f"{1000 * mean:.2f}" + (f" ± {1000 * spread:.2f}" if len(same) > 1 else ""),
-        f"{1000 * mean_over(same, novel, 'kl')[0]:.2f}",
+        *kl_cells(same, known, novel),
         f"{1000 * mean_over(same, every, 'kl')[0]:.2f}",
         f"{mean_over(same, ['wiki'], 'perplexity')[0]:.3f}",
         f"{mean_over(same, every, 'routing_exact')[0]:.1%}",
@@ -105,18 +99,7 @@ def _agq_time(results: list[Result], model: str, expected: dict[str, Any]) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--protocol", type=Path, default=ROOT / "benchmarks" / "protocol-moequant.yaml")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "moequant.md")
-    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "quality")
-    parser.add_argument("--model", help="only this one's cells, and no table: for running models side by side")
-    parser.add_argument("--only", help="only rows with this in their name, and no table")
-    args = parser.parse_args()
-    protocol = yaml.safe_load(args.protocol.read_text())
-    results = run_all(protocol, args.cache, args.model, args.only)
-    if args.model is None and args.only is None:
-        args.out.write_text(table(results, protocol, args.protocol.name))
-        print(f"written to {args.out}")
+    run_protocol(str(__doc__), "protocol-moequant.yaml", "moequant.md", table)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 import moebit
-from benchmarks.quality import ROOT, TEXTS, digest
+from benchmarks.quality import ROOT, TEXTS, digest, markdown_row
 from moebit.planning import BitPlan
 
 Cell = dict[str, Any]
@@ -182,7 +182,7 @@ def _widths_table(model: str, results: list[dict[str, Any]], protocol: dict[str,
         "bits",
         "matrices by width",
     ]
-    lines = [f"## {model}", "", _row(heads), _row(["---"] * 2 + ["---:"] * (len(heads) - 3) + ["---"])]
+    lines = [f"## {model}", "", markdown_row(heads), markdown_row(["---"] * 2 + ["---:"] * (len(heads) - 3) + ["---"])]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for r in results:
         groups.setdefault((r["cell"]["size"], r["cell"]["row"]), []).append(r)
@@ -193,7 +193,7 @@ def _widths_table(model: str, results: list[dict[str, Any]], protocol: dict[str,
         widths = ", ".join(f"{width}: {count}" for width, count in same[0]["widths"].items()) or "all alike"
         cells_ = [f"{mean_kl(same, [name])[0]:.2f}" for name in [*known, *novel]]
         cells_ += [f"{mean_kl(same, known)[0]:.2f}" + (f" ± {spread:.2f}" if spread is not None else ""), f"{mean_kl(same, novel)[0]:.2f}"]
-        lines.append(_row([size, row, *cells_, f"{perplexity:.3f}", f"{exact:.1%}", f"{same[0]['average_bits']:.4f}", widths]))
+        lines.append(markdown_row([size, row, *cells_, f"{perplexity:.3f}", f"{exact:.1%}", f"{same[0]['average_bits']:.4f}", widths]))
     return [*lines, ""]
 
 
@@ -203,15 +203,20 @@ def _switching_table(model: str, results: list[dict[str, Any]], protocol: dict[s
         return []
     made = ", ".join(how["calibrated"])
     heads = ["to", "channels kept", "drift", "done", "KL there", f"KL on {made}", "bits", "bytes written", "seconds"]
-    lines = [f"### Switching: {how['recipe']} made for {made}, moved", "", _row(heads), _row(["---"] * 4 + ["---:"] * (len(heads) - 4))]
+    lines = [
+        f"### Switching: {how['recipe']} made for {made}, moved",
+        "",
+        markdown_row(heads),
+        markdown_row(["---"] * 4 + ["---:"] * (len(heads) - 4)),
+    ]
     for r in results:
         moved = r["cell"]["moved"]
         for name, row in r["rows"].items():
             there, before = mean_kl([row], [moved])[0], mean_kl([row], how["calibrated"])[0]
             share = f"{r['cell']['share']:.0%} ({r['side_bytes'] / 1e6:.2f} MB)"
             lines.append(
-                _row([moved, share, f"{r['drift']['distance']:.2f}", name, f"{there:.2f}", f"{before:.2f}", f"{row['average_bits']:.4f}",
-                      f"{row['bytes']:,}", f"{row['seconds']:.1f}"])
+                markdown_row([moved, share, f"{r['drift']['distance']:.2f}", name, f"{there:.2f}", f"{before:.2f}",
+                              f"{row['average_bits']:.4f}", f"{row['bytes']:,}", f"{row['seconds']:.1f}"])
             )  # fmt: skip
     return [*lines, ""]
 
@@ -235,10 +240,6 @@ def findings(results: list[dict[str, Any]], protocol: dict[str, Any]) -> list[st
                     f"{'' if fits else ', with more bits on disk'}."
                 )
     return lines
-
-
-def _row(values: list[str]) -> str:
-    return "| " + " | ".join(values) + " |"
 
 
 def main() -> None:

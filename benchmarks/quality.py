@@ -15,7 +15,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,16 @@ def mean_over(results: list[dict[str, Any]], names: list[str], key: str) -> tupl
     return statistics.fmean(per_seed), statistics.stdev(per_seed) if len(per_seed) > 1 else math.nan
 
 
+def kl_cells(same: list[dict[str, Any]], known: list[str], novel: list[str], digits: int = 2) -> list[str]:
+    """KL × 1000 of a row: by domain, the mean over the known ones with its spread over seeds, the mean over the novel ones."""
+    mean, spread = mean_over(same, known, "kl")
+    return [
+        *(f"{1000 * mean_over(same, [name], 'kl')[0]:.{digits}f}" for name in [*known, *novel]),
+        f"{1000 * mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {1000 * spread:.{digits}f}"),
+        f"{1000 * mean_over(same, novel, 'kl')[0]:.{digits}f}",
+    ]
+
+
 def table(results: list[dict[str, Any]], protocol: dict[str, Any]) -> str:
     """The Markdown document."""
     known, novel = protocol["texts"]["known"], protocol["texts"]["novel"]
@@ -144,17 +154,9 @@ def table(results: list[dict[str, Any]], protocol: dict[str, Any]) -> str:
             if r is not full:
                 groups.setdefault((r["cell"]["bits"], r["cell"]["row"]), []).append(r)
         for (bits, row), same in groups.items():
-            by_domain = [f"{1000 * mean_over(same, [name], 'kl')[0]:.2f}" for name in [*known, *novel]]
-            k, spread = mean_over(same, known, "kl")
-            spread_text = "" if math.isnan(spread) else f" ± {1000 * spread:.2f}"
             exact = mean_over(same, [*known, *novel], "routing_exact")[0]
-            tail = [
-                f"{1000 * k:.2f}{spread_text}",
-                f"{1000 * mean_over(same, novel, 'kl')[0]:.2f}",
-                f"{exact:.1%}",
-                f"{same[0]['average_bits']:.3f}",
-            ]
-            lines.append(markdown_row([str(bits), row, *by_domain, *tail]))
+            tail = [f"{exact:.1%}", f"{same[0]['average_bits']:.3f}"]
+            lines.append(markdown_row([str(bits), row, *kl_cells(same, known, novel), *tail]))
         lines += [
             "",
             "Perplexity (seed 0):",
@@ -198,17 +200,28 @@ def markdown_row(values: list[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--protocol", type=Path, default=ROOT / "benchmarks" / "protocol.yaml")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality.md")
+    run_protocol(str(__doc__), "protocol.yaml", "quality.md", lambda results, protocol, name: table(results, protocol))
+
+
+def run_protocol(
+    doc: str,
+    protocol_name: str,
+    result_name: str,
+    document: Callable[[list[dict[str, Any]], dict[str, Any], str], str],
+    prepared: Callable[[dict[str, Any]], dict[str, Any]] = lambda protocol: protocol,
+) -> None:
+    """The command line of a benchmark of cells: run those of a protocol, and write its document if all of them were."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--protocol", type=Path, default=ROOT / "benchmarks" / protocol_name)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / result_name)
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--model", help="only this one's cells, and no table: for running models side by side")
     parser.add_argument("--only", help="only rows with this in their name, and no table")
     args = parser.parse_args()
-    protocol = yaml.safe_load(args.protocol.read_text())
+    protocol = prepared(yaml.safe_load(args.protocol.read_text()))
     results = run_all(protocol, args.cache, args.model, args.only)
     if args.model is None and args.only is None:
-        args.out.write_text(table(results, protocol))
+        args.out.write_text(document(results, protocol, args.protocol.name))
         print(f"written to {args.out}")
 
 

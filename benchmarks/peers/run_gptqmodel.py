@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 # It wants two of its own worker threads on the processor and by default gives itself half as many as there are processors: with two
@@ -18,7 +16,7 @@ from pathlib import Path
 if (os.cpu_count() or 1) < 3:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
-import torch
+import outcome
 from gptqmodel import GPTQModel, QuantizeConfig
 
 
@@ -30,15 +28,7 @@ def main(model_path: str, tokens: str, out: str, result: str) -> None:
     calibration = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows]
     model.quantize(calibration)
     model.save(out)
-    finished = time.perf_counter()
-    facts = {
-        "load_seconds": loaded - began,
-        "quantize_seconds": finished - loaded,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("gptqmodel", "transformers", "torch")},
-    }
-    Path(result).write_text(json.dumps(facts))
+    outcome.write(result, began, loaded, time.perf_counter(), ("gptqmodel", "transformers", "torch"))
 
 
 if __name__ == "__main__":

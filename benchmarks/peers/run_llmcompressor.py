@@ -6,13 +6,11 @@ python run_llmcompressor.py MODEL TOKENS.jsonl OUT RESULT.json
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
+import outcome
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import linearize_moe
@@ -37,15 +35,7 @@ def main(model_path: str, tokens: str, out: str, result: str) -> None:
         num_calibration_samples=len(windows),
     )
     model.save_pretrained(out, save_compressed=True)
-    finished = time.perf_counter()
-    facts = {
-        "load_seconds": loaded - began,
-        "quantize_seconds": finished - loaded,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("llmcompressor", "compressed-tensors", "transformers", "torch")},
-    }
-    Path(result).write_text(json.dumps(facts))
+    outcome.write(result, began, loaded, time.perf_counter(), ("llmcompressor", "compressed-tensors", "transformers", "torch"))
 
 
 if __name__ == "__main__":
