@@ -294,11 +294,15 @@ def test_what_needs_text(online: str) -> None:
     assert load_recipe({"rotation": {"online": online}}).needs_hessians
 
 
-def test_presets_with_rounded_activations_differ_in_the_rotation_alone() -> None:
-    recipes = {online: load_recipe(f"{name}-w4a4") for name, online in (("rtn", "none"), ("hadamard", "hadamard"), ("duquant", "duquant"))}
-    assert {online: recipe.rotation.online for online, recipe in recipes.items()} == {online: online for online in recipes}
-    first = recipes["none"]
-    assert all(load_recipe(recipe, {"rotation.online": "none"}) == first for recipe in recipes.values())
+def test_presets_with_rounded_activations_differ_in_smoothing_and_rotation_alone() -> None:
+    names = ("rtn", "hadamard", "smoothquant", "duquant")
+    recipes = {name: load_recipe(f"{name}-w4a4") for name in names}
+    found = {name: (recipe.smoothing.kind, recipe.rotation.online) for name, recipe in recipes.items()}
+    expected = [("none", "none"), ("none", "hadamard"), ("smoothquant", "none"), ("smoothquant", "duquant")]
+    assert found == dict(zip(names, expected, strict=True))
+    first = recipes["rtn"]
+    off = {"rotation.online": "none", "smoothing.kind": "none", "smoothing.aggregate": first.smoothing.aggregate}
+    assert all(load_recipe(recipe, off) == first for recipe in recipes.values())
     assert (first.weights.bits, first.weights.group_size, first.weights.symmetric, first.solver.clip_search) == (4, -1, False, True)
     assert first.activations.model_dump() == {"bits": 4, "symmetric": False, "clip": 0.9, "qkv_bits": 4}
 
