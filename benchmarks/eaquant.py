@@ -28,7 +28,11 @@ def with_copies(protocol: dict[str, Any]) -> dict[str, Any]:
         if not (ROOT / copy / "model.safetensors").exists():
             print(f"{copy}: logits moved by {inject(ROOT / model, ROOT / copy, protocol['outliers']['seed']):.1e} of their norm")
         copies.append(str(copy))
-    return {**protocol, "models": [*protocol["models"], *copies]}
+    rows = {
+        row: {**spec, "bits_of": dict.fromkeys(copies, spec["bits_of_copies"])} if "bits_of_copies" in spec else spec
+        for row, spec in protocol["cells"].items()
+    }
+    return {**protocol, "models": [*protocol["models"], *copies], "cells": rows}
 
 
 def table(results: list[Result], protocol: dict[str, Any], name: str) -> str:

@@ -2,7 +2,8 @@
 
     make bench-ebss        (or: .venv/bin/python benchmarks/ebss.py)
 
-Every row is kept in runs/ebss under a hash of everything it depends on, so that an interrupted run goes on where it was.
+Every row is kept in runs/quality under a hash of everything it depends on, so that an interrupted run goes on where it was; what models
+write here is what `make quality-moequant` calibrates on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 import yaml
-from quality import ROOT, TEXTS, digest, markdown_row
+from quality import ROOT, TEXTS, digest, markdown_row, written
 from transformers import AutoModelForCausalLM
 
 import moebit
@@ -30,16 +31,13 @@ WIKI = "wiki windows"
 def run(model: str, row: dict[str, Any], seed: int, sampling: dict[str, Any], cache: Path, code: str) -> dict[str, Any]:
     """What one row's text means to one model, from the cache where it is there."""
     path, sizes = ROOT / model, {"sequences": sampling["sequences"], "length": sampling["length"], "seed": seed}
+    if "text" not in row:
+        return written(path, row, **sizes, cache=cache)[1]
     key = digest(row, sizes, code, path / "config.json", path / "model.safetensors", TEXTS)
-    file = cache / f"{key}.json"
-    if file.exists():
-        return dict(json.loads(file.read_text()))
-    if "text" in row:
-        result = describe_text(path, {name: TEXTS / f"{name}.calib.txt" for name in row["text"]}, **sizes)
-    else:
-        result = moebit.sample(path, cache / f"{key}.jsonl", **row, **sizes, resume=True, overwrite=True)
-    file.write_text(json.dumps(result))
-    return result
+    file = cache / f"windows-{key}.json"
+    if not file.exists():
+        file.write_text(json.dumps(describe_text(path, {name: TEXTS / f"{name}.calib.txt" for name in row["text"]}, **sizes)))
+    return dict(json.loads(file.read_text()))
 
 
 def throughput(model: str, settings: dict[str, Any], cache: Path) -> dict[str, float]:
@@ -133,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--protocol", type=Path, default=ROOT / "benchmarks" / "protocol-moequant.yaml")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ebss.md")
-    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "ebss")
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--model", help="only this one")
     parser.add_argument("--only", help="only rows with this in their name")
     parser.add_argument("--seeds", type=int, help="only so many seeds")

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 import moebit
-from benchmarks.quality import ROOT, TEXTS, digest, markdown_row
+from benchmarks.quality import ROOT, TEXTS, digest, markdown_row, numeric_code
 from moebit.planning import BitPlan
 
 Cell = dict[str, Any]
@@ -31,14 +31,14 @@ def cells(protocol: dict[str, Any]) -> Iterator[Cell]:
     for model in protocol["models"]:
         for size, spec in protocol["sizes"].items():
             for row, how in protocol["rows"].items():
-                if row not in spec.get("only", [row]) or (row == "uniform" and size == "2.5"):
+                if size not in how.get("sizes", [size]):
                     continue
                 seeds = spec["seeds"] if row in spec.get("seeded", []) else spec["seeds"][:1]
                 for seed in seeds:
                     yield {"kind": "widths", "model": model, "size": size, "row": row, "seed": seed, **how}
     for model in protocol["models"]:
         for share in protocol["switching"]["shares"]:
-            for moved in protocol["switching"]["moved"]:
+            for moved in protocol["switching"]["moved"][: 1 if share != protocol["switching"]["shares"][0] else None]:
                 yield {
                     "kind": "switching",
                     "model": model,
@@ -251,7 +251,7 @@ def main() -> None:
     args = parser.parse_args()
     protocol = yaml.safe_load(args.protocol.read_text())
     args.cache.mkdir(parents=True, exist_ok=True)
-    code = digest(Path(moebit.__file__).parent)
+    code = digest(*numeric_code(), Path(moebit.__file__).parent / "recipes")
     todo = [cell for cell in cells(protocol) if args.model in (None, cell["model"])]
     results = []
     for number, cell in enumerate(todo, 1):

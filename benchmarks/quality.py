@@ -23,7 +23,7 @@ import torch
 import yaml
 
 import moebit
-from moebit.recipe import load_recipe
+from moebit.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ROOT / "reference" / "text"
@@ -57,7 +57,7 @@ def cells(protocol: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"model": model, "row": "full precision", "bits": 16, "seed": 0}
         for bits in protocol["bits"]:
             for row, spec in protocol["cells"].items():
-                if not spec or bits not in spec.get("bits", protocol["bits"]):
+                if not spec or bits not in spec.get("bits_of", {}).get(model, spec.get("bits", protocol["bits"])):
                     continue
                 seeds = protocol["seeds"].get(bits, protocol["seeds"]["other"])
                 for seed in seeds if "calibration" in spec and not spec.get("one_seed") else [0]:
@@ -65,27 +65,25 @@ def cells(protocol: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def run(cell: dict[str, Any], protocol: dict[str, Any], cache: Path, code: str) -> dict[str, Any]:
-    """One cell's evaluation, from the cache where it is there."""
+    """One cell's evaluation, from the cache where it is there. Rows that come to the same recipe and text share it."""
     texts, calibration = protocol["texts"], protocol["calibration"]
     names = [*texts["known"], *texts["novel"]]
     model = ROOT / cell["model"]
-    widths = protocol.get("widths", {}).get(cell["bits"], {"weights.bits": cell["bits"]})
-    recipe = load_recipe(cell["recipe"].format(bits=cell["bits"]), widths) if "recipe" in cell else None
-    key = digest(
-        cell, texts, calibration, code, recipe.digest() if recipe else None, model / "config.json", model / "model.safetensors", TEXTS
-    )
+    source = calibration[cell["calibration"]] if "calibration" in cell else None
+    recipe = recipe_of(cell, protocol)
+    parts = (texts, source, cell["seed"], recipe.digest() if recipe else None)
+    key = digest(*parts, code, model / "config.json", model / "model.safetensors", TEXTS)
     file = cache / f"{key}.json"
     if file.exists():
-        return dict(json.loads(file.read_text()))
+        return json.loads(file.read_text()) | {"cell": cell}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         out = model
         if recipe is not None:
             out = Path(scratch) / "out"
-            chosen = calibration_texts(cell, calibration, model, cache, code)
-            sizes = {"calibration.samples": calibration["samples"], "calibration.seq_len": calibration["seq_len"]} if chosen else {}
+            chosen = calibration_texts(source, calibration, cell, cache)
             began = time.perf_counter()
-            moebit.quantize(model, out, recipe=recipe, text=chosen, overrides={**sizes, **cell.get("set", {})}, seed=cell["seed"])
+            moebit.quantize(model, out, recipe=recipe, text=chosen, seed=cell["seed"])
         quantized = time.perf_counter() - began
         evaluated = {name: TEXTS / f"{name}.{texts.get('split', 'eval')}.txt" for name in names}
         result = moebit.evaluate(
@@ -98,18 +96,36 @@ def run(cell: dict[str, Any], protocol: dict[str, Any], cache: Path, code: str) 
     return result
 
 
-def calibration_texts(cell: dict[str, Any], calibration: dict[str, Any], model: Path, cache: Path, code: str) -> dict[str, Path]:
-    """The files that a cell is calibrated on: the texts of domains, or what the model writes itself (kept for other cells)."""
-    if "calibration" not in cell:
+def recipe_of(cell: dict[str, Any], protocol: dict[str, Any]) -> Recipe | None:
+    """The recipe of a cell with everything that the protocol and the cell set in it; None for full precision."""
+    if "recipe" not in cell:
+        return None
+    calibration, bits = protocol["calibration"], cell["bits"]
+    sizes = {"calibration.samples": calibration["samples"], "calibration.seq_len": calibration["seq_len"]} if "calibration" in cell else {}
+    widths = protocol.get("widths", {}).get(bits, {"weights.bits": bits})
+    return load_recipe(cell["recipe"].format(bits=bits), {**widths, **sizes, **cell.get("set", {})})
+
+
+def calibration_texts(source: Any, calibration: dict[str, Any], cell: dict[str, Any], cache: Path) -> dict[str, Path]:
+    """The files that a cell is calibrated on: the texts of domains, or what the model writes itself."""
+    if source is None:
         return {}
-    source = calibration[cell["calibration"]]
     if not isinstance(source, dict):
         return {name: TEXTS / f"{name}.calib.txt" for name in source}
-    sizes = {"sequences": calibration["samples"], "length": calibration["seq_len"], "seed": cell["seed"]}
-    file = cache / f"sample-{digest(source, sizes, code, model / 'config.json', model / 'model.safetensors')}.jsonl"
-    if not file.exists():
-        moebit.sample(model, file, **source, **sizes, resume=True)
-    return {"sample": file}
+    return {"sample": written(ROOT / cell["model"], source, calibration["samples"], calibration["seq_len"], cell["seed"], cache)[0]}
+
+
+def written(model: Path, how: dict[str, Any], sequences: int, length: int, seed: int, cache: Path) -> tuple[Path, dict[str, Any]]:
+    """(file, report) of text that a model wrote itself, kept for whoever asks for the same."""
+    sizes = {"sequences": sequences, "length": length, "seed": seed}
+    package = Path(moebit.__file__).parent
+    code = [package / "calibration", package / "model"]
+    key = digest(how, sizes, *code, model / "config.json", model / "model.safetensors")
+    file, report = cache / f"sample-{key}.jsonl", cache / f"sample-{key}.json"
+    if not report.exists():
+        made = moebit.sample(model, file, **how, **sizes, resume=True, overwrite=True)
+        report.write_text(json.dumps(made))
+    return file, dict(json.loads(report.read_text()))
 
 
 def mean_over(results: list[dict[str, Any]], names: list[str], key: str) -> tuple[float, float]:
