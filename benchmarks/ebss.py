@@ -65,7 +65,7 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]], speeds: dict[str,
         "# Text that a model writes itself, against windows of text",
         "",
         "Made by `make bench-ebss`; the protocol is the `sampling` part of [protocol-moequant.yaml](../protocol-moequant.yaml): "
-        f"{tokens:,} tokens a row, means over the seeds that it names.",
+        f"{tokens:,} tokens a row where it says nothing else, means over the seeds that it names.",
         "Imbalance sigma is 0 where all experts of a layer get as many tokens, 1 where one gets all; std = sigma / sqrt(experts) is what",
         "the paper's table has. `below wiki` says how many times lower it is than that of random windows of wiki.",
         "",
@@ -146,8 +146,9 @@ def main() -> None:
     for model in (m for m in protocol["models"] if args.model in (None, m)):
         for name, row in sampling["rows"].items():
             if args.only is None or args.only in name:
-                how = {key: value for key, value in row.items() if key != "seeds"}
-                found = [run(model, how, seed, sampling, args.cache, code) for seed in row.get("seeds", sampling["seeds"])]
+                how = {key: value for key, value in row.items() if key not in ("seeds", "sequences")}
+                size = {**sampling, "sequences": row.get("sequences", sampling["sequences"])}
+                found = [run(model, how, seed, size, args.cache, code) for seed in row.get("seeds", sampling["seeds"])]
                 results.setdefault(model, {})[name] = found
                 print(f"{model} {name}: sigma {statistics.fmean(r['sigma'] for r in found):.4f}", flush=True)
     speeds = {} if args.no_speed else {model: throughput(model, sampling["throughput"], args.cache) for model in results}
