@@ -76,7 +76,7 @@ def gptq_block(
 ) -> None:
     """`kernels.gptq_block` in one launch over experts x rows: the same arguments, float32 or float64.
 
-    The arithmetic is that of the plain form (`solver.gptq_block`), operation by operation: nothing is fused, division rounds as IEEE has it.
+    The arithmetic is that of the plain form (`solver.gptq_block`), operation by operation: nothing is fused, division rounds correctly.
     """
     experts, rows, inputs = w_EOI.shape
     width = carried_EOB.shape[2]
