@@ -623,6 +623,8 @@ def _show_activations(said: dict[str, Any]) -> None:
     """How inputs are rounded and rotated, and where not."""
 
     def grid(part: dict[str, Any]) -> str:
+        if part.get("float8"):
+            return "float8 per token"
         kind = "symmetric" if part["symmetric"] else "asymmetric"
         return f"{part['bits']} bits per token, {kind}, clip {part['clip']}"
 
