@@ -8,6 +8,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: one thread ea
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # Triton's kernels are interpreted, which it decides when it is first imported, maybe by transformers
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.models import Checkpoints
 from tests.outputs import Outputs

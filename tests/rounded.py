@@ -28,6 +28,8 @@ def rounded(x: Tensor, said: dict[str, Any] | None) -> Tensor:
     """Rows of the last axis on their grids, in float32 as the format has it: where a model clips its values, there are ties."""
     if said is None:
         return x
+    if said.get("float8"):
+        return torch.from_numpy(rounded_to_float8(x.detach().float().numpy())).to(x.dtype)
     rows, bits, clip = x.detach().float().numpy(), said["bits"], np.float32(said["clip"])
     if said["symmetric"]:
         scale = clip * np.abs(rows).max(-1, keepdims=True) / (2 ** (bits - 1) - 1)
@@ -40,6 +42,18 @@ def rounded(x: Tensor, said: dict[str, Any] | None) -> Tensor:
         zero = np.rint(-low / scale)
         codes = np.clip(np.rint(rows / scale) + zero, 0, 2**bits - 1) - zero
     return torch.from_numpy(codes * scale).to(x.dtype)
+
+
+# The positive numbers of float8 e4m3: three bits of mantissa under four of exponent, the first eight without the leading one.
+E4M3 = np.array([(8 + m) * 2.0 ** (e - 10) if e else m * 2.0**-9 for e in range(16) for m in range(8)][:-1])
+
+
+def rounded_to_float8(rows: np.ndarray) -> np.ndarray:
+    """Each row's largest magnitude on 448, every number on the nearest of `E4M3`, of two as near on the one with an even mantissa."""
+    scale = np.maximum(np.abs(rows).max(-1, keepdims=True) / np.float32(448), np.float32(1 / (448 * 512)))
+    position = np.abs(rows / scale)[..., None]
+    away = np.abs(position - E4M3) + np.where(np.arange(len(E4M3)) % 2, 1e-9 * position, 0)
+    return (np.sign(rows) * E4M3[away.argmin(-1)]).astype(np.float32) * scale
 
 
 def walsh(size: int) -> np.ndarray:

@@ -193,7 +193,10 @@ def generate(
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token every time (the default).")] = False,
     temperature: Annotated[float, typer.Option(help="Draw tokens at this temperature instead.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    path: Annotated[str, typer.Option(help="How packed weights are multiplied: auto, reference, dequantize, float or integer.")] = "auto",
+    path: Annotated[
+        str, typer.Option(help="How packed weights are multiplied: auto, reference, dequantize, float, integer or triton.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="Where the models run: cpu or cuda.")] = "cpu",
     json_file: JsonOption = None,
 ) -> None:
     """Continue a prompt: the text, the speed and the memory."""
@@ -204,6 +207,7 @@ def generate(
     result = moebit.generate(
         model, prompt=prompt, against=against, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
         path=path,  # type: ignore[arg-type] # checked there
+        device=device,
     )  # fmt: skip
     if not _write_json(json_file, asdict(result)):
         _show_generation(prompt, result)
@@ -619,6 +623,8 @@ def _show_activations(said: dict[str, Any]) -> None:
     """How inputs are rounded and rotated, and where not."""
 
     def grid(part: dict[str, Any]) -> str:
+        if part.get("float8"):
+            return "float8 per token"
         kind = "symmetric" if part["symmetric"] else "asymmetric"
         return f"{part['bits']} bits per token, {kind}, clip {part['clip']}"
 
@@ -802,7 +808,7 @@ def _show_generation(prompt: str, result: Any) -> None:
         out.print(f"[bold]{escape(run.model)}[/bold]")
         out.print(prompt, style="dim", end="", markup=False, highlight=False, soft_wrap=True)
         out.print(run.text, markup=False, highlight=False, soft_wrap=True)
-    table = _table("", "prompt", "tokens/s", "written", "tokens/s", "weights", "whole process")
+    table = _table("", "prompt", "tokens/s", "written", "tokens/s", "weights", "whole process", "products")
     for run in runs:
         decode = "-" if run.decode is None else f"{run.decode:.1f}"
         row = (
@@ -812,6 +818,7 @@ def _show_generation(prompt: str, result: Any) -> None:
             decode,
             size(run.weights_bytes),
             size(run.resident_bytes),
+            ", ".join(run.products) or "-",
         )
         table.add_row(escape(run.model), *row)
     out.print(table)

@@ -48,6 +48,7 @@ from moebit.profiling.prepare import check_profile, prepare
 from moebit.profiling.profile import data_sets
 from moebit.recipe import Recipe, load_recipe
 from moebit.report.command import python_call
+from moebit.tensor import backend_of
 from moebit.transforms import transformed
 
 DEFAULT_MEMORY = 4 * 2**30
@@ -197,6 +198,7 @@ def quantize(
     identity = _identity(checkpoint, chosen, windows, memory, seed) | ({"bit_plan": bits.digest()} if bits else {})
     identity |= {"pool": digest(pool)} if pool is not None else {}
     identity |= {"profile": _digest_of(sets)} if sets is not None else {}
+    identity |= {"solver_kernel": backend_of(torch.device(device))} if device != "cpu" else {}
     try:
         with OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite) as output:
             report = progress or (lambda what, done, total: None)

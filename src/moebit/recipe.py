@@ -75,7 +75,8 @@ class ActivationsSection(_Section):
     symmetric: without a zero point. clip: share of a token's range that the grid covers.
     qkv_bits: of query, key and value, per token and head, where the architecture's attention allows it; the plan says where not.
 
-    The native format carries it: moebit's runtime and `moebit evaluate` do it. compressed-tensors has 8 bits, symmetric, which engines do.
+    The native format carries it: moebit's runtime and `moebit evaluate` do it. compressed-tensors has 8 bits, symmetric, which engines do,
+    and `moebit evaluate` as vLLM does.
     Calibration runs on unrounded activations.
     """
 

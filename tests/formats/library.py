@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.models import quiet, windows
 from tests.outputs import read_config, stored_tensors
+from tests.rounded import ORACLE, rounded
 
 
 def by_the_library(output: Path) -> dict[str, Tensor]:
@@ -50,14 +51,14 @@ def plain_transformers(tmp_path: Path, models: dict[str, tuple[Path, str]]) -> t
     return load_file(tmp_path / "logits"), {name: message for error in errors for name, message in error.items()}
 
 
-def reference_model(original: Path, output: Path, tmp_path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def reference_model(original: Path, output: Path, tmp_path: Path, dtype: torch.dtype, experts: str = "eager") -> PreTrainedModel:
     """The original architecture with the weights that the library decompresses, as a checkpoint of its own."""
     save_file(
         {name: value.contiguous() for name, value in by_the_library(output).items()}, tmp_path / "model.safetensors", {"format": "pt"}
     )
     (tmp_path / "config.json").write_text((original / "config.json").read_text())
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, experts_implementation="eager").eval()  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, experts_implementation=experts).eval()  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -81,3 +82,18 @@ def rounded_to_float8(x: Tensor) -> Tensor:
     scale = (x.abs().amax(tuple(range(2, x.ndim)), keepdim=True) if x.ndim > 2 else x.abs().amax()) / 448
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+
+def engines_model(original: Path, output: Path, tmp_path: Path) -> PreTrainedModel:
+    """The same with all inputs rounded per token as vLLM does: those of linears, of experts and of their down projections."""
+    model = reference_model(original, output, tmp_path, torch.float32, ORACLE)
+    said = read_config(output)["quantization_config"]
+    (kind,) = {group["input_activations"]["type"] for group in said["config_groups"].values()}
+    how = {"float8": True} if kind == "float" else {"bits": 8, "symmetric": True, "clip": 1.0}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name not in said["ignore"]:
+            module.register_forward_pre_hook(lambda _, args: (rounded(args[0], how),))
+        elif getattr(module, "down_proj", None) is not None and name.endswith(".experts"):
+            eyes = [torch.eye(size, dtype=torch.float64) for size in module.down_proj.shape[1:]]
+            module.oracle = (eyes[0], [eyes[1]], how)
+    return model

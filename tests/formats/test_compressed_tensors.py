@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ from moebit.formats.native import PackedSpec
 from moebit.formats.opening import open_checkpoint
 from moebit.planning import BitPlan, Plan
 from moebit.tensor import QTensor, QuantScheme, solve_rtn
-from tests.formats.library import by_the_library, plain_transformers, reference_logits, reference_model
-from tests.models import ARCHITECTURES, EXPERTS, HIDDEN, INTERMEDIATE, Architecture, Checkpoints, random_model, save
+from tests.formats.library import by_the_library, engines_model, plain_transformers, reference_logits, reference_model
+from tests.models import ARCHITECTURES, EXPERTS, HIDDEN, INTERMEDIATE, Architecture, Checkpoints, random_model, save, windows
 from tests.outputs import read_config, stored_tensors, token_file
+from tests.test_activations import streamed
 
 METHOD = "compressed-tensors"
 CHANNEL = {"weights": {"bits": 4, "group_size": -1}}
@@ -355,6 +358,31 @@ def test_evaluate_and_inspect(written: Written, tmp_path: Path) -> None:
     assert found["format"] == METHOD
     assert found["average_bits"] == packed["average_bits"]
     assert {name: verdict["runs"] for name, verdict in found["engines"].items()} == {"transformers": True, "vllm": False}
+
+
+@pytest.mark.parametrize(("architecture", "name"), [("qwen2_moe", "w8a8"), ("mixtral", "fp8")])
+def test_inputs_are_rounded_as_engines_do(architecture: str, name: str, written: Written, tmp_path: Path) -> None:
+    """Streamed, as `evaluate` has them: the logits of a naive run that rounds every input. Few numbers fall to the other side of a tie."""
+    recipe, of_it = {"w8a8": EIGHT, "fp8": FP8}[name], ARCHITECTURES[architecture]
+    output, original = written.output(of_it, name, recipe), written.checkpoints.path(of_it)
+    with torch.no_grad():
+        wanted = engines_model(original, output, tmp_path)(input_ids=windows()[:3], use_cache=False).logits
+        whole = reference_model(original, output, tmp_path, torch.float32)(input_ids=windows()[:3], use_cache=False).logits
+    got, rounding = streamed(output, 3), float((wanted - whole).norm())
+    assert float((got - wanted).norm()) < 0.1 * rounding
+    assert rounding > 0.003 * float(whole.norm())
+    said = moebit.inspect(output)["quantized"]["activations"]["inputs"]
+    assert said == {"bits": 8, "symmetric": True, "clip": 1.0, **({"float8": True} if name == "fp8" else {})}
+
+
+def test_activations_of_others_are_refused(written: Written, tmp_path: Path) -> None:
+    output = written.output(ARCHITECTURES["mixtral"], "w8a8", EIGHT)
+    shutil.copytree(output, tmp_path / "static")
+    config = read_config(output)
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"]["dynamic"] = False
+    (tmp_path / "static" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInputError, match=r"'dynamic': False.*8 bits per token"):
+        open_checkpoint(tmp_path / "static")
 
 
 def test_the_plan_knows_the_size(written: Written, checkpoints: Checkpoints) -> None:

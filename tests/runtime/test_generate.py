@@ -44,6 +44,7 @@ def test_what_transformers_would_write(models: tuple[Path, Path]) -> None:
     assert result.differ_at == (same.index(False) if False in same else None)
     assert result.model.text == byte_tokenizer().decode(wanted[0], skip_special_tokens=True)
     assert result.model.prompt_tokens == len(PROMPT)
+    assert (result.model.products, result.reference.products) == (("auto",), ())
     assert result.model.weights_bytes < result.reference.weights_bytes < result.reference.resident_bytes
     assert min(result.model.prefill, result.model.decode or 0) > 0
 
@@ -75,6 +76,7 @@ def test_refusals(models: tuple[Path, Path], outputs: Outputs, tmp_path: Path) -
         ("temperature nan", {"temperature": float("nan")}),
         ("temperature -1", {"temperature": -1.0}),
         ("'fast'", {"path": "fast"}),
+        *([] if torch.cuda.is_available() else [("--device cuda: this torch sees no CUDA device", {"device": "cuda"})]),
         ("unfinished", {"model": "out.partial"}),
         ("no such directory", {"model": str(tmp_path / "nowhere")}),
     ):

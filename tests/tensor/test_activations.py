@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebit.tensor.activations import Rounding, round_rows
+from moebit.tensor.activations import Rounding, round_rows, round_rows_to_float8
 from tests.reference import naive_round_row
+from tests.rounded import rounded_to_float8
 
 WIDTHS = (3, 4, 5, 6, 7, 8)
 
@@ -78,3 +79,18 @@ def test_the_input_is_left_alone() -> None:
     round_rows(x, 4, symmetric=False)
     round_rows(x, 4, symmetric=True)
     assert torch.equal(x, before)
+
+
+def test_float8() -> None:
+    """Against the table of its numbers; the row's largest magnitude stays, and a row far below it loses what has no numbers there."""
+    x = rows().float()
+    x[9] *= 1e-4  # under vLLM's least scale
+    got = round_rows_to_float8(x)
+    torch.testing.assert_close(got, torch.from_numpy(rounded_to_float8(x.numpy())), rtol=1e-6, atol=0)
+    assert torch.equal(got, Rounding(8, True, float8=True)(x))
+    assert torch.equal(got.view(3, 4, 24), round_rows_to_float8(x.view(3, 4, 24)))
+    assert round_rows_to_float8(x.bfloat16()).dtype == torch.bfloat16
+    ties = torch.tensor([[448.0, 25.0, 27.0, -29.0, 17.0, 0.001, 2**-10, 3 * 2**-10]])  # at scale 1: steps of 2 from 16 to 32
+    assert round_rows_to_float8(ties).tolist() == [[448.0, 24.0, 28.0, -28.0, 16.0, 0.001953125, 0.0, 2 * 2**-9]]
+    x[0, 0], x[1, 1] = torch.nan, -torch.inf
+    assert round_rows_to_float8(x).isnan().any(1).tolist() == [True, True] + [False] * 10

@@ -63,7 +63,8 @@ def read_activations(config: Mapping[str, Any]) -> Activations:
 
 
 def _rounding(rounding: Rounding) -> dict[str, Any]:
-    return {"bits": rounding.bits, "symmetric": rounding.symmetric, "clip": rounding.clip}
+    said = {"bits": rounding.bits, "symmetric": rounding.symmetric, "clip": rounding.clip}
+    return {**said, "float8": True} if rounding.float8 else said  # compressed-tensors only: the native format has integers
 
 
 def describe_activations(activations: Activations) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from moebit.model.experts import ExpertsLayout, layout_of
 from moebit.model.files import TensorEntry, TensorSpec
 from moebit.model.seam import is_experts
 from moebit.tensor import QTensor, pack, packed_row_bytes, unpack
+from moebit.tensor.activations import Rounding
 from moebit.tensor.grid import FLOAT8, dequantize
 
 METHOD = "compressed-tensors"
@@ -279,12 +280,13 @@ class PackedEntry(TensorEntry):
     """A quantized matrix, read as the dequantized weight X.weight in the type of its scales: what an engine makes of it.
 
     Attributes:
-        parts: its tensors by suffix. bits, group_size: its grid.
+        parts: its tensors by suffix. bits, group_size: its grid. inputs: how engines round what it is multiplied with.
     """
 
     parts: Mapping[str, TensorEntry]
     bits: int
     group_size: int
+    inputs: Rounding | None = None
 
     @property
     def stored(self) -> tuple[TensorEntry, ...]:
@@ -312,15 +314,15 @@ def virtual_entries(entries: Mapping[str, TensorEntry], config: Mapping[str, Any
     Raises:
         BadInputError: a grid that moebit does not write, tensors that do not fit together.
     """
-    grids = [(group["targets"], _grid(group)) for group in config["config_groups"].values()]
+    grids = [(group["targets"], (*_grid(group), _inputs(group))) for group in config["config_groups"].values()]
     result: dict[str, TensorEntry] = {}
     for name, entry in entries.items():
         module, _, leaf = name.rpartition(".")
         if leaf == "weight_packed" or (leaf == "weight" and f"{module}.weight_scale" in entries):
-            bits, group_size = next((grid for targets, grid in grids if _matches(module, targets)), (0, 0))
+            bits, group_size, inputs = next((grid for targets, grid in grids if _matches(module, targets)), (0, 0, None))
             if not bits:
                 raise BadInputError(f"{module}: quantized, but no group of config.json has it for a target; the output is damaged")
-            result[f"{module}.weight"] = _packed_entry(entries, module, leaf, bits, group_size)
+            result[f"{module}.weight"] = replace(_packed_entry(entries, module, leaf, bits, group_size), inputs=inputs)
         elif leaf not in ("weight_scale", "weight_shape"):
             result[name] = entry
     return result
@@ -331,6 +333,16 @@ def _grid(group: Mapping[str, Any]) -> tuple[int, int]:
     if not weights["symmetric"] or weights["strategy"] not in ("group", "channel"):
         raise BadInputError(f"compressed-tensors weights {dict(weights)}: moebit reads the symmetric grids that it writes")
     return int(weights["num_bits"]), -1 if weights["strategy"] == "channel" else int(weights["group_size"])
+
+
+def _inputs(group: Mapping[str, Any]) -> Rounding | None:
+    """What vLLM's kernels do: int8 with the largest magnitude of a token on 127, or float8 with it on 448, ties to even."""
+    said = group.get("input_activations")
+    if said is None:
+        return None
+    if not said["symmetric"] or said["strategy"] != "token" or not said["dynamic"] or said["num_bits"] != 8:
+        raise BadInputError(f"compressed-tensors activations {dict(said)}: moebit reads the 8 bits per token that it writes")
+    return Rounding(8, symmetric=True, float8=said["type"] == "float")
 
 
 def _matches(module: str, targets: Iterable[str]) -> bool:
@@ -394,6 +406,14 @@ class CompressedWeights(Weights):
                 entries = {projection: [self._packed[f"{stored}.weight"] for stored in every] for projection, every in parts.items()}
                 result[name] = {projection: _stack(every, is_experts(module)) for projection, every in entries.items()}
         return result
+
+    def inputs(self) -> dict[str, Rounding]:
+        """How engines round the inputs of quantized modules (experts: those of down, too); those that they leave are not here."""
+        if not any(entry.inputs for entry in self._packed.values() if isinstance(entry, PackedEntry)):
+            return {}
+        firsts = {name: next(iter(stored_modules(self._inner, name).values()))[0] for name in self.modules()}
+        entries: dict[str, Any] = {name: self._packed[f"{stored}.weight"] for name, stored in firsts.items()}
+        return {name: entry.inputs for name, entry in entries.items() if entry.inputs}
 
     def _all_packed(self, parameter: str) -> bool:
         return all(isinstance(self._packed[stored], PackedEntry) for stored in self._inner.stored_names(parameter))

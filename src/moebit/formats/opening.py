@@ -21,7 +21,7 @@ from moebit.model.seam import is_experts
 
 
 def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float32) -> Checkpoint:
-    """A checkpoint directory or hub id; moebit's own outputs are dequantized as they are read.
+    """A checkpoint directory or hub id; moebit's own outputs are dequantized as they are read, and inputs are rounded where they say so.
 
     Args:
         compute: the type in which its layers are to be computed; None takes what is fastest here without losing accuracy that is stored.
@@ -36,7 +36,10 @@ def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float
     if compressed_tensors.is_output(path, quantization):
         config = load_config(path)
         model_of_it, stored = skeleton(config), read_index(path)
-        return Checkpoint(path, config, model_of_it, CompressedWeights(model_of_it, stored, quantization), stored)
+        weights = CompressedWeights(model_of_it, stored, quantization)
+        for name, rounding in weights.inputs().items():
+            attach(model_of_it, Activations(rounding), [name])
+        return Checkpoint(path, config, model_of_it, weights, stored)
     if quantization.get("quant_method") != METHOD:
         return open_hub_checkpoint(path, compute)
     import moebit.runtime  # noqa: F401 - registers the quantizer, so that transformers can read this configuration
@@ -61,7 +64,9 @@ def quantized_modules(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Mapping
 
 
 def activations_of(checkpoint: Checkpoint) -> Activations:
-    """What an output asks of those who run it; nothing for checkpoints and other formats."""
+    """What an output asks of those who run it; nothing for checkpoints."""
+    if isinstance(checkpoint.weights, CompressedWeights):
+        return Activations(next(iter(checkpoint.weights.inputs().values()), None))
     quantization = read_config(checkpoint.path).get("quantization_config") or {}
     return read_activations(quantization) if quantization.get("quant_method") == METHOD else Activations()
 

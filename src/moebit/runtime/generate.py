@@ -17,7 +17,7 @@ from moebit.calibration.text import load_tokenizer
 from moebit.errors import BadInputError
 from moebit.model.activations import resident_bytes
 from moebit.model.checkpoint import load_config, resolve
-from moebit.runtime.packed import PackedModule, use
+from moebit.runtime.packed import PackedModule, multiplied, use
 from moebit.runtime.paths import PATHS, Path
 
 WARM_UP_TOKENS = 2
@@ -31,7 +31,8 @@ class Generated:
         model: as it was named. text: the continuation, without the prompt. tokens: its ids.
         prompt_tokens: length of the prompt.
         prefill, decode: tokens per second of reading the prompt and of writing; `decode` is None for a single token.
-        weights_bytes: parameters and buffers. resident_bytes: the whole process, behind the last token.
+        weights_bytes: parameters and buffers. resident_bytes: the whole process, behind the last token (not what lies on a GPU).
+        products: the ways in which packed matrices were multiplied (`moebit.runtime.multiplied`); empty if none are packed.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Generated:
     decode: float | None
     weights_bytes: int
     resident_bytes: int
+    products: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     path: Path = "auto",
+    device: str = "cpu",
 ) -> Generation:
     """Continue a prompt with transformers' own loop.
 
@@ -85,6 +88,7 @@ def generate(
         max_new_tokens: at most so many; an end token stops earlier.
         temperature: 0 takes the likeliest token, more draws from the distribution. seed: of the draws, the same for both.
         path: how packed matrices are multiplied (`moebit.runtime.PATHS`); of no effect on what is not packed.
+        device: where the models run, `cpu` or `cuda`.
 
     Raises:
         BadInputError: no tokenizer, an empty prompt, numbers that make no sense, a model that does not load.
@@ -95,12 +99,14 @@ def generate(
         raise BadInputError(f"temperature {temperature}: 0 for the likeliest token, or a positive number")
     if path not in PATHS:
         raise BadInputError(f"no way of multiplying is called {path!r}: choose from {', '.join(PATHS)}")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise BadInputError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    ours = _run(model, prompt, max_new_tokens, sampling, seed, path)
+    ours = _run(model, prompt, max_new_tokens, sampling, seed, path, device)
     if against is None:
         return Generation(ours)
     gc.collect()  # modules of transformers refer to each other in circles
-    theirs = _run(against, prompt, max_new_tokens, sampling, seed, "auto")
+    theirs = _run(against, prompt, max_new_tokens, sampling, seed, "auto", device)
     return Generation(ours, theirs, _first_difference(ours.tokens, theirs.tokens))
 
 
@@ -111,7 +117,7 @@ def _first_difference(a: list[int], b: list[int]) -> int | None:
     return None if len(a) == len(b) else min(len(a), len(b))
 
 
-def _run(name: str | File, prompt: str, max_new_tokens: int, sampling: dict[str, Any], seed: int, path: Path) -> Generated:
+def _run(name: str | File, prompt: str, max_new_tokens: int, sampling: dict[str, Any], seed: int, path: Path, device: str) -> Generated:
     if str(name).endswith(".partial"):
         raise BadInputError(f"{name}: unfinished output of an interrupted run; finish it with `moebit quantize ... --resume`")
     directory = resolve(name)
@@ -121,11 +127,14 @@ def _run(name: str | File, prompt: str, max_new_tokens: int, sampling: dict[str,
     ids: Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise BadInputError("the prompt is empty: give at least one token to go on from")
-    model = _load(directory)
+    model, ids = _load(directory).to(device), ids.to(device)
     if path != "auto" and any(isinstance(module, PackedModule) for module in model.modules()):
         use(model, path)
     clock = _Clock()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():  # transformers draws from the global generator
+    with (
+        torch.random.fork_rng(devices=[] if device == "cpu" else [device]),
+        torch.no_grad(),
+    ):  # transformers draws from the global generators
         _continue(model, ids, WARM_UP_TOKENS, sampling, None)
         torch.manual_seed(seed)
         tokens = _continue(model, ids, max_new_tokens, sampling, clock)
@@ -139,6 +148,7 @@ def _run(name: str | File, prompt: str, max_new_tokens: int, sampling: dict[str,
         decode=(len(tokens) - 1) / (last - first) if len(tokens) > 1 else None,
         weights_bytes=sum({t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}.values()),
         resident_bytes=resident_bytes(),
+        products=multiplied(model),
     )
 
 

@@ -28,7 +28,7 @@ LEVELS = 127 * 256 + 127  # the largest input in integers: its two bytes are sig
 
 @dataclass(frozen=True)
 class Stack:
-    """Packed matrices on the CPU, ready for the kernels.
+    """Packed matrices, ready for the kernels.
 
     Attributes:
         codes: uint8, flat; scale: [E, O, G]; zeros: uint8, flat, or None if symmetric.
@@ -47,6 +47,12 @@ class Stack:
     @property
     def group(self) -> int:
         return self.shape[1] // self.scale.shape[-1]
+
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """bits int32, code_at and zero_at int64 on the device of the codes."""
+        bits, *places = (torch.from_numpy(table).to(self.codes.device) for table in (self.bits, self.code_at, self.zero_at))
+        return bits.int(), places[0], places[1]
 
     @cached_property
     def arrays(self) -> tuple[Any, ...]:

@@ -1,4 +1,7 @@
-"""Modules whose weights stay packed in memory: multiplied as they are, or dequantized one matrix at a time."""
+"""Modules whose weights stay packed in memory: multiplied as they are, or dequantized one matrix at a time.
+
+On a CUDA device everything here stays there but the number of tokens of each expert, which the host waits for once per layer.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from moebit.formats.overlay import OverlaySpec
 from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots, dispatch, finish, intermediate, layout_of
 from moebit.model.inputs import InputStep
 from moebit.runtime.kernels import Stack
-from moebit.runtime.paths import PATHS, Path, compiled, dequantized, few_rows, packed_product, why_not_integer
+from moebit.runtime.paths import ALWAYS, PATHS, Path, by_triton, compiled, dequantized, few_rows, packed_product, taken, why_not
 
 EXPERTS_IMPLEMENTATION = "moebit"
 
@@ -58,6 +61,8 @@ class PackedModule(nn.Module):
 
     def few_rows(self, e: int, dtype: torch.dtype) -> int:
         """Up to how many rows of input matrix e is multiplied as it is packed."""
+        if by_triton(self.path, self.codes.device, dtype):
+            return ALWAYS
         if not compiled(self.path, self.codes.device, dtype):
             return 0
         return few_rows(self.path, self.stack(), self.spec.bits[e], dtype, matrices=8 if self.spec.stacked else 1)
@@ -121,8 +126,8 @@ class PackedLinear(PackedModule):
         differentiable = x.requires_grad and torch.is_grad_enabled()  # with respect to the input; packed weights have no gradient
         if differentiable or not 0 < rows <= self.few_rows(0, x.dtype):
             return nn.functional.linear(x, self.unpacked(x.dtype), self.bias)
-        y = torch.empty(rows, self.out_features)
-        packed_product(self.path, self.stack(), x.reshape(rows, -1), [0], [0, rows], torch.arange(rows), y)
+        y = torch.empty(rows, self.out_features, device=x.device)
+        packed_product(self.path, self.stack(), x.reshape(rows, -1), [0], [0, rows], torch.arange(rows, device=x.device), y)
         result = y.view(*x.shape[:-1], self.out_features)
         return result.to(x.dtype) if self.bias is None else (result + self.bias).to(x.dtype)
 
@@ -183,12 +188,18 @@ def use(model: nn.Module, path: Path) -> nn.Module:
     if not modules:
         raise BadInputError(f"{type(model).__name__} has no packed modules: load a native output of moebit")
     for name, module in modules.items():
-        reason = why_not_integer(module.stack()) if path == "integer" else None
+        reason = why_not(path, module.stack())
         if reason:
-            raise BadInputError(f"{name} cannot be multiplied in integers: {reason}; use 'auto' or 'float'")
+            raise BadInputError(f"{name} cannot be multiplied by {path!r}: {reason}")
     for module in modules.values():
         module.path = path
     return model
+
+
+def multiplied(model: nn.Module) -> tuple[Path, ...]:
+    """The ways in which a model's packed modules multiply where they lie now; none if it has no packed modules."""
+    found = {taken(module.path, module.codes.device) for module in model.modules() if isinstance(module, PackedModule)}
+    return tuple(path for path in PATHS if path in found)
 
 
 def pack_experts(module: Any, path: str, specs: dict[str, PackedSpec], overlays: Mapping[str, OverlaySpec] | None = None) -> None:
@@ -246,23 +257,24 @@ def _few(module: Any, layout: ExpertsLayout, x_TH: Tensor, chosen: list[int], ow
     steps = getattr(module, "moebit_inputs", None)
     if steps is not None:
         x_TH = steps.first(x_TH)
-    wide = torch.empty(len(own.tokens), layout.intermediate * (2 if layout.gated else 1))
+    wide = torch.empty(len(own.tokens), layout.intermediate * (2 if layout.gated else 1), device=x_TH.device)
     for projection in layout.projections[:-1]:
         part = getattr(module, projection)
         packed_product(part.path, part.stack(), x_TH, chosen, own.bounds, own.tokens, wide, layout.rows(projection))
         for slots, channels, values in _channels(module, projection, chosen, own, x_TH.dtype):
-            wide[slots, torch.arange(wide.shape[1])[layout.rows(projection)][channels, None]] = (values @ x_TH[own.tokens[slots]].T).float()
+            columns = torch.arange(wide.shape[1], device=wide.device)[layout.rows(projection)]
+            wide[slots, columns[channels, None]] = (values @ x_TH[own.tokens[slots]].T).float()
     first_bias, down_bias = _slot_biases(module, layout, chosen, own)
     first = wide.to(x_TH.dtype) + first_bias
     h = module._apply_gate(first) if module.has_gate else module.act_fn(first)
     if steps is not None:
         h = _down_step(steps, h, chosen, own)
-    y = torch.empty(len(own.tokens), layout.hidden)
+    y = torch.empty(len(own.tokens), layout.hidden, device=h.device)
     down, apart = module.down_proj, []
     for slots, channels, values in _channels(module, "down_proj", chosen, own, x_TH.dtype):  # the base's columns count as zero
         apart.append((slots, h[slots, channels[:, None]].T @ values))
         h[slots, channels[:, None]] = 0
-    packed_product(down.path, down.stack(), h, chosen, own.bounds, torch.arange(len(own.tokens)), y)
+    packed_product(down.path, down.stack(), h, chosen, own.bounds, torch.arange(len(own.tokens), device=h.device), y)
     for slots, added in apart:
         y[slots] += added.float()
     y = y.to(x_TH.dtype) + down_bias
@@ -283,7 +295,7 @@ def _channels(module: Any, projection: str, chosen: list[int], own: Slots, dtype
     for number, e in enumerate(chosen):
         found = _channels_of(module, projection, e, dtype)
         if found is not None:
-            yield torch.arange(own.bounds[number], own.bounds[number + 1]), *found
+            yield torch.arange(own.bounds[number], own.bounds[number + 1], device=own.tokens.device), *found
 
 
 def _channels_of(module: Any, projection: str, e: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
@@ -302,7 +314,7 @@ def _slot_biases(module: Any, layout: ExpertsLayout, chosen: list[int], own: Slo
     if not layout.bias:
         return 0, 0
     counts = torch.tensor(own.bounds).diff()
-    expert = torch.tensor(chosen).repeat_interleave(counts)
+    expert = torch.tensor(chosen).repeat_interleave(counts).to(own.tokens.device)
     return getattr(module, f"{layout.first}_bias")[expert], module.down_proj_bias[expert]
 
 

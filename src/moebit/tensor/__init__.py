@@ -6,13 +6,14 @@ Shape suffixes: E experts (or matrices in a batch), O output channels, I input c
 from moebit.tensor.grid import QTensor, QuantScheme, minmax_grid, round_to_grid, search_grid
 from moebit.tensor.linalg import add_second_moment, damp, factor_, mirror_, second_moment, shrink, shrink_
 from moebit.tensor.packing import pack, packed_row_bytes, unpack
-from moebit.tensor.solver import SolveInfo, solve_gptq, solve_rtn
+from moebit.tensor.solver import SolveInfo, backend_of, solve_gptq, solve_rtn
 
 __all__ = [
     "QTensor",
     "QuantScheme",
     "SolveInfo",
     "add_second_moment",
+    "backend_of",
     "damp",
     "factor_",
     "minmax_grid",

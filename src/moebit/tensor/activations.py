@@ -19,13 +19,17 @@ class Rounding:
     Attributes:
         bits: 2 to 8. symmetric: no zero point, codes in [-2^(b-1), 2^(b-1) - 1].
         clip: share of the row's range that the grid covers; what lies beyond goes to its ends.
+        float8: float8 e4m3 numbers instead of integers; 8 bits, symmetric.
     """
 
     bits: int
     symmetric: bool
     clip: float = 1.0
+    float8: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.float8:
+            return round_rows_to_float8(x)
         return round_rows(x, self.bits, symmetric=self.symmetric, clip=self.clip)
 
 
@@ -53,3 +57,15 @@ def round_rows(x: Tensor, bits: int, *, symmetric: bool, clip: float = 1.0) -> T
     scale, zero = scale.masked_fill(tiny, 1.0), zero.masked_fill(tiny, 0.0)
     codes = wide.div(scale).round_().add_(zero).clamp_(least, most).sub_(zero)
     return codes.mul_(scale).masked_fill_(tiny, 0.0).to(x.dtype)
+
+
+def round_rows_to_float8(x: Tensor) -> Tensor:
+    """Round the rows of [..., N] to float8 e4m3, the row's largest magnitude on its largest number (448), and back in the type of `x`.
+
+        s = max(max|x| / 448, 1 / (448 * 512)),  s float8(clamp(x / s, -448, 448))
+
+    In float32. The least scale is vLLM's, whose FP8 products these are. A row with a NaN or an infinity becomes NaN.
+    """
+    wide, largest = x.float(), torch.finfo(torch.float8_e4m3fn).max
+    scale = (wide.abs().amax(-1, keepdim=True) / largest).clamp_(min=1 / (largest * 512))
+    return wide.div(scale).clamp_(-largest, largest).to(torch.float8_e4m3fn).float().mul_(scale).to(x.dtype)

@@ -1,6 +1,7 @@
 """Compiled CPU kernels (numba) for the two inner loops that matrix products cannot express.
 
-Each has a plain torch form next to its caller, which also serves CUDA; the tests hold the two together.
+Each has a plain torch form next to its caller, which runs on any device; the tests hold the two together. The second has one for CUDA,
+too (`triton_kernels.py`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 GPTQ (2210.17323) in the LDL form: with `H = F D F^T`, F unit upper triangular,
     q_k = Q( w_k + sum_{i<k} (w_i - q_i) F_ik ),
 column by column, is the textbook's algorithm without its inverse (QuIP, 2307.13304). The sum over earlier blocks is one matrix
-product; inside a block a compiled kernel runs over experts x rows.
+product; inside a block a compiled kernel runs over experts x rows: numba's on a CPU, Triton's on CUDA.
 
 Columns are kept in reverse solving order throughout, the last one is solved first: then F is the plain lower triangular factor of the
 reordered Hessian, which is made in place.
@@ -11,6 +11,7 @@ reordered Hessian, which is made in place.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -24,7 +25,11 @@ from moebit.tensor.linalg import damp_, factor_, filled_diagonal, live_mean
 
 MIN_RAISED_DAMPING, MAX_DAMPING = 0.01, 1.0
 REORDER_ROWS = 1024
-ROW_BYTES, MIN_ROWS = 16 * 2**20, 128  # rows are independent of each other: so many are worked on at a time
+MIN_ROWS = 128
+# Rows are independent of each other: so many bytes of them are worked on at a time, in a CPU's caches, and so that a GPU has enough to do.
+ROW_BYTES, DEVICE_ROW_BYTES = 16 * 2**20, 256 * 2**20
+
+Backend = Literal["numba", "torch", "triton"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def solve_gptq(
     damping: float = 0.01,
     clip_search: bool = True,
     block: int = 128,
-    backend: Literal["numba", "torch"] | None = None,
+    backend: Backend | None = None,
 ) -> tuple[QTensor, SolveInfo]:
     """GPTQ for E matrices in one call.
 
@@ -88,7 +93,7 @@ def solve_gptq(
         damping: share of the mean diagonal added to the diagonal.
         clip_search: search the clipping ratio, weighted with diag(H); else min-max.
         block: columns per compiled block (static scales; dynamic ones work group by group).
-        backend: `numba` (CPU) or `torch`; None chooses by device.
+        backend: what runs inside a block, `numba` (CPU), `triton` (CUDA) or `torch`; None takes `backend_of`'s.
 
     Raises:
         ValueError: dynamic scales together with act_order (would need a group index per column), shapes that don't fit,
@@ -118,7 +123,7 @@ def solve_gptq(
         scales == "dynamic" and group_width != inputs,
         search_grid if clip_search else _minmax,
         block,
-        kernels.gptq_block if (backend or ("numba" if w_EOI.device.type == "cpu" else "torch")) == "numba" else gptq_block,
+        _step(backend or backend_of(w_EOI.device)),
     )
     parts, damped_loss, squared = [], torch.zeros_like(d[:, 0]), torch.zeros_like(d)
     failed_loss = torch.zeros_like(d[:, 0])
@@ -130,6 +135,21 @@ def solve_gptq(
         failed_loss[~ok] += _direct_loss(error[~ok], h[~ok], order[~ok])
     info = SolveInfo(torch.where(ok, _undamped(damped_loss, squared, h, order, used), failed_loss), used, ~ok)
     return _joined(parts, bits_E, scheme), info
+
+
+def backend_of(device: torch.device) -> Backend:
+    """What runs inside a block where nobody says: numba on a CPU; on other devices Triton where it is installed, else plain torch."""
+    if device.type == "cpu":
+        return "numba"
+    return "triton" if importlib.util.find_spec("triton") else "torch"
+
+
+def _step(backend: Backend) -> Callable[..., None]:
+    if backend == "triton":
+        from moebit.tensor import triton_kernels  # not everyone has Triton, and importing it takes time
+
+        return triton_kernels.gptq_block
+    return kernels.gptq_block if backend == "numba" else gptq_block
 
 
 @dataclass(frozen=True)
@@ -279,7 +299,8 @@ def _experts(w_EOI: Tensor) -> int:
 def _rows_of(w_EOI: Tensor) -> Iterator[Tensor]:
     """All rows, in the type that solvers compute in, as many at a time as `ROW_BYTES` holds."""
     work = torch.float64 if w_EOI.dtype == torch.float64 else torch.float32
-    step = max(MIN_ROWS, ROW_BYTES // (w_EOI.shape[0] * w_EOI.shape[2] * work.itemsize))
+    at_once = ROW_BYTES if w_EOI.device.type == "cpu" else DEVICE_ROW_BYTES
+    step = max(MIN_ROWS, at_once // (w_EOI.shape[0] * w_EOI.shape[2] * work.itemsize))
     for start in range(0, w_EOI.shape[1], step):
         yield w_EOI[:, start : start + step].to(work).contiguous()
 
