@@ -430,7 +430,8 @@ def test_evaluates_like_the_plain_checkpoint(which: str, request: pytest.Fixture
     text = [f"t={token_file(tmp_path / 'text.jsonl', 100)}"]
     shipped, plain = request.getfixturevalue(which)
     result = moebit.evaluate(shipped, against=plain, text=text, window=20)
-    assert (result["texts"]["t"]["kl"], result["texts"]["t"]["routing_exact"]) == (0, 1)
+    assert abs(result["texts"]["t"]["kl"]) < 1e-7  # sums of equal numbers, which may lie differently in memory
+    assert result["texts"]["t"]["routing_exact"] == 1
 
 
 def test_average_bits(blocks: tuple[Path, Path], packed: tuple[Path, Path], tmp_path: Path) -> None:
