@@ -211,6 +211,22 @@ def test_what_cannot_be_smoothed_is_said(checkpoints: Checkpoints, text: Path, t
     assert list(layer.smoothing["scales"]) == ["model.layers.0.post_attention_layernorm"]
 
 
+@pytest.mark.parametrize("name", ["mixtral", "nemotron_h_latent", *(pytest.param(n, marks=pytest.mark.slow) for n in ("jamba", "minimax"))])
+def test_every_matrix_is_scaled_or_it_is_said_why_not(name: str, checkpoints: Checkpoints) -> None:
+    """Where no norm stands in front (a latent, a state space), for one; a norm that cannot be scaled speaks for all that read it."""
+    _, structure, found = opened(checkpoints.path(ARCHITECTURES[name]))
+    left = 0
+    for sites, scales in zip(structure.layers, found, strict=True):
+        names = {f"{sites.name}.{linear}" for group in sites.groups for linear in group.names}
+        names |= {f"{sites.name}.{sites.moe.experts}"} if sites.moe else set()
+        scaled = {reader for site in scales.norms for reader in (*site.readers, site.experts)} | {pair.second for pair in scales.pairs}
+        silent = names - scaled - set(scales.skipped)
+        assert not silent or any("reads this norm" in why for why in scales.skipped.values()), silent
+        assert not scaled & set(scales.skipped)
+        left += len(names - scaled)
+    assert (left > 0) == (name != "mixtral")
+
+
 @pytest.mark.slow
 def test_eaquant_spares_a_model_with_outliers(text: Path, tmp_path: Path) -> None:
     """A few channels of every norm made loud, its readers quiet: the same function, which rounding to nearest at 4 bits ruins."""

@@ -27,6 +27,7 @@ from moebit.recipe import SmoothingSection
 
 PIECE = 4096  # tokens at a time
 NOTHING_ROUNDED = "nothing behind it is quantized"
+BIASES = "the biases of its experts are written as they are, up's rows cannot be scaled"
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,11 @@ class LayerSmoothing:
 
     def run(self) -> SmoothedLayer:
         """Scales behind every norm and, for `expert_aware`, behind linears (values in attention, up in dense layers)."""
-        if self.sites.moe is not None:
-            self.layouts[f"{self.sites.name}.{self.sites.moe.experts}"] = self.sites.moe.layout
         skipped, report, edits = dict(self.scales.skipped), dict[str, Any](), []
+        if self.sites.moe is not None:
+            experts = f"{self.sites.name}.{self.sites.moe.experts}"
+            self.layouts[experts] = self.sites.moe.layout
+            skipped |= {f"{experts}.down_proj": BIASES} if self.sites.moe.layout.bias and self.scales.experts else {}
         norms = [site for site in self.scales.norms if self._rounded(site)]
         pairs = [pair for pair in self.scales.pairs if pair.second in self.quantized] if self.recipe.kind == "expert_aware" else []
         skipped |= {site.norm: NOTHING_ROUNDED for site in self.scales.norms if site not in norms}

@@ -17,10 +17,11 @@ from moebit.model.experts import ExpertsLayout
 from moebit.model.flow import LayerFlow, NormSite, find_flow
 from moebit.model.rehearsal import Rehearsal, difference
 from moebit.model.stream import Stream
-from moebit.model.structure import Structure
+from moebit.model.structure import LayerSites, Structure
 from moebit.tensor.rotation import Rotation, randomised_hadamard
 
 TOLERANCE = 1e-9
+NOTHING_IN_FRONT = "no norm and no linear stands in front of it that could take its scales"
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,16 @@ def _scales_of(rehearsal: Rehearsal, stream: Stream, index: int) -> LayerScales:
         linear = linear_in_up(rehearsal.model.get_submodule(f"{sites.name}.{sites.moe.experts}"), sites.moe.layout)
         if not linear:
             skipped[f"{sites.name}.{sites.moe.experts}.down_proj"] = "what enters down is not linear in up"
+    skipped |= {name: NOTHING_IN_FRONT for name in _left(sites, flow, pairs) if name not in skipped}
     return LayerScales(tuple(norms), tuple(pairs), linear, skipped)
+
+
+def _left(sites: LayerSites, flow: LayerFlow, pairs: list[PairSite]) -> list[str]:
+    """What could be quantized and stands neither behind a norm nor behind a linear that can be scaled."""
+    names = [f"{sites.name}.{name}" for group in sites.groups for name in group.names]
+    names += [f"{sites.name}.{sites.moe.experts}"] if sites.moe else []
+    reached = {pair.second for pair in pairs}.union(*(site.readers for site in flow.norms), (str(site.experts) for site in flow.norms))
+    return [name for name in names if name not in reached]
 
 
 def plain_pairs(rehearsal: Rehearsal, flow: LayerFlow) -> Iterator[PairSite]:
