@@ -5,7 +5,7 @@
 The cells of benchmarks/protocol-routers.yaml, run and kept as those of quality.py, as benchmarks/results/routers.md. Every row is compared
 with the row that leaves the routers alone, window by window. `--model` and `--only` run a part of the cells, without a table.
 
-Shape suffixes: L layers, N windows, R resamples.
+Shape suffixes: L layers, N windows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from moequant import groups_of
 from quality import TEXTS, markdown_row, run_protocol
+from scipy.stats import t as student
 from torch import Tensor
 
 from moebit.calibration.text import consecutive_windows, load_tokenizer, tokenize
@@ -83,15 +84,12 @@ class Interval:
         return f"{scale * self.mean:+.{digits}f} [{scale * self.low:+.{digits}f}, {scale * self.high:+.{digits}f}]"
 
 
-def interval(difference_N: Tensor, texts: int, how: dict[str, Any]) -> Interval:
-    """Percentile bootstrap of a mean over windows that lie text by text: as many windows of every text are drawn, with replacement."""
+def interval(difference_N: Tensor, texts: int, level: float) -> Interval:
+    """Student's t interval of a mean over windows that lie text by text: the texts are as they are, windows are a sample of each."""
     by_text = difference_N.view(texts, -1)
-    count = by_text.shape[1]
-    drawn = torch.randint(0, count, (how["resamples"], texts, count), generator=torch.Generator().manual_seed(how["seed"]))
-    means_R = by_text.expand(len(drawn), -1, -1).gather(2, drawn).mean((1, 2))
-    tail = (1 - how["level"]) / 2
-    low, high = torch.quantile(means_R, torch.tensor([tail, 1 - tail], dtype=means_R.dtype)).tolist()
-    return Interval(float(difference_N.mean()), low, high)
+    error = float((by_text.var(1).mean() / by_text.numel()).sqrt())
+    reach, mean = error * float(student.ppf((1 + level) / 2, by_text.numel() - texts)), float(difference_N.mean())
+    return Interval(mean, mean - reach, mean + reach)
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def rows_of(results: list[Result], protocol: dict[str, Any], model: str, bits: s
 
 def table(results: list[Result], protocol: dict[str, Any], name: str) -> str:
     """The Markdown document."""
-    texts, how = protocol["texts"], protocol["interval"]
+    texts = protocol["texts"]
     lines = [
         "# Routers: aligned, and realigned",
         "",
@@ -135,9 +133,9 @@ def table(results: list[Result], protocol: dict[str, Any], name: str) -> str:
         "experts is that of full precision, mean over layers, on held-out text. Changes are in percentage points, against the first row",
         "of the same width; over all layers and by layer. KL is that of the full-precision distribution from the quantized one,",
         "nats × 1000, mean per token.",
-        f"In brackets: {how['level']:.0%} intervals of the difference, paired by windows of {texts['window']} tokens",
-        f"({texts['max_tokens'] // texts['window']} of each of {len(texts['known']) + len(texts['novel'])} texts; bootstrap within texts,",
-        f"{how['resamples']} resamples). They cover which windows of these texts were looked at: not other texts, models or seeds.",
+        f"In brackets: {protocol['interval']:.0%} intervals of the difference, paired by windows of {texts['window']} tokens",
+        f"({texts['max_tokens'] // texts['window']} of each of {len(texts['known']) + len(texts['novel'])} texts; Student's t, variances",
+        "within texts). They cover which windows of these texts were looked at: not other texts, models or calibration seeds.",
         "",
         "`router n`: routers in n bits; all that they see is in full precision. `RTN Wn`, `GPTQ Wn`: all linears but routers in n bits,",
         "inputs as they are.",
