@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -32,6 +32,7 @@ class PairSite:
         first, second: full names. bias: the first has one.
         channels: int64 [in of second]: which output channel of the first each input channel of the second comes from.
         rows: output channels of the first.
+        attention: values reach the second through attention; else it is gated or activated, channel by channel.
     """
 
     first: str
@@ -39,6 +40,7 @@ class PairSite:
     channels: Tensor
     rows: int
     bias: bool
+    attention: bool = False
 
     @property
     def reached(self) -> Tensor:
@@ -47,7 +49,8 @@ class PairSite:
 
     def renamed(self, old: str, new: str) -> PairSite:
         """The same in a layer of another name."""
-        return PairSite(new + self.first.removeprefix(old), new + self.second.removeprefix(old), self.channels, self.rows, self.bias)
+        first, second = (new + name.removeprefix(old) for name in (self.first, self.second))
+        return replace(self, first=first, second=second)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class HeadSite:
         """The same, channel by channel."""
         channels = torch.empty(self.output_channels.numel(), dtype=torch.int64)
         channels[self.output_channels] = self.value_channels.repeat_interleave(self.group, 0)
-        return PairSite(self.values, self.output, channels, self.rows, self.bias)
+        return PairSite(self.values, self.output, channels, self.rows, self.bias, attention=True)
 
     def renamed(self, old: str, new: str) -> HeadSite:
         """The same in a layer of another name."""
