@@ -17,7 +17,7 @@ REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime bench-ebss quality quality-moequant \
-        quality-eaquant quality-moqa architectures formats docs reference wheel-check
+        quality-eaquant quality-routers quality-moqa architectures formats docs reference wheel-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ quality-moequant: setup  ## MoEQuant, its parts and its baselines on every refer
 
 quality-eaquant: setup  ## EAQuant, its parts and its baselines, with and without outliers (hours; goes on where it was interrupted)
 	$(BIN)/python benchmarks/eaquant.py
+
+quality-routers: setup  ## how many tokens keep their experts: routers of few bits, aligned, and routers realigned (tens of minutes)
+	$(BIN)/python benchmarks/routers.py
 
 quality-moqa: setup  ## widths from data against uniform ones, and switching channels (hours; goes on where it was interrupted)
 	$(BIN)/python -m benchmarks.moqa

@@ -27,6 +27,7 @@ from moebit.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ROOT / "reference" / "text"
+Measure = Callable[[Path, Path, dict[str, Any]], dict[str, Any]]  # (output, model, the protocol's texts) -> numbers, for JSON
 NEUTRAL = (
     "__main__.py", "cli.py", "documents.py", "report", "formats/verify.py", "runtime/generate.py", "evaluate/judging.py",
     "evaluate/tasks.py", "evaluate/task_data.py",
@@ -64,14 +65,25 @@ def cells(protocol: dict[str, Any]) -> Iterator[dict[str, Any]]:
                     yield {**spec, "model": model, "row": row, "bits": bits, "seed": seed}
 
 
-def run(cell: dict[str, Any], protocol: dict[str, Any], cache: Path, code: str) -> dict[str, Any]:
+def evaluated(out: Path, model: Path, texts: dict[str, Any]) -> dict[str, Any]:
+    """What `moebit evaluate` says about an output on the protocol's texts, without the layers."""
+    files = {name: TEXTS / f"{name}.{texts.get('split', 'eval')}.txt" for name in [*texts["known"], *texts["novel"]]}
+    result = moebit.evaluate(
+        out, against=model if out != model else None, text=files, window=texts["window"], max_tokens=texts["max_tokens"]
+    )
+    for row in result["texts"].values():
+        row.pop("per_layer", None)
+    return result
+
+
+def run(cell: dict[str, Any], protocol: dict[str, Any], cache: Path, code: str, measure: Measure = evaluated) -> dict[str, Any]:
     """One cell's evaluation, from the cache where it is there. Rows that come to the same recipe and text share it."""
     texts, calibration = protocol["texts"], protocol["calibration"]
-    names = [*texts["known"], *texts["novel"]]
     model = ROOT / cell["model"]
     source = calibration[cell["calibration"]] if "calibration" in cell else None
     recipe = recipe_of(cell, protocol)
-    parts = (texts, source, cell["seed"], recipe.digest() if recipe else None)
+    named = () if measure is evaluated else (measure.__name__,)
+    parts = (texts, source, cell["seed"], recipe.digest() if recipe else None, *named)
     key = digest(*parts, code, model / "config.json", model / "model.safetensors", TEXTS)
     file = cache / f"{key}.json"
     if file.exists():
@@ -85,12 +97,7 @@ def run(cell: dict[str, Any], protocol: dict[str, Any], cache: Path, code: str) 
             began = time.perf_counter()
             moebit.quantize(model, out, recipe=recipe, text=chosen, seed=cell["seed"])
         quantized = time.perf_counter() - began
-        evaluated = {name: TEXTS / f"{name}.{texts.get('split', 'eval')}.txt" for name in names}
-        result = moebit.evaluate(
-            out, against=model if out != model else None, text=evaluated, window=texts["window"], max_tokens=texts["max_tokens"]
-        )
-    for row in result["texts"].values():
-        row.pop("per_layer", None)
+        result = measure(out, model, texts)
     result |= {"cell": cell, "quantize_seconds": quantized, "seconds": time.perf_counter() - began}
     file.write_text(json.dumps(result))
     return result
@@ -225,6 +232,7 @@ def run_protocol(
     result_name: str,
     document: Callable[[list[dict[str, Any]], dict[str, Any], str], str],
     prepared: Callable[[dict[str, Any]], dict[str, Any]] = lambda protocol: protocol,
+    measure: Measure = evaluated,
 ) -> None:
     """The command line of a benchmark of cells: run those of a protocol, and write its document if all of them were."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -235,20 +243,22 @@ def run_protocol(
     parser.add_argument("--only", help="only rows with this in their name, and no table")
     args = parser.parse_args()
     protocol = prepared(yaml.safe_load(args.protocol.read_text()))
-    results = run_all(protocol, args.cache, args.model, args.only)
+    results = run_all(protocol, args.cache, args.model, args.only, measure)
     if args.model is None and args.only is None:
         args.out.write_text(document(results, protocol, args.protocol.name))
         print(f"written to {args.out}")
 
 
-def run_all(protocol: dict[str, Any], cache: Path, model: str | None, only: str | None) -> list[dict[str, Any]]:
+def run_all(
+    protocol: dict[str, Any], cache: Path, model: str | None, only: str | None, measure: Measure = evaluated
+) -> list[dict[str, Any]]:
     """Every cell, or those of one model and of rows with `only` in their name."""
     cache.mkdir(parents=True, exist_ok=True)
     code = digest(*numeric_code())
     todo = [cell for cell in cells(protocol) if model in (None, cell["model"]) and (only is None or only in cell["row"])]
     results = []
     for number, cell in enumerate(todo, 1):
-        results.append(run(cell, protocol, cache, code))
+        results.append(run(cell, protocol, cache, code, measure))
         print(
             f"{number}/{len(todo)} {cell['model']} {cell['bits']} bits {cell['row']} seed {cell['seed']}: {results[-1]['seconds']:.0f} s",
             flush=True,

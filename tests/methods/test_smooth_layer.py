@@ -22,6 +22,7 @@ from moebit.model.sites import LayerScales, find_scales
 from moebit.model.stream import Stream
 from moebit.model.structure import Structure, find_structure
 from moebit.recipe import SmoothingSection
+from tests.methods.test_smoothing import naive_factors
 from tests.models import ARCHITECTURES, EXPERTS, Architecture, Checkpoints, load_reference, quiet, random_model, save, windows
 from tests.outputs import file_bytes, small_recipe, stored_tensors, token_file
 
@@ -84,7 +85,8 @@ def test_transformers_computes_the_same_with_smoothed_weights(architecture: Arch
     assert (changed > 0) == bool(scales)
     if architecture in NAMED:
         assert len(scales) >= 4
-        assert all(low < 0.9 and high > 1.1 for low, high in scales)
+        behind_up = [name.endswith("down_proj") for layer in done.values() for name in layer["scales"]]  # outliers alone
+        assert all(low == 1 if up else low < 0.9 and high > 1.1 for (low, high), up in zip(scales, behind_up, strict=True))
 
 
 def naive_scales(path: Path, kind: str, aggregate: str, alpha: float) -> np.ndarray:
@@ -127,6 +129,21 @@ def test_scales_are_those_of_a_naive_count(kind: Any, aggregate: Any, checkpoint
     np.testing.assert_allclose(s, naive_scales(path, kind, aggregate, 0.7), rtol=1e-3)
     columns = checkpoint.weights.parameter(experts).double() / plain[experts].detach().double()
     np.testing.assert_allclose(columns.numpy(), np.broadcast_to(s, columns.shape), rtol=1e-4)
+
+
+def test_behind_up_of_a_shared_expert_only_outliers_are_scaled(tmp_path: Path) -> None:
+    model = random_model(replace(QWEN2, dtype=torch.float32))
+    up, down = (model.get_parameter(f"model.layers.0.mlp.shared_expert.{name}_proj.weight") for name in ("up", "down"))
+    with torch.no_grad():
+        up[[1, 5]] *= 40.0
+        down[:, [1, 5]] /= 40.0
+    path = save(model, tmp_path / "model")
+    h = load_reference(QWEN2, path).linear_inputs(0, len(windows()))["mlp.shared_expert.down_proj"].double().numpy()
+    expected = np.maximum(naive_factors(h.max(0).tolist()), naive_factors((-h.min(0)).tolist()))
+    assert {1, 5} <= set(np.flatnonzero(expected > 1).tolist())
+    checkpoint, _ = smooth(path, SmoothingSection(kind="expert_aware"))
+    smoothed = checkpoint.weights.parameter("model.layers.0.mlp.shared_expert.down_proj.weight")
+    np.testing.assert_allclose((smoothed.double() / down.detach().double()).numpy(), np.broadcast_to(expected, down.shape), rtol=1e-4)
 
 
 def recipe(**sections: Any) -> dict[str, Any]:
@@ -209,6 +226,22 @@ def test_what_cannot_be_smoothed_is_said(checkpoints: Checkpoints, text: Path, t
     layer = quantize(checkpoints.path(MIXTRAL), tmp_path / "experts", text, only).layers[0]
     assert layer.smoothing["skipped"]["model.layers.0.input_layernorm"] == "nothing behind it is quantized"
     assert list(layer.smoothing["scales"]) == ["model.layers.0.post_attention_layernorm"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "nemotron_h_latent", *(pytest.param(n, marks=pytest.mark.slow) for n in ("jamba", "minimax"))])
+def test_every_matrix_is_scaled_or_it_is_said_why_not(name: str, checkpoints: Checkpoints) -> None:
+    """Where no norm stands in front (a latent, a state space), for one; a norm that cannot be scaled speaks for all that read it."""
+    _, structure, found = opened(checkpoints.path(ARCHITECTURES[name]))
+    left = 0
+    for sites, scales in zip(structure.layers, found, strict=True):
+        names = {f"{sites.name}.{linear}" for group in sites.groups for linear in group.names}
+        names |= {f"{sites.name}.{sites.moe.experts}"} if sites.moe else set()
+        scaled = {reader for site in scales.norms for reader in (*site.readers, site.experts)} | {pair.second for pair in scales.pairs}
+        silent = names - scaled - set(scales.skipped)
+        assert not silent or any("reads this norm" in why for why in scales.skipped.values()), silent
+        assert not scaled & set(scales.skipped)
+        left += len(names - scaled)
+    assert (left > 0) == (name != "mixtral")
 
 
 @pytest.mark.slow

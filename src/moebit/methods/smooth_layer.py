@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moebit.methods.awq import representable
 from moebit.methods.balance import draw
-from moebit.methods.smoothing import aggregated, centred, expert_extremes, smooth
+from moebit.methods.smoothing import aggregated, centred, expert_extremes, outlier_factors, smooth
 from moebit.model.checkpoint import Weights
 from moebit.model.edits import Edit, joined
 from moebit.model.experts import ExpertsLayout, RoutedTokens
@@ -27,6 +27,7 @@ from moebit.recipe import SmoothingSection
 
 PIECE = 4096  # tokens at a time
 NOTHING_ROUNDED = "nothing behind it is quantized"
+BIASES = "the biases of its experts are written as they are, up's rows cannot be scaled"
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,17 @@ class _Seen:
     """What arrived at a layer's modules.
 
     Attributes:
-        extremes: full name -> [N] largest |x| per channel. routed: what the experts were asked, None without experts.
+        extremes: full name -> [2, N] largest and smallest x per channel. routed: what the experts were asked, None without experts.
         extra: further tokens for some experts: (x, ids with E for slots that do not count).
     """
 
     extremes: Mapping[str, Tensor]
     routed: RoutedTokens | None
     extra: tuple[Tensor, Tensor] | None
+
+    def largest(self, name: str) -> Tensor:
+        """[N] largest |x| per channel."""
+        return self.extremes[name].abs().amax(0)
 
 
 @dataclass(frozen=True)
@@ -83,9 +88,11 @@ class LayerSmoothing:
 
     def run(self) -> SmoothedLayer:
         """Scales behind every norm and, for `expert_aware`, behind linears (values in attention, up in dense layers)."""
-        if self.sites.moe is not None:
-            self.layouts[f"{self.sites.name}.{self.sites.moe.experts}"] = self.sites.moe.layout
         skipped, report, edits = dict(self.scales.skipped), dict[str, Any](), []
+        if self.sites.moe is not None:
+            experts = f"{self.sites.name}.{self.sites.moe.experts}"
+            self.layouts[experts] = self.sites.moe.layout
+            skipped |= {f"{experts}.down_proj": BIASES} if self.sites.moe.layout.bias and self.scales.experts else {}
         norms = [site for site in self.scales.norms if self._rounded(site)]
         pairs = [pair for pair in self.scales.pairs if pair.second in self.quantized] if self.recipe.kind == "expert_aware" else []
         skipped |= {site.norm: NOTHING_ROUNDED for site in self.scales.norms if site not in norms}
@@ -112,8 +119,8 @@ class LayerSmoothing:
         def watch(name: str) -> Any:
             def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-                largest = x.reshape(-1, x.shape[-1]).abs().amax(0).float()
-                extremes[name] = torch.maximum(extremes[name], largest) if name in extremes else largest
+                found = _extremes(x.reshape(-1, x.shape[-1]))
+                extremes[name] = _joined([extremes[name], found]) if name in extremes else found
 
             return layer.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(on_call, with_kwargs=True)
 
@@ -126,7 +133,7 @@ class LayerSmoothing:
                 return _Seen(extremes, None, None)
             routed = self.stream.capture_routing(self.sites.index)
         experts = f"{prefix}{self.sites.moe.experts}"
-        extremes[experts] = torch.stack([piece.abs().amax(0).float() for piece in routed.x.split(PIECE)]).amax(0)
+        extremes[experts] = _joined([_extremes(piece) for piece in routed.x.split(PIECE)])
         return _Seen(extremes, routed, self._drawn(routed, self.sites.moe.layout.experts))
 
     def _drawn(self, routed: RoutedTokens, experts: int) -> tuple[Tensor, Tensor] | None:
@@ -136,7 +143,7 @@ class LayerSmoothing:
         return more.x, draw(routed.counts(experts), more.ids, self.pool.windows.shape[1], self.ratio).ids
 
     def _behind_norm(self, site: NormSite, seen: _Seen) -> Tensor:
-        activation = seen.extremes[site.readers[0] if site.readers else str(site.experts)]
+        activation = seen.largest(site.readers[0] if site.readers else str(site.experts))
         aware = site.experts is not None and self.recipe.kind == "expert_aware" and self.recipe.aggregate != "none"
         if not aware or site.experts not in self.quantized:
             columns = [self._columns(name) for name in site.readers if name in self.quantized]
@@ -182,15 +189,32 @@ class LayerSmoothing:
         return torch.cat(parts)
 
     def _between(self, pair: PairSite, seen: _Seen) -> Tensor:
-        """[rows of the first] scales; one for all channels of the second that a row reaches, one where it reaches none."""
+        """[rows of the first] scales; one for all channels of the second that a row reaches, one where it reaches none.
+
+        Behind up (of shared experts, of dense layers) only channels that stand out are scaled, as in the routed experts.
+        """
+        if not pair.attention:  # channel by channel: as many inputs of the second as rows of the first, in their order
+            high, low = seen.extremes[pair.second]
+            return outlier_factors(high[None], low[None])[0]
         into = torch.zeros(2, pair.rows).scatter_reduce_(
-            1, pair.channels.expand(2, -1), torch.stack([seen.extremes[pair.second], self._columns(pair.second)]), "amax"
+            1, pair.channels.expand(2, -1), torch.stack([seen.largest(pair.second), self._columns(pair.second)]), "amax"
         )
         reached = torch.zeros(pair.rows, dtype=torch.bool)
         reached[pair.channels] = True
         s = torch.ones(pair.rows, dtype=torch.float64)
         s[reached] = centred(smooth(into[0, reached], into[1, reached], self.recipe.alpha))
         return s
+
+
+def _extremes(x_TN: Tensor) -> Tensor:
+    """[2, N] largest and smallest value of every channel."""
+    return torch.stack(torch.aminmax(x_TN, dim=0)[::-1]).float()
+
+
+def _joined(extremes: list[Tensor]) -> Tensor:
+    """The extremes of all of them."""
+    every = torch.stack(extremes)
+    return torch.stack([every[:, 0].amax(0), every[:, 1].amin(0)])
 
 
 def _range(s: Tensor) -> list[float]:

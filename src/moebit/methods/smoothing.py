@@ -11,7 +11,7 @@ weighted by their tokens (`frequency`) or by their mean routing probability (`ro
 experts'. `none` is the scale of the layer as `smoothquant` has it. Experts without tokens have no say. Scales are divided by their
 geometric mean, so that weights keep their size.
 
-Down behind up, per expert: channels whose extremes stand out are divided by
+Down behind up, per expert (routed, shared, or a dense layer's): channels whose extremes stand out are divided by
 
     f_c = (extreme_c / largest extreme that does not stand out)^0.7
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -17,10 +17,11 @@ from moebit.model.experts import ExpertsLayout
 from moebit.model.flow import LayerFlow, NormSite, find_flow
 from moebit.model.rehearsal import Rehearsal, difference
 from moebit.model.stream import Stream
-from moebit.model.structure import Structure
+from moebit.model.structure import LayerSites, Structure
 from moebit.tensor.rotation import Rotation, randomised_hadamard
 
 TOLERANCE = 1e-9
+NOTHING_IN_FRONT = "no norm and no linear stands in front of it that could take its scales"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class PairSite:
         first, second: full names. bias: the first has one.
         channels: int64 [in of second]: which output channel of the first each input channel of the second comes from.
         rows: output channels of the first.
+        attention: values reach the second through attention; else it is gated or activated, channel by channel.
     """
 
     first: str
@@ -38,6 +40,7 @@ class PairSite:
     channels: Tensor
     rows: int
     bias: bool
+    attention: bool = False
 
     @property
     def reached(self) -> Tensor:
@@ -46,7 +49,8 @@ class PairSite:
 
     def renamed(self, old: str, new: str) -> PairSite:
         """The same in a layer of another name."""
-        return PairSite(new + self.first.removeprefix(old), new + self.second.removeprefix(old), self.channels, self.rows, self.bias)
+        first, second = (new + name.removeprefix(old) for name in (self.first, self.second))
+        return replace(self, first=first, second=second)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class HeadSite:
         """The same, channel by channel."""
         channels = torch.empty(self.output_channels.numel(), dtype=torch.int64)
         channels[self.output_channels] = self.value_channels.repeat_interleave(self.group, 0)
-        return PairSite(self.values, self.output, channels, self.rows, self.bias)
+        return PairSite(self.values, self.output, channels, self.rows, self.bias, attention=True)
 
     def renamed(self, old: str, new: str) -> HeadSite:
         """The same in a layer of another name."""
@@ -198,7 +202,16 @@ def _scales_of(rehearsal: Rehearsal, stream: Stream, index: int) -> LayerScales:
         linear = linear_in_up(rehearsal.model.get_submodule(f"{sites.name}.{sites.moe.experts}"), sites.moe.layout)
         if not linear:
             skipped[f"{sites.name}.{sites.moe.experts}.down_proj"] = "what enters down is not linear in up"
+    skipped |= {name: NOTHING_IN_FRONT for name in _left(sites, flow, pairs) if name not in skipped}
     return LayerScales(tuple(norms), tuple(pairs), linear, skipped)
+
+
+def _left(sites: LayerSites, flow: LayerFlow, pairs: list[PairSite]) -> list[str]:
+    """What could be quantized and stands neither behind a norm nor behind a linear that can be scaled."""
+    names = [f"{sites.name}.{name}" for group in sites.groups for name in group.names]
+    names += [f"{sites.name}.{sites.moe.experts}"] if sites.moe else []
+    reached = {pair.second for pair in pairs}.union(*(site.readers for site in flow.norms), (str(site.experts) for site in flow.norms))
+    return [name for name in names if name not in reached]
 
 
 def plain_pairs(rehearsal: Rehearsal, flow: LayerFlow) -> Iterator[PairSite]:
