@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from typing import Any
 
@@ -29,7 +29,7 @@ from moebit.model.stream import Stream, add_outputs, experts_names, read_experts
 from moebit.model.structure import LayerSites, LinearGroup
 from moebit.planning import Plan
 from moebit.recipe import Recipe
-from moebit.tensor import QTensor, QuantScheme, SolveInfo, add_second_moment, mirror_, solve_gptq, solve_rtn
+from moebit.tensor import QTensor, QuantScheme, SolveInfo, add_second_moment, mirror_, refit_scales, solve_gptq, solve_rtn
 from moebit.tensor.blocks import BlockTransform
 from moebit.tensor.linalg import filled_diagonal
 
@@ -91,9 +91,10 @@ def solve(
         return solve_rtn(w_EOI.to(device), bits_E, scheme, importance_EI=importance, clip_search=solver.clip_search), None
     if h_EII is None:
         return solve_rtn(w_EOI.to(device), bits_E, scheme, clip_search=solver.clip_search), None
-    return solve_gptq(
-        w_EOI.to(device),
-        h_EII.to(device),
+    w, h = w_EOI.to(device), h_EII.to(device)
+    q, info = solve_gptq(
+        w,
+        h,
         bits_E,
         scheme,
         scales=solver.scales,
@@ -101,6 +102,10 @@ def solve(
         damping=solver.damping,
         clip_search=solver.clip_search,
     )
+    if not solver.refit:
+        return q, info
+    q, fallen = refit_scales(q, w, h, ~info.fallback)
+    return q, replace(info, loss=info.loss - fallen)
 
 
 @dataclass

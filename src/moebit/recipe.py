@@ -8,10 +8,19 @@ import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from moebit.errors import BadInputError
 
@@ -21,7 +30,19 @@ ACTIVATION_WIDTHS = (3, 4, 5, 6, 7, 8, 16)
 
 
 class _Section(BaseModel):
+    """A part of a recipe.
+
+    Attributes:
+        named_if_on: fields that are left out where they have their default, so that a recipe without them keeps its text and digest.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+    named_if_on: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {key: value for key, value in handler(self).items() if key not in self.named_if_on or value != fields[key].default}
 
 
 class WeightsSection(_Section):
@@ -117,7 +138,10 @@ class SolverSection(_Section):
     scales: `static` from the original weights, `dynamic` from the columns as updated when a group begins (not with act_order).
     affinity_power: power p of the routing weight in the Hessians, `sum g^p x x^T`; 0 weighs all routed tokens alike.
     output_aware: weigh routed tokens by what an error costs in the layer's output instead (gptq).
+    refit: fit the scales to the codes once more when these are known (tensor/refit.py; gptq).
     """
+
+    named_if_on = frozenset({"refit"})
 
     method: Literal["rtn", "gptq", "awq"] = "gptq"
     scales: Literal["static", "dynamic"] = "static"
@@ -126,11 +150,18 @@ class SolverSection(_Section):
     clip_search: bool = True
     affinity_power: float = Field(0.0, ge=0.0)
     output_aware: bool = False
+    refit: bool = False
 
     @model_validator(mode="after")
     def _one_weighting(self) -> SolverSection:
         if self.output_aware and (self.affinity_power or self.method != "gptq"):
             raise ValueError("output_aware: true has the affinity in it and is gptq's; set affinity_power: 0, method: gptq")
+        return self
+
+    @model_validator(mode="after")
+    def _refit_has_moments(self) -> SolverSection:
+        if self.refit and self.method != "gptq":
+            raise ValueError(f"refit: true fits scales to what gptq chose; set method: gptq instead of {self.method}, or refit: false")
         return self
 
     @model_validator(mode="after")
