@@ -20,11 +20,12 @@ from moebit.methods.balance import Drawn, draw
 from moebit.methods.online import check_orthogonal, duquant_transform, hadamard_transform, site_generator
 from moebit.methods.smooth_layer import LayerSmoothing
 from moebit.methods.smoothing import outlier_factors
+from moebit.methods.soft_coverage import NO_SCORE, NOT_ONCE, SoftCoverage, soft_coverage
 from moebit.model.edits import EditedWeights
 from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slots, dispatch, finish, intermediate
 from moebit.model.files import ShardFile
 from moebit.model.inputs import DOWN, FIRST
-from moebit.model.routing import Replace, Routing
+from moebit.model.routing import Replace, Routing, not_linear, router_bias, router_inputs
 from moebit.model.stream import Stream, add_outputs, experts_names, read_experts
 from moebit.model.structure import LayerSites, LinearGroup
 from moebit.planning import Plan
@@ -49,6 +50,7 @@ class LayerReport:
         experts: per projection, lists over experts: bits, weight_error, damping, fallback.
         smoothing: which channels were scaled (methods/smooth_layer.py).
         router: what was done to the router (methods/alignment.py). balance: which experts drew further tokens (methods/balance.py).
+        coverage: over how many tokens soft coverage was taken, or why it was not (methods/soft_coverage.py).
         scales: AWQ's exponent behind every norm and linear, and for every expert's down.
         peak_memory_bytes: the most that the process has had resident until the layer's end.
     """
@@ -62,6 +64,7 @@ class LayerReport:
     router: dict[str, Any] = field(default_factory=dict)
     balance: dict[str, Any] = field(default_factory=dict)
     scales: dict[str, Any] = field(default_factory=dict)
+    coverage: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int = 0
 
     @property
@@ -120,6 +123,7 @@ class LayerJob:
         reference: what the router of the full-precision model says to the calibration tokens, where the recipe compares with it.
         pool: further windows before this layer, for experts that get too few tokens.
         outliers: channels between up and down that were scaled, by expert.
+        soft: how near tokens came to experts, where the recipe asks for soft coverage.
         seed: of the online transforms; those that are made, by name.
     """
 
@@ -137,6 +141,7 @@ class LayerJob:
     reference: Routing | None = None
     pool: Stream | None = None
     outliers: dict[int, int] = field(default_factory=dict)
+    soft: SoftCoverage | None = None
 
     def run(self) -> None:
         """Attention and whatever else runs before the experts, then shared experts, routed experts, and what runs behind them."""
@@ -155,7 +160,7 @@ class LayerJob:
         adjusted = self._adjust_router()
         # What the layer puts out without its experts is worth keeping only if nothing in it changes any more.
         final = self.stream is not None and not any(self._quantized(self.sites.groups[number]) for number in (*beside, *behind))
-        routed, without = _capture(self.stream, self.sites.index, final) if self.stream else (None, None)
+        routed, without = self._capture_routed(final) if self.stream else (None, None)
         pooled, pool_without = _capture(self.pool, self.sites.index, final) if self.pool else (None, None)
         if adjusted and routed:
             self.report.router = adjusted.described(routed.ids)
@@ -167,6 +172,26 @@ class LayerJob:
         self._finish_layer(outputs, without)
         if self.pool and pool_outputs is not None:
             self.pool.advance_by(self.sites.index, pool_outputs, pool_without)
+
+    def _capture_routed(self, final: bool) -> tuple[RoutedTokens, Tensor | None]:
+        """What the layer's experts are asked, as `_capture`; with soft coverage, what the router says of all experts is kept, too."""
+        assert self.stream is not None
+        assert self.layer is not None
+        assert self.sites.moe is not None
+        if self.plan.recipe.calibration.coverage != "soft":
+            return _capture(self.stream, self.sites.index, final)
+        if reason := not_linear(self.layer, self.sites):
+            self.report.coverage = {"skipped": reason}
+            return _capture(self.stream, self.sites.index, final)
+        with router_inputs(self.stream, self.sites) as kept:
+            routed, without = _capture(self.stream, self.sites.index, final)
+        assert self.sites.moe.router is not None
+        router = self.layer.get_submodule(self.sites.moe.router)
+        bias = router_bias(router, self.sites.moe.layout.experts)
+        self.soft = soft_coverage(kept[0], router.get_parameter("weight"), bias, routed) if kept else None
+        said = {"soft": len(self.soft.positions)} if self.soft else {"skipped": NO_SCORE if kept else NOT_ONCE}
+        self.report.coverage = said
+        return routed, without
 
     def _smooth(self) -> None:
         """Scale channels, where the recipe says so, before anything is rounded."""
@@ -490,13 +515,14 @@ class LayerJob:
         assert self.stream is not None
         self.report.tokens_per_expert = routed.counts(layout.experts).tolist()
         sample = routed.x[layer_sample(len(routed.x))]
-        h_layer = self._moment(routed.x).div_(len(routed.x)) if self.plan.recipe.needs_hessians else torch.empty(0)
+        wanted = self.plan.recipe.needs_hessians and self.soft is None
+        h_layer = self._moment(routed.x).div_(len(routed.x)) if wanted else torch.empty(0)
         slots = dispatch(routed.ids, routed.weights, layout.experts)
         balanced = self.plan.recipe.calibration.balance != "none"
         pool = self._pool_inputs(routed, layout, pooled) if pooled is not None else None
         if balanced and pool is None:  # the texts have no further windows
             self.report.balance = self._drawn(routed, layout, routed.ids[:0]).describe()
-        return _ExpertInputs(self.stream, layout, routed.x, slots, sample, h_layer, self.stream.new_outputs(routed), pool)
+        return _ExpertInputs(self.stream, layout, routed.x, slots, sample, h_layer, self.stream.new_outputs(routed), pool, self.soft)
 
     def _pool_inputs(self, routed: RoutedTokens, layout: ExpertsLayout, pooled: RoutedTokens) -> _PoolInputs:
         assert self.pool is not None
@@ -536,7 +562,7 @@ class LayerJob:
         else:
             moments = ExpertMoments.zeros(stop - start, layout.intermediate, 2.0 if aware else power)
             h = inputs.through_first(module, weights, start, stop, moments)
-            hessian = moments.shrunk(down_layer_hessians(module, inputs.sample, weights, inputs.stream.slots))
+            hessian = moments.shrunk(inputs.down_target(module, weights, start, stop))
         if parts:
             spec = parts["down_proj"]
             transform = self._expert_transforms(f"{name}.{DOWN}", module, weights, start, inputs, h)
@@ -651,6 +677,7 @@ class _ExpertInputs:
     Attributes:
         x: [T, H] inputs of the block; slots: all routed slots. sample: some of the layer's tokens; h_layer: the moment of all, [H, H].
         outputs: [T, H] float32, added to. pool: further tokens, for experts that get too few of these.
+        soft: how near the tokens came to the experts; in the place of h_layer.
     """
 
     stream: Stream
@@ -661,6 +688,7 @@ class _ExpertInputs:
     h_layer: Tensor
     outputs: Tensor
     pool: _PoolInputs | None = None
+    soft: SoftCoverage | None = None
 
     def _pieces(self, start: int, stop: int) -> Iterator[Slots]:
         for piece in self.slots.pieces(start, stop, self.stream.slots):
@@ -680,7 +708,12 @@ class _ExpertInputs:
             moments.add(x := self.x[piece.tokens], self._weight(x, piece, sensitive), piece.bounds)
         for x, piece in self.pool.drawn(start, stop) if self.pool else ():
             moments.add(x, self._weight(x, piece, sensitive), piece.bounds)
-        return moments.shrunk(self.h_layer)
+        return moments.shrunk(self.h_layer if self.soft is None else self.soft.moments(self.x, start, stop))
+
+    def down_target(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int) -> Tensor:
+        """[C, I, I] what Hessians of down are drawn towards: the layer's tokens as they come through these experts."""
+        shares = None if self.soft is None else self.soft.through[:, start:stop]
+        return down_layer_hessians(module, self.sample, weights, self.stream.slots, shares)
 
     def _weight(self, x: Tensor, piece: Slots, sensitive: tuple[nn.Module, ExpertsLayout, ExpertWeights] | None) -> Tensor:
         """[S] affinities, or what an error costs in the layer's output."""

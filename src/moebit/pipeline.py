@@ -77,6 +77,7 @@ class Result:
         """What the recipe asks for and was left, as "what: reason" with the number of places."""
         left = [f"{what}: {reason}" for layer in self.layers for what, reason in layer.router.get("skipped", {}).items()]
         left += [f"smoothing: {reason}" for layer in self.layers for reason in layer.smoothing.get("skipped", {}).values()]
+        left += [f"calibration.coverage: {layer.coverage['skipped']}" for layer in self.layers if "skipped" in layer.coverage]
         return dict(Counter(left))
 
 

@@ -231,13 +231,18 @@ class CalibrationSection(_Section):
     kind: `text`; or what the model writes (calibration/sampling.py): `ebss`, `self`, `self-balanced`. Text that is given all the same
         takes its place, unless `text_share` says how much of the set it is to be.
     width, temperature, scope, extend, oversample, repetition_penalty, no_repeat_ngram: of the sampling; null is the kind's own value.
+    coverage: what the Hessians of experts with few tokens are drawn towards (gptq): `layer`, that of all its tokens, or `soft`, of tokens
+        as likely as the router would have sent them there (methods/soft_coverage.py).
     balance: experts with fewer than `balance k seq_len / E` tokens draw further windows for themselves (methods/balance.py); `none`, or
         the ratio. pool: there are at most so many times `samples` of those.
     """
 
+    named_if_on = frozenset({"coverage"})
+
     kind: Literal["text", "ebss", "self", "self-balanced"] = "text"
     samples: int = Field(128, ge=1)
     seq_len: int = Field(512, ge=8)
+    coverage: Literal["layer", "soft"] = "layer"
     balance: float | str = "none"
     pool: int = Field(4, ge=1)
 
@@ -381,6 +386,12 @@ class Recipe(_Section):
                 "calibration.balance: rounding to nearest looks at no tokens of an expert; "
                 "set solver.method: gptq, or smoothing.kind: expert_aware"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _coverage_has_hessians(self) -> Recipe:
+        if self.calibration.coverage == "soft" and self.solver.method != "gptq":
+            raise ValueError("calibration.coverage: soft is about gptq's Hessians; set solver.method: gptq, or calibration.coverage: layer")
         return self
 
     @model_validator(mode="after")

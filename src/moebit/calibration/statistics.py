@@ -85,11 +85,13 @@ def output_sensitivity(
     return cost_S * affinity_S.float().square()
 
 
-def down_layer_hessians(module: nn.Module, x_MH: Tensor, weights: ExpertWeights, slots: int = 16384) -> Tensor:
+def down_layer_hessians(
+    module: nn.Module, x_MH: Tensor, weights: ExpertWeights, slots: int = 16384, shares_MC: Tensor | None = None
+) -> Tensor:
     """[C, I, I] mean second moments of the down inputs if the sampled tokens went through each expert of the chunk.
 
     Args:
-        slots: rows that go through experts at a time.
+        slots: rows that go through experts at a time. shares_MC: what the tokens count for each expert, if not all alike.
     """
     experts, count = weights.first.shape[0], x_MH.shape[0]
     step, parts = max(1, slots // max(1, count)), []
@@ -97,5 +99,8 @@ def down_layer_hessians(module: nn.Module, x_MH: Tensor, weights: ExpertWeights,
         some = weights.experts(start, min(start + step, experts))
         c = len(some.first)
         h = intermediate(module, x_MH.repeat(c, 1), some, [i * count for i in range(c + 1)]).view(c, count, -1).float()
-        parts.append(torch.bmm(h.mT, h) / count)
+        if shares_MC is None:
+            parts.append(torch.bmm(h.mT, h) / count)
+        else:
+            parts.append(torch.bmm((h * shares_MC[:, start : start + c].T.unsqueeze(2)).mT, h))
     return torch.cat(parts)
