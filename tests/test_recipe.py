@@ -330,7 +330,7 @@ def test_output_aware_stands_by_itself(section: dict[str, Any]) -> None:
         load_recipe({"solver": {"output_aware": True, **section}})
 
 
-OFF = {"solver.refit": False, "calibration.coverage": "layer"}
+OFF = {"solver.refit": False, "solver.drift": "none", "calibration.coverage": "layer"}
 
 
 def test_what_came_later_is_said_only_where_it_is_on() -> None:
@@ -338,7 +338,7 @@ def test_what_came_later_is_said_only_where_it_is_on() -> None:
     plain = load_recipe("gptq-w3")
     assert load_recipe("gptq-w3", OFF).digest() == plain.digest()
     assert not [key for key in OFF if key.split(".")[1] in plain.to_yaml()]
-    for key, value in {"solver.refit": True, "calibration.coverage": "soft"}.items():
+    for key, value in {"solver.refit": True, "solver.drift": "ridge", "calibration.coverage": "soft"}.items():
         recipe = load_recipe("gptq-w3", {key: value})
         assert recipe.digest() != plain.digest()
         assert load_recipe(yaml.safe_load(recipe.to_yaml())) == load_recipe(recipe) == recipe
@@ -349,6 +349,8 @@ def test_what_came_later_is_said_only_where_it_is_on() -> None:
     [
         ({"solver": {"refit": True, "method": "rtn"}}, "refit: true .*set method: gptq"),
         ({"solver": {"refit": True, "method": "awq"}}, "refit: true .*set method: gptq"),
+        ({"solver": {"drift": "ridge", "method": "awq"}}, "drift: ridge .*set method: gptq"),
+        ({"solver": {"drift": "ridge"}, "smoothing": {"kind": "smoothquant"}}, "solver.drift: ridge .*smoothing.kind: smoothquant"),
         ({"calibration": {"coverage": "soft"}, "solver": {"method": "rtn"}}, "coverage: soft .*set solver.method: gptq"),
         ({"calibration": {"coverage": "sofd"}}, "calibration.coverage"),
     ],

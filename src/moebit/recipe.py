@@ -139,9 +139,10 @@ class SolverSection(_Section):
     affinity_power: power p of the routing weight in the Hessians, `sum g^p x x^T`; 0 weighs all routed tokens alike.
     output_aware: weigh routed tokens by what an error costs in the layer's output instead (gptq).
     refit: fit the scales to the codes once more when these are known (tensor/refit.py; gptq).
+    drift: `ridge` corrects weights, before they are rounded, for the drift of their inputs (methods/drift.py; gptq).
     """
 
-    named_if_on = frozenset({"refit"})
+    named_if_on = frozenset({"refit", "drift"})
 
     method: Literal["rtn", "gptq", "awq"] = "gptq"
     scales: Literal["static", "dynamic"] = "static"
@@ -151,6 +152,7 @@ class SolverSection(_Section):
     affinity_power: float = Field(0.0, ge=0.0)
     output_aware: bool = False
     refit: bool = False
+    drift: Literal["none", "ridge"] = "none"
 
     @model_validator(mode="after")
     def _one_weighting(self) -> SolverSection:
@@ -162,6 +164,12 @@ class SolverSection(_Section):
     def _refit_has_moments(self) -> SolverSection:
         if self.refit and self.method != "gptq":
             raise ValueError(f"refit: true fits scales to what gptq chose; set method: gptq instead of {self.method}, or refit: false")
+        return self
+
+    @model_validator(mode="after")
+    def _drift_is_gptqs(self) -> SolverSection:
+        if self.drift != "none" and self.method != "gptq":
+            raise ValueError(f"drift: {self.drift} corrects what gptq rounds; set method: gptq instead of {self.method}, or drift: none")
         return self
 
     @model_validator(mode="after")
@@ -389,6 +397,15 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _drift_compares_the_same_channels(self) -> Recipe:
+        if self.solver.drift != "none" and self.smoothing.kind != "none":
+            raise ValueError(
+                f"solver.drift: {self.solver.drift} compares inputs with full precision's, and smoothing.kind: {self.smoothing.kind} "
+                "scales them; set one of the two to none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _coverage_has_hessians(self) -> Recipe:
         if self.calibration.coverage == "soft" and self.solver.method != "gptq":
             raise ValueError("calibration.coverage: soft is about gptq's Hessians; set solver.method: gptq, or calibration.coverage: layer")
@@ -430,6 +447,11 @@ class Recipe(_Section):
     def needs_hessians(self) -> bool:
         """Whether weights are rounded by the second moments of what arrives at them."""
         return self.solver.method != "rtn"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether something is compared with what the full-precision model makes of the calibration windows."""
+        return self.router.realign != "none" or self.solver.drift != "none"
 
     @property
     def scales_channels(self) -> bool:

@@ -41,7 +41,8 @@ class ExpertMoments:
 
         The groups are ragged: one symmetric product per expert that has any, each at the machine's rate.
         """
-        weights = affinity_S.float().abs().pow(self.power) if self.power else torch.ones(len(affinity_S))
+        powered = to_power(affinity_S, self.power)
+        weights = torch.ones(len(affinity_S)) if powered is None else powered
         for c, (low, high) in enumerate(pairwise(bounds)):
             if low < high:
                 add_second_moment(self.sums[c], x_SN[low:high], weights[low:high] if self.power else None)
@@ -55,6 +56,11 @@ class ExpertMoments:
             h_layer: mean second moment of the layer's tokens, [N, N] or [C, N, N].
         """
         return shrink_(mirror_(self.sums), self.total, self.squares, h_layer)
+
+
+def to_power(affinity_S: Tensor, power: float) -> Tensor | None:
+    """[S] what routed slots count; None for all alike."""
+    return affinity_S.float().abs().pow(power) if power else None
 
 
 def layer_sample(tokens: int, most: int = LAYER_SAMPLE) -> Tensor:
