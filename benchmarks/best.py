@@ -36,9 +36,9 @@ def table(results: list[Result], protocol: dict[str, Any], name: str) -> str:
     lines = [
         "# What our own presets are made of",
         "",
-        f"Made by `make quality-best`; the protocol is [{name}](../{name}). A screening to choose by, not a comparison to quote: one seed, little",
-        f"text, and `{protocol['texts']['split']}` texts, which no evaluation looks at. KL is that of the full-precision distribution from the quantized",
-        "one, nats × 1000, mean per token; lower is better.",
+        f"Made by `make quality-best`; the protocol is [{name}](../{name}). A screening to choose by, not a comparison to quote:",
+        f"one seed, little text, and `{protocol['texts']['split']}` texts, which no evaluation looks at. KL is that of the full-precision",
+        "distribution from the quantized one, nats × 1000, mean per token; lower is better.",
         "",
         f"torch {torch.__version__}, {torch.get_num_threads()} threads.",
         "",
