@@ -17,7 +17,7 @@ REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime bench-ebss quality quality-moequant \
-        quality-eaquant quality-routers quality-moqa architectures formats docs reference wheel-check
+        quality-eaquant quality-routers quality-moqa quality-best architectures formats docs reference wheel-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ quality-routers: setup  ## how many tokens keep their experts: routers of few bi
 
 quality-moqa: setup  ## widths from data against uniform ones, and switching channels (hours; goes on where it was interrupted)
 	$(BIN)/python -m benchmarks.moqa
+
+quality-best: setup  ## what our own presets are made of, chosen on text that no evaluation looks at (an hour; goes on where it was interrupted)
+	$(BIN)/python benchmarks/best.py
 
 architectures: setup  ## which model types of the installed transformers work: docs/architectures.md
 	$(BIN)/python -m benchmarks.architectures

@@ -243,6 +243,29 @@ def gptq_ldl(
     return Quantized(codes_OI, scale_OG, zero_point_OG, weight_OI, target_OI, hessian_loss(w_OI, weight_OI, h_II), damping)
 
 
+def refit(
+    w_OI: np.ndarray, codes_OI: np.ndarray, scale_OG: np.ndarray, zero_point_OG: np.ndarray, h_II: np.ndarray, grid: Grid
+) -> np.ndarray:
+    """Scales [O, G] fitted to fixed codes, one row and group after the other; a candidate's error is computed by its definition."""
+    result = scale_OG.astype(np.float64).copy()
+    slices = group_slices(w_OI.shape[1], grid.group_size)
+    for row, w_I in enumerate(w_OI):
+        q_GI = np.zeros((len(slices), len(w_I)))
+        for group, part in enumerate(slices):
+            q_GI[group, part] = codes_OI[row, part].astype(np.float64) - zero_point_OG[row, group]
+        for group, q_I in enumerate(q_GI):
+            missed = w_I - result[row] @ q_GI
+            if q_I @ h_II @ q_I <= 0:
+                continue
+            candidate = result[row].copy()
+            candidate[group] = round_scale(candidate[group] + (missed @ h_II @ q_I) / (q_I @ h_II @ q_I), grid.scale_dtype)
+            left = w_I - candidate @ q_GI
+            same_sign = np.isfinite(candidate[group]) and candidate[group] * result[row, group] > 0
+            if same_sign and left @ h_II @ left < missed @ h_II @ missed:
+                result[row] = candidate
+    return result
+
+
 def weighted_hessian(x_TI: np.ndarray, weight_T: np.ndarray) -> tuple[np.ndarray, float, float]:
     """sum w x x^T, sum w, sum w^2 over an expert's tokens, one token at a time."""
     h_II, total, squares = np.zeros((x_TI.shape[1], x_TI.shape[1])), 0.0, 0.0

@@ -330,6 +330,36 @@ def test_output_aware_stands_by_itself(section: dict[str, Any]) -> None:
         load_recipe({"solver": {"output_aware": True, **section}})
 
 
+OFF = {"solver.refit": False, "solver.drift": "none", "calibration.coverage": "layer"}
+
+
+def test_what_came_later_is_said_only_where_it_is_on() -> None:
+    """A recipe without it keeps the text and the digest that it had."""
+    plain = load_recipe("gptq-w3")
+    assert load_recipe("gptq-w3", OFF).digest() == plain.digest()
+    assert not [key for key in OFF if key.split(".")[1] in plain.to_yaml()]
+    for key, value in {"solver.refit": True, "solver.drift": "ridge", "calibration.coverage": "soft"}.items():
+        recipe = load_recipe("gptq-w3", {key: value})
+        assert recipe.digest() != plain.digest()
+        assert load_recipe(yaml.safe_load(recipe.to_yaml())) == load_recipe(recipe) == recipe
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"solver": {"refit": True, "method": "rtn"}}, "refit: true .*set method: gptq"),
+        ({"solver": {"refit": True, "method": "awq"}}, "refit: true .*set method: gptq"),
+        ({"solver": {"drift": "ridge", "method": "awq"}}, "drift: ridge .*set method: gptq"),
+        ({"solver": {"drift": "ridge"}, "smoothing": {"kind": "smoothquant"}}, "solver.drift: ridge .*smoothing.kind: smoothquant"),
+        ({"calibration": {"coverage": "soft"}, "solver": {"method": "rtn"}}, "coverage: soft .*set solver.method: gptq"),
+        ({"calibration": {"coverage": "sofd"}}, "calibration.coverage"),
+    ],
+)
+def test_options_that_cannot_be(data: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInputError, match=says):
+        load_recipe(data)
+
+
 @pytest.mark.parametrize(
     ("section", "says"),
     [

@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moebit.calibration.statistics import ExpertMoments, down_layer_hessians, layer_sample, output_sensitivity
+from moebit.calibration.statistics import ExpertMoments, down_layer_hessians, layer_sample, output_sensitivity, to_power
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
 from moebit.formats.sink import Sink
 from moebit.methods.alignment import AdjustedRouter, adjust_router, search_rounded
 from moebit.methods.awq_layer import LayerAWQ, Rounding
 from moebit.methods.balance import Drawn, draw
+from moebit.methods.drift import DriftMoments, correct_drift
 from moebit.methods.online import check_orthogonal, duquant_transform, hadamard_transform, site_generator
 from moebit.methods.smooth_layer import LayerSmoothing
 from moebit.methods.smoothing import outlier_factors
+from moebit.methods.soft_coverage import NO_SCORE, NOT_ONCE, SoftCoverage, soft_coverage
 from moebit.model.edits import EditedWeights
 from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slots, dispatch, finish, intermediate
 from moebit.model.files import ShardFile
 from moebit.model.inputs import DOWN, FIRST
-from moebit.model.routing import Replace, Routing
+from moebit.model.routing import Replace, Routing, not_linear, router_bias, router_inputs
 from moebit.model.stream import Stream, add_outputs, experts_names, read_experts
 from moebit.model.structure import LayerSites, LinearGroup
 from moebit.planning import Plan
 from moebit.recipe import Recipe
-from moebit.tensor import QTensor, QuantScheme, SolveInfo, add_second_moment, mirror_, solve_gptq, solve_rtn
+from moebit.tensor import QTensor, QuantScheme, SolveInfo, add_second_moment, mirror_, refit_scales, solve_gptq, solve_rtn
 from moebit.tensor.blocks import BlockTransform
 from moebit.tensor.linalg import filled_diagonal
 
 Progress = Callable[[str, int, int], None]
 ROWS = 4096  # tokens that are looked at together where nothing else sets a limit
+NOT_COMPARED = "its input is not delivered once for every token"
 ERROR_WEIGHTS = 2**20  # weights whose errors are summed together
 SAMPLED_EXPERTS, SAMPLED_SLOTS = 16, 128  # that a transform of down projections is made from: experts, and tokens of each
 
@@ -49,6 +52,8 @@ class LayerReport:
         experts: per projection, lists over experts: bits, weight_error, damping, fallback.
         smoothing: which channels were scaled (methods/smooth_layer.py).
         router: what was done to the router (methods/alignment.py). balance: which experts drew further tokens (methods/balance.py).
+        coverage: over how many tokens soft coverage was taken, or why it was not (methods/soft_coverage.py).
+        drift: by linear, and for experts by projection's input, how weights were corrected (methods/drift.py).
         scales: AWQ's exponent behind every norm and linear, and for every expert's down.
         peak_memory_bytes: the most that the process has had resident until the layer's end.
     """
@@ -62,6 +67,8 @@ class LayerReport:
     router: dict[str, Any] = field(default_factory=dict)
     balance: dict[str, Any] = field(default_factory=dict)
     scales: dict[str, Any] = field(default_factory=dict)
+    coverage: dict[str, Any] = field(default_factory=dict)
+    drift: dict[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int = 0
 
     @property
@@ -91,9 +98,10 @@ def solve(
         return solve_rtn(w_EOI.to(device), bits_E, scheme, importance_EI=importance, clip_search=solver.clip_search), None
     if h_EII is None:
         return solve_rtn(w_EOI.to(device), bits_E, scheme, clip_search=solver.clip_search), None
-    return solve_gptq(
-        w_EOI.to(device),
-        h_EII.to(device),
+    w, h = w_EOI.to(device), h_EII.to(device)
+    q, info = solve_gptq(
+        w,
+        h,
         bits_E,
         scheme,
         scales=solver.scales,
@@ -101,6 +109,10 @@ def solve(
         damping=solver.damping,
         clip_search=solver.clip_search,
     )
+    if not solver.refit:
+        return q, info
+    q, fallen = refit_scales(q, w, h, ~info.fallback)
+    return q, replace(info, loss=info.loss - fallen)
 
 
 @dataclass
@@ -115,6 +127,8 @@ class LayerJob:
         reference: what the router of the full-precision model says to the calibration tokens, where the recipe compares with it.
         pool: further windows before this layer, for experts that get too few tokens.
         outliers: channels between up and down that were scaled, by expert.
+        soft: how near tokens came to experts, where the recipe asks for soft coverage.
+        exact: what full precision delivers to the modules of `drifting`, where the recipe corrects for drift.
         seed: of the online transforms; those that are made, by name.
     """
 
@@ -132,6 +146,8 @@ class LayerJob:
     reference: Routing | None = None
     pool: Stream | None = None
     outliers: dict[int, int] = field(default_factory=dict)
+    soft: SoftCoverage | None = None
+    exact: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self) -> None:
         """Attention and whatever else runs before the experts, then shared experts, routed experts, and what runs behind them."""
@@ -150,7 +166,7 @@ class LayerJob:
         adjusted = self._adjust_router()
         # What the layer puts out without its experts is worth keeping only if nothing in it changes any more.
         final = self.stream is not None and not any(self._quantized(self.sites.groups[number]) for number in (*beside, *behind))
-        routed, without = _capture(self.stream, self.sites.index, final) if self.stream else (None, None)
+        routed, without = self._capture_routed(final) if self.stream else (None, None)
         pooled, pool_without = _capture(self.pool, self.sites.index, final) if self.pool else (None, None)
         if adjusted and routed:
             self.report.router = adjusted.described(routed.ids)
@@ -162,6 +178,26 @@ class LayerJob:
         self._finish_layer(outputs, without)
         if self.pool and pool_outputs is not None:
             self.pool.advance_by(self.sites.index, pool_outputs, pool_without)
+
+    def _capture_routed(self, final: bool) -> tuple[RoutedTokens, Tensor | None]:
+        """What the layer's experts are asked, as `_capture`; with soft coverage, what the router says of all experts is kept, too."""
+        assert self.stream is not None
+        assert self.layer is not None
+        assert self.sites.moe is not None
+        if self.plan.recipe.calibration.coverage != "soft":
+            return _capture(self.stream, self.sites.index, final)
+        if reason := not_linear(self.layer, self.sites):
+            self.report.coverage = {"skipped": reason}
+            return _capture(self.stream, self.sites.index, final)
+        with router_inputs(self.stream, self.sites) as kept:
+            routed, without = _capture(self.stream, self.sites.index, final)
+        assert self.sites.moe.router is not None
+        router = self.layer.get_submodule(self.sites.moe.router)
+        bias = router_bias(router, self.sites.moe.layout.experts)
+        self.soft = soft_coverage(kept[0], router.get_parameter("weight"), bias, routed) if kept else None
+        said = {"soft": len(self.soft.positions)} if self.soft else {"skipped": NO_SCORE if kept else NOT_ONCE}
+        self.report.coverage = said
+        return routed, without
 
     def _smooth(self) -> None:
         """Scale channels, where the recipe says so, before anything is rounded."""
@@ -293,8 +329,18 @@ class LayerJob:
 
     def _new_statistics(self, group: LinearGroup) -> _Statistics:
         assert self.stream is not None
+        positions = layer_sample(self.stream.windows.numel())
+        if self.plan.recipe.solver.drift != "none":
+            exact = self.exact.get(_input_of(self.sites, group))
+            if exact is not None:
+                return _Statistics(None, positions, drift=self._drift_moments(1, group.in_features), exact=exact)
+            self.report.drift |= {name: {"skipped": NOT_COMPARED} for name in self._quantized(group)}
         total = torch.zeros(group.in_features, group.in_features) if self.plan.recipe.needs_hessians else None
-        return _Statistics(total, layer_sample(self.stream.windows.numel()))
+        return _Statistics(total, positions)
+
+    def _drift_moments(self, matrices: int, size: int) -> DriftMoments:
+        assert self.stream is not None
+        return DriftMoments.zeros(matrices, size, self.stream.windows.numel(), self.stream.windows.shape[1])
 
     def _over_stored(self, seen_by: _Statistics, x_TN: Tensor, affinity: Callable[[Tensor], Tensor] | None = None) -> _Statistics:
         """Of stored inputs, which may lie in a file."""
@@ -365,6 +411,7 @@ class LayerJob:
         """Solve linears that share an input, those of one width as one matrix: their rows stacked, one factorisation."""
         group, statistics = self.sites.groups[number], self._group_statistics(number, inputs, routed, outputs)
         hessian = statistics.hessian if statistics else None
+        matrices = self._corrected_linears(group, statistics)
         transform = self._transform_of(group, statistics)
         if transform is not None and hessian is not None:
             hessian = transform.moments(hessian)
@@ -373,15 +420,35 @@ class LayerJob:
             spec = self.plan.linears[f"{self.sites.name}.{name}"]
             by_grid.setdefault((spec.bits, spec.scale_dtype), []).append(name)
         for (bits, scale_dtype), names in by_grid.items():
-            matrices = [self.sink.weights.parameter(f"{self.sites.name}.{name}.weight") for name in names]
             h = None if hessian is None else hessian.unsqueeze(0)
-            together = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+            together = torch.cat([matrices[name] for name in names]) if len(names) > 1 else matrices[names[0]]
             together = together if transform is None else transform.apply(together.float())
             q, info = self._solve(together.unsqueeze(0), h, torch.tensor(bits), scale_dtype)
             begin = 0
-            for name, matrix in zip(names, matrices, strict=True):
+            for name in names:
+                matrix = matrices[name]
                 self._put_linear(name, matrix, _rows(q, slice(begin, begin + len(matrix))), info, transform)
                 begin += len(matrix)
+
+    def _corrected_linears(self, group: LinearGroup, statistics: _Statistics | None) -> dict[str, Tensor]:
+        """The weights of a group as they are to be rounded: corrected for the drift of their input, where the recipe says so."""
+        matrices = {name: self.sink.weights.parameter(f"{self.sites.name}.{name}.weight") for name in self._quantized(group)}
+        if statistics is None or statistics.drift is None:
+            return matrices
+        corrected = correct_drift(torch.cat(list(matrices.values())).unsqueeze(0), statistics.drift)
+        self.report.drift |= {name: {"mu": corrected.mu[0], "gain": corrected.gain[0]} for name in matrices}
+        rows = corrected.weight[0].split([len(matrix) for matrix in matrices.values()])
+        return dict(zip(matrices, rows, strict=True))
+
+    def _corrected_experts(self, what: str, w: Tensor, moments: DriftMoments | None) -> Tensor:
+        """Stacked weights [C, out, in] of a chunk, corrected for the drift of their inputs."""
+        if moments is None:
+            return w
+        corrected = correct_drift(w, moments)
+        rows = self.report.drift.setdefault(what, {"mu": [], "gain": []})
+        rows["mu"] += corrected.mu
+        rows["gain"] += corrected.gain
+        return corrected.weight
 
     def _transform_of(self, group: LinearGroup, statistics: _Statistics | None) -> BlockTransform | None:
         """The online transform of a group's input."""
@@ -485,13 +552,24 @@ class LayerJob:
         assert self.stream is not None
         self.report.tokens_per_expert = routed.counts(layout.experts).tolist()
         sample = routed.x[layer_sample(len(routed.x))]
-        h_layer = self._moment(routed.x).div_(len(routed.x)) if self.plan.recipe.needs_hessians else torch.empty(0)
+        wanted = self.plan.recipe.needs_hessians and self.soft is None
+        h_layer = self._moment(routed.x).div_(len(routed.x)) if wanted else torch.empty(0)
         slots = dispatch(routed.ids, routed.weights, layout.experts)
         balanced = self.plan.recipe.calibration.balance != "none"
         pool = self._pool_inputs(routed, layout, pooled) if pooled is not None else None
         if balanced and pool is None:  # the texts have no further windows
             self.report.balance = self._drawn(routed, layout, routed.ids[:0]).describe()
-        return _ExpertInputs(self.stream, layout, routed.x, slots, sample, h_layer, self.stream.new_outputs(routed), pool)
+        return _ExpertInputs(
+            self.stream, layout, routed.x, slots, sample, h_layer, self.stream.new_outputs(routed), pool, self.soft, self._exact_experts()
+        )
+
+    def _exact_experts(self) -> Tensor | None:
+        """[T, H] what full precision delivers to the experts, where weights are corrected for drift."""
+        assert self.sites.moe is not None
+        name = self.sites.moe.experts
+        if self.plan.recipe.solver.drift != "none" and f"{self.sites.name}.{name}" in self.plan.experts and name not in self.exact:
+            self.report.drift[name] = {"skipped": NOT_COMPARED}
+        return self.exact.get(name)
 
     def _pool_inputs(self, routed: RoutedTokens, layout: ExpertsLayout, pooled: RoutedTokens) -> _PoolInputs:
         assert self.pool is not None
@@ -516,24 +594,22 @@ class LayerJob:
         if inputs is not None:
             weights = self._without_outliers(name, module, weights, inputs, start, stop)
         quantized: dict[str, QTensor] = {}
+        exact = weights.to(self._dtype) if parts and inputs and inputs.exact is not None else None
         power, aware = self.plan.recipe.solver.affinity_power, self.plan.recipe.solver.output_aware
         if parts:
             sensitive = (module, layout, weights.to(self._dtype)) if aware else None
             hessian = inputs.hessians(start, stop, power, sensitive) if inputs and wanted else None
             transform = self.transforms.get(f"{name}.{FIRST}")
-            first = self._solve_first(layout, weights.first, hessian, parts, start, stop, quantized, transform)
+            drift = inputs.first_drift(start, stop, power, sensitive) if inputs and exact else None
+            corrected = self._corrected_experts(layout.first, weights.first, drift)
+            first = self._solve_first(layout, corrected, hessian, parts, start, stop, quantized, transform)
             weights = ExpertWeights(first, weights.down, weights.first_bias, weights.down_bias)
-            del hessian, sensitive
+            del hessian, sensitive, drift, corrected
         stored_down, weights = weights.down, weights.to(self._dtype)
-        if inputs is None or parts is None or not wanted:
-            h = inputs.through_first(module, weights, start, stop, None) if inputs else None
-            hessian = None
-        else:
-            moments = ExpertMoments.zeros(stop - start, layout.intermediate, 2.0 if aware else power)
-            h = inputs.through_first(module, weights, start, stop, moments)
-            hessian = moments.shrunk(down_layer_hessians(module, inputs.sample, weights, inputs.stream.slots))
+        h, hessian, drift = self._through_first(module, weights, exact, start, stop, inputs, wanted and parts is not None)
         if parts:
             spec = parts["down_proj"]
+            stored_down = self._corrected_experts("down_proj", stored_down, drift)
             transform = self._expert_transforms(f"{name}.{DOWN}", module, weights, start, inputs, h)
             stored_down, hessian = _transformed(transform, stored_down, hessian)
             q, info = self._solve(stored_down, hessian, torch.tensor(spec.bits[start:stop]), spec.scale_dtype)
@@ -545,6 +621,29 @@ class LayerJob:
             inputs.through_down(module, weights, start, stop, h)
         if inputs and inputs.pool:
             inputs.pool.through(module, weights, start, stop)
+
+    def _through_first(
+        self,
+        module: nn.Module,
+        weights: ExpertWeights,
+        exact: ExpertWeights | None,
+        start: int,
+        stop: int,
+        inputs: _ExpertInputs | None,
+        wanted: bool,
+    ) -> tuple[Tensor | None, Tensor | None, DriftMoments | None]:
+        """What enters down [S, I] behind the quantized gate and up; where it is wanted, its second moments, and those of its drift.
+
+        Args:
+            exact: the experts in full precision, where they are compared with.
+        """
+        if inputs is None or not wanted:
+            return (inputs.through_first(module, weights, start, stop, None) if inputs else None), None, None
+        solver, size = self.plan.recipe.solver, weights.down.shape[2]
+        moments = ExpertMoments.zeros(stop - start, size, 2.0 if solver.output_aware else solver.affinity_power)
+        drift = self._drift_moments(stop - start, size) if exact else None
+        h = inputs.through_first(module, weights, start, stop, moments, (drift, exact) if drift and exact else None)
+        return h, moments.shrunk(inputs.down_target(module, weights, start, stop)), drift
 
     def _stored_dtype(self, name: str, layout: ExpertsLayout) -> torch.dtype:
         """Experts are solved from the values that are stored, not from what they are rounded to for computing."""
@@ -611,16 +710,22 @@ class _Statistics:
     """What is seen of a group's input while it passes by.
 
     Attributes:
-        total: [N, N] second moments, complete above the diagonal only; None where nothing is solved from them.
+        total: [N, N] second moments, complete above the diagonal only; None where nothing is solved from them, or where drift has them.
         positions: tokens that are kept as a sample, in order. kept: them. seen: tokens so far.
+        drift, exact: sums of what arrives and should arrive; what full precision delivers, [T, N].
     """
 
     total: Tensor | None
     positions: Tensor
     kept: list[Tensor] = field(default_factory=list)
     seen: int = 0
+    drift: DriftMoments | None = None
+    exact: Tensor | None = None
 
     def add(self, x_TN: Tensor, weight_T: Tensor | None = None) -> None:
+        if self.drift is not None and self.exact is not None:
+            tokens = torch.arange(self.seen, self.seen + len(x_TN))
+            self.drift.add(x_TN, self.exact[tokens], weight_T, tokens, [0, len(x_TN)])
         if self.total is not None:
             add_second_moment(self.total, x_TN, weight_T)
         inside = self.positions[(self.positions >= self.seen) & (self.positions < self.seen + len(x_TN))]
@@ -631,6 +736,8 @@ class _Statistics:
     @property
     def hessian(self) -> Tensor | None:
         """[N, N]."""
+        if self.drift is not None:
+            return self.drift.hessian[0]
         return None if self.total is None else mirror_(self.total)
 
     @property
@@ -646,6 +753,8 @@ class _ExpertInputs:
     Attributes:
         x: [T, H] inputs of the block; slots: all routed slots. sample: some of the layer's tokens; h_layer: the moment of all, [H, H].
         outputs: [T, H] float32, added to. pool: further tokens, for experts that get too few of these.
+        soft: how near the tokens came to the experts; in the place of h_layer.
+        exact: [T, H] what full precision delivers for the same tokens, where weights are corrected for drift.
     """
 
     stream: Stream
@@ -656,6 +765,8 @@ class _ExpertInputs:
     h_layer: Tensor
     outputs: Tensor
     pool: _PoolInputs | None = None
+    soft: SoftCoverage | None = None
+    exact: Tensor | None = None
 
     def _pieces(self, start: int, stop: int) -> Iterator[Slots]:
         for piece in self.slots.pieces(start, stop, self.stream.slots):
@@ -675,7 +786,24 @@ class _ExpertInputs:
             moments.add(x := self.x[piece.tokens], self._weight(x, piece, sensitive), piece.bounds)
         for x, piece in self.pool.drawn(start, stop) if self.pool else ():
             moments.add(x, self._weight(x, piece, sensitive), piece.bounds)
-        return moments.shrunk(self.h_layer)
+        return moments.shrunk(self.h_layer if self.soft is None else self.soft.moments(self.x, start, stop))
+
+    def down_target(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int) -> Tensor:
+        """[C, I, I] what Hessians of down are drawn towards: the layer's tokens as they come through these experts."""
+        shares = None if self.soft is None else self.soft.through[:, start:stop]
+        return down_layer_hessians(module, self.sample, weights, self.stream.slots, shares)
+
+    def first_drift(
+        self, start: int, stop: int, power: float, sensitive: tuple[nn.Module, ExpertsLayout, ExpertWeights] | None = None
+    ) -> DriftMoments:
+        """Of the inputs of gate and up, tokens weighted as in `hessians`; there is nothing to compare those of the pool with."""
+        assert self.exact is not None
+        moments = DriftMoments.zeros(stop - start, self.x.shape[1], len(self.x), self.stream.windows.shape[1])
+        for piece in self._pieces(start, stop):
+            x = self.x[piece.tokens]
+            weight = to_power(self._weight(x, piece, sensitive), 1.0 if sensitive else power)
+            moments.add(x, self.exact[piece.tokens], weight, piece.tokens, piece.bounds)
+        return moments
 
     def _weight(self, x: Tensor, piece: Slots, sensitive: tuple[nn.Module, ExpertsLayout, ExpertWeights] | None) -> Tensor:
         """[S] affinities, or what an error costs in the layer's output."""
@@ -698,14 +826,29 @@ class _ExpertInputs:
         seen = high > -torch.inf
         return torch.where(seen, high, 0.0), torch.where(seen, low, 0.0)
 
-    def through_first(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int, moments: ExpertMoments | None) -> Tensor:
-        """[S, I] inputs of down, for all slots of these experts; their moments are added to `moments`."""
+    def through_first(
+        self,
+        module: nn.Module,
+        weights: ExpertWeights,
+        start: int,
+        stop: int,
+        moments: ExpertMoments | None,
+        compared: tuple[DriftMoments, ExpertWeights] | None = None,
+    ) -> Tensor:
+        """[S, I] inputs of down, for all slots of these experts; their moments are added to `moments`.
+
+        Args:
+            compared: gets how they drift from what these experts, in full precision, deliver.
+        """
         count = self.slots.bounds[stop] - self.slots.bounds[start]
         h = self.stream.store.allocate((count, weights.down.shape[2]), self.stream.dtype)
         for piece in self._pieces(start, stop):
             h[piece.place] = inner = intermediate(module, self.x[piece.tokens], weights, piece.bounds)
             if moments is not None:
                 moments.add(inner, piece.affinity, piece.bounds)
+            if moments is not None and compared is not None and self.exact is not None:
+                should = intermediate(module, self.exact[piece.tokens], compared[1], piece.bounds)
+                compared[0].add(inner, should, to_power(piece.affinity, moments.power), piece.tokens, piece.bounds)
         if moments is not None and self.pool is not None:
             for x, piece in self.pool.drawn(start, stop):
                 moments.add(intermediate(module, x, weights, piece.bounds), piece.affinity, piece.bounds)
@@ -761,6 +904,20 @@ def _capture(stream: Stream, index: int, final: bool) -> tuple[RoutedTokens, Ten
     """What a layer's experts are asked, and, where nothing else in the layer changes any more, what it puts out without them."""
     without = stream.store.allocate(tuple(stream.hidden.shape), stream.dtype) if final else None
     return stream.capture_routing(index, without), without
+
+
+def drifting(plan: Plan, sites: LayerSites) -> list[str]:
+    """Modules of a layer at whose inputs full precision is asked what should arrive, where weights are corrected for drift."""
+    groups = [group for group in sites.groups if any(f"{sites.name}.{name}" in plan.linears for name in group.names)]
+    names = [_input_of(sites, group) for group in groups]
+    if sites.moe is not None and f"{sites.name}.{sites.moe.experts}" in plan.experts:
+        names.append(sites.moe.experts)
+    return list(dict.fromkeys(names))
+
+
+def _input_of(sites: LayerSites, group: LinearGroup) -> str:
+    """The module that is asked for a group's input."""
+    return sites.moe.experts if group.moe_input and sites.moe is not None else group.names[0]
 
 
 def _transformed(transform: BlockTransform | None, w_EOI: Tensor, h_EII: Tensor | None) -> tuple[Tensor, Tensor | None]:

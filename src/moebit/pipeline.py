@@ -32,13 +32,14 @@ from moebit.formats.opening import activations_of, average_bits, open_checkpoint
 from moebit.formats.output import JOURNAL, SAMPLE, OutputDirectory, check_free, check_space, disk_error, partial_of, read_journal
 from moebit.formats.profile import Profile
 from moebit.formats.sink import SINKS, Sink, put_stored
-from moebit.layer import LayerJob, LayerReport, Progress
+from moebit.layer import LayerJob, LayerReport, Progress, drifting
 from moebit.methods.balance import further_windows
 from moebit.model.activations import peak_resident_bytes
 from moebit.model.checkpoint import Checkpoint, HubWeights, checkpoint_fingerprint
 from moebit.model.edits import EditedWeights, untied_config
 from moebit.model.files import TensorSpec, check_finite, read_header
-from moebit.model.routing import reference_step
+from moebit.model.reference import captured_inputs
+from moebit.model.routing import Routing, reference_step
 from moebit.model.shipped import check_shipped, plain_config
 from moebit.model.stream import Stream
 from moebit.model.streams import Streams
@@ -78,6 +79,8 @@ class Result:
         """What the recipe asks for and was left, as "what: reason" with the number of places."""
         left = [f"{what}: {reason}" for layer in self.layers for what, reason in layer.router.get("skipped", {}).items()]
         left += [f"smoothing: {reason}" for layer in self.layers for reason in layer.smoothing.get("skipped", {}).values()]
+        left += [f"solver.drift: {row['skipped']}" for layer in self.layers for row in layer.drift.values() if "skipped" in row]
+        left += [f"calibration.coverage: {layer.coverage['skipped']}" for layer in self.layers if "skipped" in layer.coverage]
         return dict(Counter(left))
 
 
@@ -190,7 +193,7 @@ def quantize(
         check_free(out, resume=resume, overwrite=overwrite)
         return decided
     base = chosen.calibration.samples * chosen.calibration.seq_len if chosen.needs_calibration else 0
-    streamed = base * (2 if chosen.router.realign != "none" else 1) + (pool.numel() if pool is not None else 0)
+    streamed = base * (2 if chosen.needs_reference else 1) + (pool.numel() if pool is not None else 0)
     check_space(out, decided.size_bytes + streamed * _width(checkpoint) * 4 * 2)
     if not (resume and read_journal(partial_of(out) / JOURNAL)):  # a run that began has looked, and knows the files again
         check_finite(checkpoint.entries)
@@ -380,7 +383,7 @@ class _Work:
         def stream(rows: Tensor) -> Stream:
             return Stream(self.checkpoint, self.plan.structure, rows, store, budget.batch_tokens, budget.slots)
 
-        compared, more = self.plan.recipe.router.realign != "none", pool is not None and len(pool) > 0
+        compared, more = self.plan.recipe.needs_reference, pool is not None and len(pool) > 0
         streams = Streams(stream(windows), stream(windows) if compared else None, stream(pool) if pool is not None and more else None)
         if done:
             streams.take_up(read_header(self.output.partial / _stream_file(done - 1)))
@@ -391,14 +394,14 @@ class _Work:
         began = time.perf_counter()
         stream = streams.calibration if streams else None
         compared = streams.reference if streams else None
-        reference = reference_step(compared, sites.index, self.plan.chunk.get(sites.index, 1)) if compared else None
+        reference, exact = self._reference(compared, sites) if compared else (None, {})
         files = [self._shard_name(sites.index)]
         report = LayerReport(sites.index)
         loaded: AbstractContextManager[nn.Module | None] = stream.loaded(sites.index) if stream else nullcontext()
         names = self.sink.parameters(sites.name + ".")
         with self.output.shard(files[0], self.sink.specs(names)) as shard, loaded as layer:
             job = LayerJob(self.plan, self.sink, sites, shard, report, stream, layer, self.device, self.progress, self.seed)
-            job.reference, job.pool = reference, streams.pool if streams else None
+            job.reference, job.exact, job.pool = reference, exact, streams.pool if streams else None
             job.run()
         report.seconds = round(time.perf_counter() - began, 3)
         report.peak_memory_bytes = peak_resident_bytes()
@@ -413,6 +416,14 @@ class _Work:
         if sites.index:
             self.output.remove(_stream_file(sites.index - 1))
         return report
+
+    def _reference(self, stream: Stream, sites: LayerSites) -> tuple[Routing | None, dict[str, Tensor]]:
+        """Full precision through a layer: what its router says, and what arrives where weights are to be corrected for drift."""
+        recipe = self.plan.recipe
+        names = drifting(self.plan, sites) if recipe.solver.drift != "none" else []
+        with captured_inputs(stream, sites.index, names) as exact:
+            routing = reference_step(stream, sites.index, self.plan.chunk.get(sites.index, 1))
+        return (routing if recipe.router.realign != "none" else None), exact
 
     def _shard_name(self, number: int) -> str:
         return self.output.shard_name(number, len(self.plan.structure.layers) + 1)

@@ -8,10 +8,19 @@ import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from moebit.errors import BadInputError
 
@@ -21,7 +30,19 @@ ACTIVATION_WIDTHS = (3, 4, 5, 6, 7, 8, 16)
 
 
 class _Section(BaseModel):
+    """A part of a recipe.
+
+    Attributes:
+        named_if_on: fields that are left out where they have their default, so that a recipe without them keeps its text and digest.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+    named_if_on: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {key: value for key, value in handler(self).items() if key not in self.named_if_on or value != fields[key].default}
 
 
 class WeightsSection(_Section):
@@ -118,7 +139,11 @@ class SolverSection(_Section):
     scales: `static` from the original weights, `dynamic` from the columns as updated when a group begins (not with act_order).
     affinity_power: power p of the routing weight in the Hessians, `sum g^p x x^T`; 0 weighs all routed tokens alike.
     output_aware: weigh routed tokens by what an error costs in the layer's output instead (gptq).
+    refit: fit the scales to the codes once more when these are known (tensor/refit.py; gptq).
+    drift: `ridge` corrects weights, before they are rounded, for the drift of their inputs (methods/drift.py; gptq).
     """
+
+    named_if_on = frozenset({"refit", "drift"})
 
     method: Literal["rtn", "gptq", "awq"] = "gptq"
     scales: Literal["static", "dynamic"] = "static"
@@ -127,11 +152,25 @@ class SolverSection(_Section):
     clip_search: bool = True
     affinity_power: float = Field(0.0, ge=0.0)
     output_aware: bool = False
+    refit: bool = False
+    drift: Literal["none", "ridge"] = "none"
 
     @model_validator(mode="after")
     def _one_weighting(self) -> SolverSection:
         if self.output_aware and (self.affinity_power or self.method != "gptq"):
             raise ValueError("output_aware: true has the affinity in it and is gptq's; set affinity_power: 0, method: gptq")
+        return self
+
+    @model_validator(mode="after")
+    def _refit_has_moments(self) -> SolverSection:
+        if self.refit and self.method != "gptq":
+            raise ValueError(f"refit: true fits scales to what gptq chose; set method: gptq instead of {self.method}, or refit: false")
+        return self
+
+    @model_validator(mode="after")
+    def _drift_is_gptqs(self) -> SolverSection:
+        if self.drift != "none" and self.method != "gptq":
+            raise ValueError(f"drift: {self.drift} corrects what gptq rounds; set method: gptq instead of {self.method}, or drift: none")
         return self
 
     @model_validator(mode="after")
@@ -201,13 +240,18 @@ class CalibrationSection(_Section):
     kind: `text`; or what the model writes (calibration/sampling.py): `ebss`, `self`, `self-balanced`. Text that is given all the same
         takes its place, unless `text_share` says how much of the set it is to be.
     width, temperature, scope, extend, oversample, repetition_penalty, no_repeat_ngram: of the sampling; null is the kind's own value.
+    coverage: what the Hessians of experts with few tokens are drawn towards (gptq): `layer`, that of all its tokens, or `soft`, of tokens
+        as likely as the router would have sent them there (methods/soft_coverage.py).
     balance: experts with fewer than `balance k seq_len / E` tokens draw further windows for themselves (methods/balance.py); `none`, or
         the ratio. pool: there are at most so many times `samples` of those.
     """
 
+    named_if_on = frozenset({"coverage"})
+
     kind: Literal["text", "ebss", "self", "self-balanced"] = "text"
     samples: int = Field(128, ge=1)
     seq_len: int = Field(512, ge=8)
+    coverage: Literal["layer", "soft"] = "layer"
     balance: float | str = "none"
     pool: int = Field(4, ge=1)
 
@@ -354,6 +398,21 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _drift_compares_the_same_channels(self) -> Recipe:
+        if self.solver.drift != "none" and self.smoothing.kind != "none":
+            raise ValueError(
+                f"solver.drift: {self.solver.drift} compares inputs with full precision's, and smoothing.kind: {self.smoothing.kind} "
+                "scales them; set one of the two to none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _coverage_has_hessians(self) -> Recipe:
+        if self.calibration.coverage == "soft" and self.solver.method != "gptq":
+            raise ValueError("calibration.coverage: soft is about gptq's Hessians; set solver.method: gptq, or calibration.coverage: layer")
+        return self
+
+    @model_validator(mode="after")
     def _widths_and_channels_belong_to_integers(self) -> Recipe:
         if self.needs_profile and self.weights.type == "fp8":
             raise ValueError("allocation and switching choose integer widths; set weights.type: int")
@@ -389,6 +448,11 @@ class Recipe(_Section):
     def needs_hessians(self) -> bool:
         """Whether weights are rounded by the second moments of what arrives at them."""
         return self.solver.method != "rtn"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether something is compared with what the full-precision model makes of the calibration windows."""
+        return self.router.realign != "none" or self.solver.drift != "none"
 
     @property
     def scales_channels(self) -> bool:

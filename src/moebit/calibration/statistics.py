@@ -41,7 +41,8 @@ class ExpertMoments:
 
         The groups are ragged: one symmetric product per expert that has any, each at the machine's rate.
         """
-        weights = affinity_S.float().abs().pow(self.power) if self.power else torch.ones(len(affinity_S))
+        powered = to_power(affinity_S, self.power)
+        weights = torch.ones(len(affinity_S)) if powered is None else powered
         for c, (low, high) in enumerate(pairwise(bounds)):
             if low < high:
                 add_second_moment(self.sums[c], x_SN[low:high], weights[low:high] if self.power else None)
@@ -55,6 +56,11 @@ class ExpertMoments:
             h_layer: mean second moment of the layer's tokens, [N, N] or [C, N, N].
         """
         return shrink_(mirror_(self.sums), self.total, self.squares, h_layer)
+
+
+def to_power(affinity_S: Tensor, power: float) -> Tensor | None:
+    """[S] what routed slots count; None for all alike."""
+    return affinity_S.float().abs().pow(power) if power else None
 
 
 def layer_sample(tokens: int, most: int = LAYER_SAMPLE) -> Tensor:
@@ -85,11 +91,13 @@ def output_sensitivity(
     return cost_S * affinity_S.float().square()
 
 
-def down_layer_hessians(module: nn.Module, x_MH: Tensor, weights: ExpertWeights, slots: int = 16384) -> Tensor:
+def down_layer_hessians(
+    module: nn.Module, x_MH: Tensor, weights: ExpertWeights, slots: int = 16384, shares_MC: Tensor | None = None
+) -> Tensor:
     """[C, I, I] mean second moments of the down inputs if the sampled tokens went through each expert of the chunk.
 
     Args:
-        slots: rows that go through experts at a time.
+        slots: rows that go through experts at a time. shares_MC: what the tokens count for each expert, if not all alike.
     """
     experts, count = weights.first.shape[0], x_MH.shape[0]
     step, parts = max(1, slots // max(1, count)), []
@@ -97,5 +105,8 @@ def down_layer_hessians(module: nn.Module, x_MH: Tensor, weights: ExpertWeights,
         some = weights.experts(start, min(start + step, experts))
         c = len(some.first)
         h = intermediate(module, x_MH.repeat(c, 1), some, [i * count for i in range(c + 1)]).view(c, count, -1).float()
-        parts.append(torch.bmm(h.mT, h) / count)
+        if shares_MC is None:
+            parts.append(torch.bmm(h.mT, h) / count)
+        else:
+            parts.append(torch.bmm((h * shares_MC[:, start : start + c].T.unsqueeze(2)).mT, h))
     return torch.cat(parts)

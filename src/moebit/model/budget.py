@@ -25,6 +25,7 @@ MIN_SLOTS = 64
 # The largest temporary tensor of a forward, in float32, where the work can be cut finer: glibc gives allocations above 32 MiB back to
 # the system at once, and filling fresh pages again takes longer than the work on them.
 TEMPORARY_BYTES = 2**24
+DRIFT_BYTES = 32  # of a pair of inputs: two sums of two parts, float32, and what is solved from them
 CHANNEL_BYTES = 160  # of a token, for a channel of a recurrent mixer: a state of 16 numbers and a few copies
 
 
@@ -66,13 +67,14 @@ def make_budget(
     solve: bool,
     hessians: bool,
     streams: int = 1,
+    drift: bool = False,
 ) -> Budget:
     """Share `memory` bytes out.
 
     Args:
         tokens: that stream through the layers; 0 for none. length: of a window.
         solve: whether weights are solved, not only run. hessians: whether from second moments.
-        streams: models that run side by side.
+        streams: models that run side by side. drift: whether inputs are compared between them, everywhere in a layer.
     """
     item = checkpoint.model.dtype.itemsize
     width = int(checkpoint.config.get_text_config().hidden_size)
@@ -83,6 +85,7 @@ def make_budget(
     stored = [
         tokens * width * size * streams for size in (item, item, item, 4)
     ]  # hidden states before and behind, experts' inputs and outputs
+    stored += max(([tokens * size * item for size in _compared(sites, width)] for sites in structure.layers), key=sum) if drift else []
     activations = sum(min(size, allowance) for size in stored)
     per_token = max((_token_bytes(checkpoint, sites, width, item, length) for sites in structure.layers), default=1)
     batch = max(length, min(BATCH_TOKENS, rest // 4 // per_token, TEMPORARY_BYTES // (4 * width)))
@@ -91,16 +94,16 @@ def make_budget(
     widest = max((4 * max(layout.hidden, 2 * layout.intermediate) for layout in layouts.values()), default=1)
     slots = max(MIN_SLOTS, min(SLOTS, rest // 8 // per_slot, TEMPORARY_BYTES // widest))
     room = max(rest // 2 - (SOLVER_BYTES if solve else 0), rest // 8)
-    each = {index: expert_bytes(layout, item, solve=solve, hessians=hessians) for index, layout in layouts.items()}
+    each = {index: expert_bytes(layout, item, solve=solve, hessians=hessians, drift=drift) for index, layout in layouts.items()}
     chunk = {index: max(1, min(layout.experts, room // each[index])) for index, layout in layouts.items()}
     experts = max((chunk[index] * each[index] for index in chunk), default=0) + (slots * per_slot if tokens else 0)
-    linears = max((_linear_bytes(checkpoint.model, sites, item, hessians) for sites in structure.layers), default=0) if solve else 0
+    linears = max((_linear_bytes(checkpoint.model, sites, item, hessians, drift) for sites in structure.layers), default=0) if solve else 0
     busiest = max(experts + (SOLVER_BYTES if solve else 0), linears + (SOLVER_BYTES if solve else 0), batch * per_token if tokens else 0)
     peak = PROCESS_BYTES + (layer if tokens else 0) + activations + busiest
     return Budget(batch, slots, chunk, allowance, stored[0] > allowance, memory * 6 // 10, memory, peak)
 
 
-def expert_bytes(layout: ExpertsLayout, item: int, *, solve: bool, hessians: bool) -> int:
+def expert_bytes(layout: ExpertsLayout, item: int, *, solve: bool, hessians: bool, drift: bool = False) -> int:
     """Memory that one expert takes while it is read and, perhaps, solved."""
     weights = layout.parameters_per_expert
     reading = weights * (2 * 4 + item)  # as stored (at most four bytes), stacked, and in the type that is computed in
@@ -109,6 +112,8 @@ def expert_bytes(layout: ExpertsLayout, item: int, *, solve: bool, hessians: boo
     solving = weights * (4 + 2 * item + 1)  # as stored, as computed with before and after, codes
     if hessians:
         solving += max(8 * layout.hidden**2, 12 * layout.intermediate**2)  # with their factors, and what down's are drawn towards
+    if drift:
+        solving += DRIFT_BYTES * max(layout.hidden, layout.intermediate) ** 2 + 16 * weights
     return max(reading, solving)
 
 
@@ -133,11 +138,17 @@ def _token_bytes(checkpoint: Checkpoint, sites: LayerSites, width: int, item: in
     return item * (2 * outputs + 12 * width) + scores + CHANNEL_BYTES * channels
 
 
-def _linear_bytes(model: nn.Module, sites: LayerSites, item: int, hessians: bool) -> int:
+def _compared(sites: LayerSites, width: int) -> list[int]:
+    """Channels of all inputs that are kept of the full-precision stream."""
+    return [group.in_features for group in sites.groups if not group.moe_input] + [width] * (sites.moe is not None)
+
+
+def _linear_bytes(model: nn.Module, sites: LayerSites, item: int, hessians: bool, drift: bool) -> int:
     """The same for the largest group of linears that is solved together."""
     largest = 0
     for group in sites.groups:
         modules: list[Any] = [model.get_submodule(f"{sites.name}.{name}") for name in group.names]
         weights = sum(module.in_features * module.out_features for module in modules)
-        largest = max(largest, weights * (2 * 4 + item + 1) + (8 * group.in_features**2 if hessians else 0))
+        compared = DRIFT_BYTES * group.in_features**2 + 16 * weights if drift else 0
+        largest = max(largest, weights * (2 * 4 + item + 1) + (8 * group.in_features**2 if hessians else 0) + compared)
     return largest

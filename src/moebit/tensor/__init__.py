@@ -6,6 +6,7 @@ Shape suffixes: E experts (or matrices in a batch), O output channels, I input c
 from moebit.tensor.grid import QTensor, QuantScheme, minmax_grid, round_to_grid, search_grid
 from moebit.tensor.linalg import add_second_moment, damp, factor_, mirror_, second_moment, shrink, shrink_
 from moebit.tensor.packing import pack, packed_row_bytes, unpack
+from moebit.tensor.refit import refit_scales
 from moebit.tensor.solver import SolveInfo, backend_of, solve_gptq, solve_rtn
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "mirror_",
     "pack",
     "packed_row_bytes",
+    "refit_scales",
     "round_to_grid",
     "search_grid",
     "second_moment",
