@@ -45,7 +45,7 @@ class ActivationStore:
             OSError: the disk has no room for the file (found now, not when it is written to).
         """
         size = math.prod(shape) * dtype.itemsize
-        if self.directory is None or size <= self.allowance or not size:
+        if self.directory is None or self.in_memory(size):
             return torch.empty(shape, dtype=dtype)
         with tempfile.TemporaryFile(dir=self.directory, prefix="activations-") as file:
             if hasattr(os, "posix_fallocate"):
@@ -55,6 +55,10 @@ class ActivationStore:
             mapped = mmap.mmap(file.fileno(), size)
         self._maps = [*(ref for ref in self._maps if ref() is not None), weakref.ref(mapped)]
         return torch.frombuffer(mapped, dtype=dtype).view(shape)
+
+    def in_memory(self, size: int) -> bool:
+        """Whether a tensor of `size` bytes needs no file."""
+        return self.directory is None or size <= self.allowance or not size
 
     def pieces(self, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(byte at which it begins, rows) of a tensor that may lie in a file, some rows after the other."""
