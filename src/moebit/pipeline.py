@@ -34,7 +34,7 @@ from moebit.formats.profile import Profile
 from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress
 from moebit.methods.balance import further_windows
-from moebit.model.activations import peak_resident_bytes
+from moebit.model.activations import freed_memory_kept, peak_resident_bytes
 from moebit.model.checkpoint import Checkpoint, HubWeights, checkpoint_fingerprint
 from moebit.model.edits import EditedWeights, untied_config
 from moebit.model.files import TensorSpec, check_finite, read_header
@@ -198,7 +198,8 @@ def quantize(
     identity |= {"pool": digest(pool)} if pool is not None else {}
     identity |= {"profile": _digest_of(sets)} if sets is not None else {}
     try:
-        with OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite) as output:
+        directory = OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite)
+        with directory as output, freed_memory_kept():
             report = progress or (lambda what, done, total: None)
             if sampled:
                 windows = _sampled(output, checkpoint, sampled, windows, memory, report)
