@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ from moebit.profiling.prepare import check_profile, prepare
 from moebit.profiling.profile import data_sets
 from moebit.recipe import Recipe, load_recipe
 from moebit.report.command import python_call
+from moebit.tensor import kernels
 from moebit.transforms import transformed
 
 DEFAULT_MEMORY = 4 * 2**30
@@ -200,6 +202,8 @@ def quantize(
     try:
         directory = OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite)
         with directory as output, freed_memory_kept():
+            if device == "cpu" and chosen.needs_hessians:
+                Thread(target=kernels.load).start()
             report = progress or (lambda what, done, total: None)
             if sampled:
                 windows = _sampled(output, checkpoint, sampled, windows, memory, report)
