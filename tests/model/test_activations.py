@@ -29,7 +29,6 @@ def test_freed_memory_is_kept_until_the_end() -> None:
         assert left_behind() > SIZE // 2
         assert abs(left_behind()) < SIZE // 8, "the second lies where the first lay"
     assert resident_bytes() < before + SIZE // 8
-    assert left_behind() < SIZE // 8, "nor does it keep anything afterwards"
 
 
 @glibc
@@ -45,6 +44,8 @@ def test_kept_memory_is_released_past_the_limit() -> None:
 
 @glibc
 def test_a_failure_inside_is_passed_on() -> None:
+    before = resident_bytes()
     with pytest.raises(RuntimeError, match="out of luck"), freed_memory_kept():
+        left_behind()
         raise RuntimeError("out of luck")
-    assert left_behind() < SIZE // 8
+    assert resident_bytes() < before + SIZE // 8
