@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import moebit
 from moebit import layer
 from moebit.calibration import statistics
-from moebit.model import experts
+from moebit.model import budget, experts
 from tests.models import ARCHITECTURES, TOP_K, Architecture, Checkpoints
 from tests.outputs import small_recipe, token_file
 
@@ -65,3 +65,29 @@ def test_passes(architecture: Architecture, checkpoints: Checkpoints, tmp_path: 
     assert sum(attended) == SAMPLES * LENGTH * ATTENTION[architecture.name]
     assert slots["first"] == slots["down"] == routed
     assert slots["sample"] == sum(architecture.moe) * 8 * statistics.LAYER_SAMPLE < 8 * SAMPLES * LENGTH * sum(architecture.moe)
+
+
+def test_passes_over_several_batches(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inputs of o_proj are kept where they may be: attention runs once over all windows, and the bytes are those of two passes."""
+    text = token_file(tmp_path / "t.jsonl", SAMPLES * LENGTH)
+    attended: list[int] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if query.device.type != "meta":
+            attended.append(query.shape[0])
+        return attend(query, *rest, **options)
+
+    monkeypatch.setattr(budget, "BATCH_TOKENS", SAMPLES // 3 * LENGTH)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    weights = []
+    for out in (tmp_path / "kept", tmp_path / "again"):
+        moebit.quantize(
+            checkpoints.path(ARCHITECTURES["mixtral"]), out, recipe=small_recipe(samples=SAMPLES, seq_len=LENGTH), text=[str(text)]
+        )
+        weights.append({file.name: file.read_bytes() for file in out.glob("*.safetensors")})
+        monkeypatch.setattr(layer.LayerJob, "_last_before_experts", lambda job, number: False)
+    once = SAMPLES + 2 * (SAMPLES // 3)  # the first batch to look, and to see how the layer adds the experts' outputs
+    twice = 2 * SAMPLES + SAMPLES // 3
+    assert sum(attended) == 2 * (once + twice)
+    assert weights[0] == weights[1]

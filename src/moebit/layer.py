@@ -27,6 +27,7 @@ from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slo
 from moebit.model.files import ShardFile
 from moebit.model.inputs import DOWN, FIRST
 from moebit.model.routing import Replace, Routing, not_linear, router_bias, router_inputs
+from moebit.model.shortcut import KeptInput
 from moebit.model.stream import Stream, add_outputs, experts_names, read_experts
 from moebit.model.structure import LayerSites, LinearGroup
 from moebit.planning import Plan
@@ -130,6 +131,7 @@ class LayerJob:
         soft: how near tokens came to experts, where the recipe asks for soft coverage.
         exact: what full precision delivers to the modules of `drifting`, where the recipe corrects for drift.
         seed: of the online transforms; those that are made, by name.
+        kept: what entered the last linear before the experts, until it has been run through the rest of the layer.
     """
 
     plan: Plan
@@ -148,6 +150,7 @@ class LayerJob:
     outliers: dict[int, int] = field(default_factory=dict)
     soft: SoftCoverage | None = None
     exact: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: KeptInput | None = None
 
     def run(self) -> None:
         """Attention and whatever else runs before the experts, then shared experts, routed experts, and what runs behind them."""
@@ -167,6 +170,7 @@ class LayerJob:
         # What the layer puts out without its experts is worth keeping only if nothing in it changes any more.
         final = self.stream is not None and not any(self._quantized(self.sites.groups[number]) for number in (*beside, *behind))
         routed, without = self._capture_routed(final) if self.stream else (None, None)
+        self.kept = None
         pooled, pool_without = _capture(self.pool, self.sites.index, final) if self.pool else (None, None)
         if adjusted and routed:
             self.report.router = adjusted.described(routed.ids)
@@ -185,10 +189,10 @@ class LayerJob:
         assert self.layer is not None
         assert self.sites.moe is not None
         if self.plan.recipe.calibration.coverage != "soft":
-            return _capture(self.stream, self.sites.index, final)
+            return _capture(self.stream, self.sites.index, final, self.kept)
         if reason := not_linear(self.layer, self.sites):
             self.report.coverage = {"skipped": reason}
-            return _capture(self.stream, self.sites.index, final)
+            return _capture(self.stream, self.sites.index, final, self.kept)
         with router_inputs(self.stream, self.sites) as kept:
             routed, without = _capture(self.stream, self.sites.index, final)
         assert self.sites.moe.router is not None
@@ -309,23 +313,39 @@ class LayerJob:
             if group.replay_of in inputs:
                 return self._replayed(seen_by, group, inputs[group.replay_of])
         stream, seen = self.stream, 0
-        keep = any(other.replay_of == number for other in self.sites.groups)
-        kept = stream.store.allocate((stream.windows.numel(), group.in_features), stream.dtype) if keep else None
+        replayed, last = any(other.replay_of == number for other in self.sites.groups), self._last_before_experts(number)
+        kept = stream.store.allocate((stream.windows.numel(), group.in_features), stream.dtype) if replayed or last else None
 
         def on_input(x: Tensor) -> None:
             nonlocal seen
             flat = x.reshape(-1, x.shape[-1])
             seen_by.add(flat)
-            if kept is not None:
+            if kept is not None and seen + len(flat) <= len(kept):
                 kept[seen : seen + len(flat)] = flat
-                seen += len(flat)
+            seen += len(flat)
 
         before = _no_experts(self.sites) if group.behind_experts else _zeros  # what experts put out doesn't reach this group
         experts = stream.replay(outputs) if outputs is not None else lambda rows: before
         stream.run(self.sites.index, inputs={group.names[0]: on_input}, experts=experts)
-        if kept is not None:
-            inputs[number] = kept
+        if kept is not None and seen == len(kept):
+            if replayed:
+                inputs[number] = kept
+            if last:
+                self.kept = KeptInput(group.names[0], kept)
         return seen_by
+
+    def _last_before_experts(self, number: int) -> bool:
+        """Whether a group is one linear, the last that runs before the experts, and what enters it can be kept until they are asked.
+
+        It is where it needs no file, and no more memory than the experts' outputs, which come when it has gone.
+        """
+        assert self.stream is not None
+        group, stream, moe = self.sites.groups[number], self.stream, self.sites.moe
+        run = [n for n in self._in_order()[0] if self.sites.groups[n].replay is None]
+        if moe is None or run[-1:] != [number] or len(group.names) > 1 or "." not in group.names[0]:
+            return False
+        size = stream.windows.numel() * group.in_features * stream.dtype.itemsize
+        return size <= 4 * stream.windows.numel() * moe.layout.hidden and stream.store.in_memory(size)
 
     def _new_statistics(self, group: LinearGroup) -> _Statistics:
         assert self.stream is not None
@@ -900,10 +920,10 @@ class _PoolInputs:
             self.stream.store.release()
 
 
-def _capture(stream: Stream, index: int, final: bool) -> tuple[RoutedTokens, Tensor | None]:
+def _capture(stream: Stream, index: int, final: bool, kept: KeptInput | None = None) -> tuple[RoutedTokens, Tensor | None]:
     """What a layer's experts are asked, and, where nothing else in the layer changes any more, what it puts out without them."""
     without = stream.store.allocate(tuple(stream.hidden.shape), stream.dtype) if final else None
-    return stream.capture_routing(index, without), without
+    return stream.capture_routing(index, without, kept), without
 
 
 def drifting(plan: Plan, sites: LayerSites) -> list[str]:

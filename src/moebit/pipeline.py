@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from moebit.formats.profile import Profile
 from moebit.formats.sink import SINKS, Sink, put_stored
 from moebit.layer import LayerJob, LayerReport, Progress, drifting
 from moebit.methods.balance import further_windows
-from moebit.model.activations import peak_resident_bytes
+from moebit.model.activations import freed_memory_kept, peak_resident_bytes
 from moebit.model.checkpoint import Checkpoint, HubWeights, checkpoint_fingerprint
 from moebit.model.edits import EditedWeights, untied_config
 from moebit.model.files import TensorSpec, check_finite, read_header
@@ -49,7 +50,7 @@ from moebit.profiling.prepare import check_profile, prepare
 from moebit.profiling.profile import data_sets
 from moebit.recipe import Recipe, load_recipe
 from moebit.report.command import python_call
-from moebit.tensor import backend_of
+from moebit.tensor import backend_of, kernels
 from moebit.transforms import transformed
 
 DEFAULT_MEMORY = 4 * 2**30
@@ -203,7 +204,10 @@ def quantize(
     identity |= {"profile": _digest_of(sets)} if sets is not None else {}
     identity |= {"solver_kernel": backend_of(torch.device(device))} if device != "cpu" else {}
     try:
-        with OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite) as output:
+        directory = OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite)
+        with directory as output, freed_memory_kept():
+            if device == "cpu" and chosen.needs_hessians:
+                Thread(target=kernels.load).start()
             report = progress or (lambda what, done, total: None)
             if sampled:
                 windows = _sampled(output, checkpoint, sampled, windows, memory, report)

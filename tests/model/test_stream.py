@@ -15,12 +15,14 @@ from moebit.model.activations import ActivationStore
 from moebit.model.checkpoint import open_hub_checkpoint
 from moebit.model.experts import ExpertWeights, Slots, dispatch, grouped_linear, row_blocks
 from moebit.model.seam import ExpertsHandler, experts_handler, is_experts
+from moebit.model.shortcut import KeptInput
 from moebit.model.stream import Stream, add_outputs, read_experts
 from tests.model.conftest import Opened
 from tests.models import ARCHITECTURES, EXPERTS, HIDDEN, LENGTH, TOP_K, VOCABULARY, WINDOWS, Checkpoints, windows
 
 BATCH = 2  # windows at a time: 2, 2 and 1 of the 5
 CHUNK = 3  # experts at a time: 3, 3 and 2 of the 8
+RUN_AGAIN = {"gpt_oss", "minimax"}  # attention returns more than its outputs (weights, a state): it runs on every batch again
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +78,42 @@ def test_captured_routing(opened: Opened) -> None:
             assert routed.counts(EXPERTS).tolist() == [int((seen.ids == e).sum()) for e in range(EXPERTS)]
             assert torch.equal(through.hidden, before)
         through.step(index, EXPERTS)
+
+
+def captured(through: Stream, index: int, kept: KeptInput | None, block: str) -> tuple[list[Tensor], int]:
+    """What `capture_routing` finds and puts out, and how often the layer's own `block` ran for that."""
+    calls: list[nn.Module] = []
+    outputs = torch.empty_like(through.hidden)
+    hook = through.layer(index).get_submodule(block).register_forward_pre_hook(lambda module, args: calls.append(module))
+    routed = through.capture_routing(index, outputs, kept)
+    hook.remove()
+    return [routed.x, routed.ids, routed.weights, outputs], len(calls)
+
+
+def test_routing_from_kept_inputs(opened: Opened) -> None:
+    """Bit for bit the same, with the module around the linear run on the first batch alone; on all where the inputs are other ones."""
+    through, index = stream_of(opened), opened.architecture.first_moe
+    for earlier in range(index):
+        through.step(earlier, CHUNK)
+    own = (opened.architecture.block or "-") + "."
+    before = [group for group in opened.structure.layers[index].groups if not group.names[0].startswith(own) and not group.behind_experts]
+    if not before:
+        pytest.skip("nothing stands before the experts")
+    linear, width = before[-1].names[0], before[-1].in_features
+    block, inputs = linear.rpartition(".")[0], torch.empty(WINDOWS, LENGTH, width)
+    with through.loaded(index) as layer:
+        modules = dict(layer.named_modules())
+        parts: list[Tensor] = []
+        through.run(index, inputs={linear: lambda x: parts.append(x.clone())})
+        torch.cat(parts, out=inputs)
+        wanted, often = captured(through, index, None, block)
+        found, seldom = captured(through, index, KeptInput(linear, inputs.flatten(0, 1)), block)
+        assert (often, seldom) == (3, 3 if opened.architecture.name in RUN_AGAIN else 1)
+        wrong, again = captured(through, index, KeptInput(linear, inputs.flatten(0, 1) + 1), block)
+        assert again == 3
+        assert dict(layer.named_modules()) == modules
+    assert all(map(torch.equal, found, wanted))
+    assert all(map(torch.equal, wrong, wanted))
 
 
 def test_the_experts_matter_to_these_logits(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -533,3 +533,14 @@ def test_bad_arguments_are_named() -> None:
         solve_gptq(w_EOI[0], h_EII[0], 4, scheme)
     with pytest.raises(ValueError, match="bit width"):
         solve_gptq(w_EOI, h_EII, torch.tensor([4, 9]), scheme)
+
+
+def test_loading_the_kernels_is_loading_those_that_run() -> None:
+    """What `load` prepares is what float32 weights call: nothing is compiled, or read from numba's cache, after it."""
+    kernels.load()
+    loaded = [list(kernel.signatures) for kernel in (kernels._best_grid, kernels._gptq_block)]
+    generator = torch.Generator().manual_seed(0)
+    w_EOI, x_ETI = torch.randn(2, 8, 64, generator=generator), torch.randn(2, 96, 64, generator=generator)
+    solve_gptq(w_EOI, x_ETI.mT @ x_ETI, 4, QuantScheme(32, symmetric=True))
+    solve_gptq(w_EOI, x_ETI.mT @ x_ETI, 3, QuantScheme(-1, symmetric=False), act_order=False, scales="dynamic")
+    assert [list(kernel.signatures) for kernel in (kernels._best_grid, kernels._gptq_block)] == loaded

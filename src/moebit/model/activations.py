@@ -1,7 +1,8 @@
 """Activations of all calibration tokens: in memory, or past an allowance in memory-mapped files that leave no trace.
 
 Mapped pages count as resident as long as they are mapped in, and so does memory that was freed but that the allocator keeps; `release`
-lets go of both between two pieces of work. The system brings back from its cache or the disk what is touched again.
+lets go of both between two pieces of work. The system brings back from its cache or the disk what is touched again. Up to that limit
+`freed_memory_kept` has the allocator keep what it would give back at once, only to have fresh pages filled again.
 """
 
 from __future__ import annotations
@@ -14,13 +15,20 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 PIECE = 64 * 2**20
+# glibc's mallopt: parameters, what the first two are set to, and what all are set to afterwards. The latter is where glibc's own
+# adjusting ends in a process that frees large tensors, and its own limit for the number of mappings.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+KEEP = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_MAX: 0}
+AFTERWARDS = {M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25, M_MMAP_MAX: 2**16}
 
 
 @dataclass
@@ -45,7 +53,7 @@ class ActivationStore:
             OSError: the disk has no room for the file (found now, not when it is written to).
         """
         size = math.prod(shape) * dtype.itemsize
-        if self.directory is None or size <= self.allowance or not size:
+        if self.directory is None or self.in_memory(size):
             return torch.empty(shape, dtype=dtype)
         with tempfile.TemporaryFile(dir=self.directory, prefix="activations-") as file:
             if hasattr(os, "posix_fallocate"):
@@ -55,6 +63,10 @@ class ActivationStore:
             mapped = mmap.mmap(file.fileno(), size)
         self._maps = [*(ref for ref in self._maps if ref() is not None), weakref.ref(mapped)]
         return torch.frombuffer(mapped, dtype=dtype).view(shape)
+
+    def in_memory(self, size: int) -> bool:
+        """Whether a tensor of `size` bytes needs no file."""
+        return self.directory is None or size <= self.allowance or not size
 
     def pieces(self, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(byte at which it begins, rows) of a tensor that may lie in a file, some rows after the other."""
@@ -75,9 +87,35 @@ class ActivationStore:
             mapped = ref()
             if mapped is not None:
                 mapped.madvise(mmap.MADV_DONTNEED)
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others don't keep as much
-        if trim is not None:
+        if (trim := _glibc("malloc_trim")) is not None:
             trim(0)
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """glibc keeps freed memory for what is allocated next instead of giving it back, inside this context; then it gives it back.
+
+    By itself it maps every large tensor anew and unmaps it when it is freed, and cuts off what is free at the end of its heap: every
+    layer begins with fresh pages, which the system has to find and fill with zeros. What is resident is bounded by `release`, which
+    gives back all that is free. It is a setting of the whole process; of other allocators nothing is asked.
+    """
+    mallopt, trim = (_glibc(name) for name in ("mallopt", "malloc_trim"))
+    if mallopt is None or trim is None:
+        yield
+        return
+    try:
+        for parameter, value in KEEP.items():
+            mallopt(parameter, value)
+        yield
+    finally:
+        for parameter, value in AFTERWARDS.items():
+            mallopt(parameter, value)
+        trim(0)
+
+
+def _glibc(name: str) -> Any:
+    """A function of glibc's allocator; None where there is another one, which keeps and gives back as it likes."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def resident_bytes() -> int:

@@ -363,15 +363,7 @@ def sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def _bytes_of(file: Path) -> Iterator[bytes]:
-    with open(file, "rb") as f:
-        while piece := f.read(PIECE):
-            yield piece
-
-
 def sha256(file: Path) -> str:
     """Hex digest of a file's bytes."""
-    digest = hashlib.sha256()
-    for piece in _bytes_of(file):
-        digest.update(piece)
-    return digest.hexdigest()
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -26,6 +26,7 @@ from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slo
 from moebit.model.files import Entry
 from moebit.model.replay import LayerCall, StopForward, head, record, same_arguments
 from moebit.model.seam import ExpertsHandler, experts_handler
+from moebit.model.shortcut import KeptInput, watched
 from moebit.model.structure import Structure
 
 BATCH_TOKENS = 4096
@@ -168,11 +169,12 @@ class Stream:
             self.store.release()
 
     @torch.no_grad()
-    def capture_routing(self, index: int, outputs: Tensor | None = None) -> RoutedTokens:
+    def capture_routing(self, index: int, outputs: Tensor | None = None, kept: KeptInput | None = None) -> RoutedTokens:
         """What the layer's experts are asked, for every token, in the windows' order.
 
         Args:
             outputs: [N, L, ...], gets what the layer puts out where its experts put out nothing.
+            kept: what enters a linear (attention's last); where the layer can begin behind the module around it, that is not run again.
         """
         moe = self.structure.layers[index].moe
         assert moe is not None
@@ -190,8 +192,45 @@ class Stream:
 
             return handler
 
-        self.run(index, experts=note, outputs=outputs)
+        if kept is None or len(self._calls) == 1 or any(calls[index].hands_on for calls in self._calls):
+            self.run(index, experts=note, outputs=outputs)
+        else:
+            self._run_behind(index, kept, note, [x, ids, weights], outputs)
         return RoutedTokens(x, ids, weights)
+
+    def _run_behind(
+        self, index: int, kept: KeptInput, experts: Callable[[slice], ExpertsHandler], noted: list[Tensor], outputs: Tensor | None
+    ) -> None:
+        """`run` over all windows, from a linear on whose inputs were kept: where the first batch gives the same, bit for bit, either way.
+
+        Args:
+            noted: [T, ...] tensors that `experts` fills.
+        """
+        layer, first = self.layer(index), next(self.batches())
+
+        def inputs(rows: slice) -> Tensor:
+            return kept.values[self.token_span(rows)].unflatten(0, (-1, self.windows.shape[1]))
+
+        with watched(layer, kept) as seen:
+            self.run(index, experts=experts, outputs=outputs, stop=1)
+        short = seen.stand_in(layer, kept, inputs(first))
+        if short is None:
+            self.run(index, experts=experts, outputs=outputs, done=1)
+            return
+
+        def answered(rows: slice) -> ExpertsHandler:
+            short.values = inputs(rows)
+            return experts(rows)
+
+        results = [tensor[self.token_span(first)] for tensor in noted] + ([] if outputs is None else [outputs[first]])
+        wanted = [result.clone() for result in results]
+        with short.in_place(layer, kept.block):
+            self.run(index, experts=answered, outputs=outputs, stop=1)
+            same = all(map(torch.equal, results, wanted))
+            if same:
+                self.run(index, experts=answered, outputs=outputs, done=1)
+        if not same:
+            self.run(index, experts=experts, outputs=outputs)
 
     def token_span(self, rows: slice) -> slice:
         length = self.windows.shape[1]

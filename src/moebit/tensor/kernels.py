@@ -113,6 +113,20 @@ def _gptq_block(
             loss[e, first + r] = total[r]
 
 
+def load() -> None:
+    """Have the kernels for float32 ready, from numba's cache or compiled; for a thread of its own, while others read or multiply.
+
+    Who calls a kernel meanwhile waits for it.
+    """
+    f1, f2, f3, f4 = (np.zeros((0,) * dimensions, dtype=np.float32) for dimensions in (1, 2, 3, 4))
+    i2, i3, u3 = np.zeros((0, 0), dtype=np.int64), np.zeros((0, 0, 0), dtype=np.int64), np.zeros((0, 0, 0), dtype=np.uint8)
+    for kernel, arguments in (
+        (_best_grid, (f3, f4, f4, f2, f1, i3)),
+        (_gptq_block, (f3, f3, f3, f2, f3, f3, i2, f1, 0, u3, f3, f2)),
+    ):
+        kernel.compile(tuple(map(numba.typeof, arguments)))
+
+
 def follow_torch() -> None:
     """Let numba use as many threads as torch does. Left alone, its first launch sets both back to the number of processors."""
     threads = torch.get_num_threads()

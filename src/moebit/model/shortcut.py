@@ -1,0 +1,110 @@
+"""A pass over a decoder layer that begins behind a linear whose inputs are known.
+
+What enters attention's output projection is seen when that linear is calibrated; when the experts' inputs are captured afterwards, only the
+linear itself has changed. Where the module around it hands on what the linear puts out, a stand-in for the module can answer from the
+inputs that were kept, and attention is spared a pass. No layer is believed to be like that: `watched` looks at one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+
+@dataclass(frozen=True)
+class KeptInput:
+    """What entered a linear of a layer.
+
+    Attributes:
+        linear: its name in the layer. values: [T, in_features] for every token, in the windows' order.
+    """
+
+    linear: str
+    values: Tensor
+
+    @property
+    def block(self) -> str:
+        """The module around the linear."""
+        return self.linear.rpartition(".")[0]
+
+
+class StandIn(nn.Module):
+    """Answers like the module around a linear, from kept inputs of the linear."""
+
+    def __init__(self, block: nn.Module, linear: nn.Module, spec: TreeSpec, place: int) -> None:
+        super().__init__()
+        self._stood_for = (block, linear)  # in a tuple, so that they are no submodules
+        self._spec, self._place = spec, place
+        self.values: Tensor | None = None  # [B, L, in_features] of the batch that comes next
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_stood_for"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves: list[Any] = [None] * self._spec.num_leaves
+        leaves[self._place], self.values = self._stood_for[1](self.values), None
+        return tree_unflatten(leaves, self._spec)
+
+    @contextmanager
+    def in_place(self, layer: nn.Module, name: str) -> Iterator[None]:
+        """Stand where the module stands that is called `name` in the layer."""
+        parent, _, leaf = name.rpartition(".")
+        owner = layer.get_submodule(parent)
+        setattr(owner, leaf, self)
+        try:
+            yield
+        finally:
+            setattr(owner, leaf, self._stood_for[0])
+
+
+@dataclass
+class Watched:
+    """What a linear and the module around it were called with and returned, call by call."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # as returned, and a copy from then
+    answers: list[Any] = field(default_factory=list)
+
+    def stand_in(self, layer: nn.Module, kept: KeptInput, values: Tensor) -> StandIn | None:
+        """A stand-in for the module; None where it does more than to hand on what the linear makes of `values`."""
+        if not len(self.inputs) == len(self.outputs) == len(self.answers) == 1 or not torch.equal(self.inputs[0], values):
+            return None
+        leaves, spec = tree_flatten(self.answers[0])
+        tensors = [(place, leaf) for place, leaf in enumerate(leaves) if leaf is not None]
+        if len(tensors) != 1 or not isinstance(tensors[0][1], Tensor):
+            return None
+        place, answer = tensors[0]
+        put_out, copy = self.outputs[0]
+        if answer.data_ptr() != put_out.data_ptr() or answer.stride() != put_out.stride() or not torch.equal(answer, copy):
+            return None
+        return StandIn(layer.get_submodule(kept.block), layer.get_submodule(kept.linear), spec, place)
+
+
+@contextmanager
+def watched(layer: nn.Module, kept: KeptInput) -> Iterator[Watched]:
+    """Watch the linear and the module around it inside this context."""
+    seen = Watched()
+
+    def on_linear(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen.inputs.append(args[0])
+        seen.outputs.append((output, output.clone()))
+
+    def on_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.answers.append(output)
+
+    hooks = [layer.get_submodule(kept.linear).register_forward_hook(on_linear)]
+    hooks.append(layer.get_submodule(kept.block).register_forward_hook(on_block))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
