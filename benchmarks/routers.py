@@ -111,12 +111,12 @@ class Row:
 def rows_of(results: list[Result], protocol: dict[str, Any], model: str, bits: str) -> dict[str, Row]:
     """The rows of one model and width."""
     found, texts = groups_of(results, model, bits), len(protocol["texts"]["known"]) + len(protocol["texts"]["novel"])
-    base, rows = found[protocol["compared_with"][bits.split()[0]]][0], {}
-    for name, (result, *_) in found.items():
-        exact_LN, kl_N = (torch.tensor(result[key], dtype=torch.float64) for key in ("exact", "kl"))
+    numbers = {row: [torch.tensor(same[0][key], dtype=torch.float64) for key in ("exact", "kl")] for row, same in found.items()}
+    base, rows = protocol["compared_with"][bits.split()[0]], {}
+    for name, (exact_LN, kl_N) in numbers.items():
         row = Row(float(exact_LN.mean()), float(kl_N.mean()))
-        if result is not base:
-            change_LN, kl_change_N = exact_LN - torch.tensor(base["exact"]).double(), kl_N - torch.tensor(base["kl"]).double()
+        if name != base:
+            change_LN, kl_change_N = exact_LN - numbers[base][0], kl_N - numbers[base][1]
             intervals = [interval(values, texts, protocol["interval"]) for values in (*change_LN, change_LN.mean(0), kl_change_N)]
             row = Row(row.share, row.kl, tuple(intervals[:-2]), intervals[-2], intervals[-1])
         rows[name] = row
