@@ -84,7 +84,7 @@ def test_what_it_says() -> None:
     for said in (
         "16.3 GB", "3.74 × smaller than 61.1 GB", "4.12", "5.41", "92.0%", "72 min", "3.1 GB",  # summary
         "2.0% of the expert parameters stay in full precision", "7 matrices fell back", "No calibration token reached 1 expert of 128",
-        "need more than --memory", "cannot run it", "it does not know the native format", "with `import moebit`",
+        "need more than --memory", "cannot run it", "it does not know the native format", "with import moebit , which",
         "no calibration token reached expert 0", "gate rounded to nearest, because no factorisation succeeded: expert 1",
         "moebit quantize some/model -o out --recipe gptq-w4", "seed 0", "router 4 model.layers.0.mlp.gate",
     ):  # fmt: skip
