@@ -785,7 +785,9 @@ def _show_comparison(result: dict[str, Any]) -> None:
     from moebit.report.compare import labels, mean_of
 
     names = labels([row["model"] for row in result["models"]])
-    table = _table("output", "made by", "size", "bits/parameter", "KL x 1000", "same experts")
+    table = _table("output", "made by", "size", "bits/ parameter", "KL x 1000", "same experts")
+    for column in table.columns[:2]:
+        column.overflow = "fold"
     for name, row in zip(names, result["models"], strict=True):
         kl, same = mean_of(row, "kl"), mean_of(row, "routing_exact")
         cells = ["-" if kl is None else f"{1000 * kl:.3f}", "-" if same is None else f"{same:.1%}"]

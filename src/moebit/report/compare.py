@@ -128,16 +128,17 @@ def _figures(scored: Sequence[tuple[str, Mapping[str, Any]]], whole: int) -> lis
     """Size against quality: mean over the texts, then each text."""
     texts = list(dict.fromkeys(text for _, row in scored for text in row["texts"]))
     chosen = [("Size against distance from the original", texts), *((f"On {name}", [name]) for name in texts if len(texts) > 1)]
+    unit, name_of_unit = (1e9, "GB") if whole >= 1e10 else (1e6, "MB")
     found = []
     for title, names in chosen:
         series, shapes = [], []
         for number, (name, row) in enumerate(scored):
             kl = [row["texts"][text]["kl"] for text in names if text in row["texts"]]
             if kl and math.isfinite(statistics.fmean(kl)) and statistics.fmean(kl) > 0:
-                series.append(Series(name, [(row["size_bytes"] / 1e6, 1000 * statistics.fmean(kl))], number % KINDS))
+                series.append(Series(name, [(row["size_bytes"] / unit, 1000 * statistics.fmean(kl))], number % KINDS))
                 shapes.append(list(SHAPES)[(number + number // KINDS) % len(SHAPES)])  # no two of 36 outputs look alike
         if series:
-            svg = points(Axis("size on disk, MB"), Axis("KL × 1000, nats per token", log=True), series, shapes)
+            svg = points(Axis(f"size on disk, {name_of_unit}"), Axis("KL × 1000, nats per token", log=True), series, shapes)
             legend = [(one.kind, mark(one.kind, shape), one.name) for one, shape in zip(series, shapes, strict=True)]
             note = f"Lower and further left is better; logarithmic. The original has {words.size(whole)}." if names == texts else ""
             found.append(Figure(title, svg, legend, note))

@@ -40,7 +40,7 @@ KINDS = 6  # of lines and points
 
 WIDTH, HEIGHT, FONT = 360, 235, 12  # units of the SVG
 LEFT, RIGHT, TOP, BOTTOM = 72, 14, 10, 46
-BAR = 78  # room for a heat map's colour bar with its numbers and its name
+BAR = 90  # room for a heat map's colour bar with its numbers and its name
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "moebit", "font.size": FONT, "figure.dpi": 72, "savefig.dpi": 72, "figure.facecolor": "none",
     "savefig.facecolor": "none", "axes.facecolor": "none", "axes.edgecolor": LIGHT["soft"], "axes.labelcolor": LIGHT["ink"],
@@ -51,9 +51,11 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
+MOST = 7  # marks of a logarithmic axis
 STEPS = (1, 2, 5, 10)  # between round values, times a power of ten
 MARKED = 32  # points of a line, up to which each has its mark
 NAMES = {colour: name for name, colour in LIGHT.items()}
+CRISP = "image-rendering:crisp-edges;image-rendering:pixelated"
 SVG, LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
 
 
@@ -90,6 +92,18 @@ LAYER = Axis("layer")
 def mark(kind: int, shape: str | None = None) -> str:
     """What a legend shows of a kind's points, or of those with another shape."""
     return SHAPES[shape or list(SHAPES)[kind]]
+
+
+def number(value: float) -> str:
+    """A short form, five letters or so: 0, 0.025, 40, 2,500, 12k, 3M, 2e-5."""
+    size = abs(value)
+    if size and not 1e-3 <= size < 1e9:
+        return re.sub(r"e([+-])0*(\d+)", lambda power: f"e{power[1].strip('+')}{power[2]}", f"{value:.0e}")
+    if size >= 1e6:
+        return f"{value / 1e6:.3g}M"
+    if size >= 1e4:
+        return f"{value / 1e3:.3g}k"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.3g}"
 
 
 def lines(
@@ -164,7 +178,9 @@ def heat(values_RC: np.ndarray, across: Axis, down: Axis, colour: Axis, rows: Se
         beside = figure.add_axes((1 - (BAR - 10) / WIDTH, BOTTOM / HEIGHT, 10 / WIDTH, 1 - (TOP + BOTTOM) / HEIGHT))
         bar = figure.colorbar(image, cax=beside, label=colour.label)
         _scale(bar.ax, "y", colour)
-        return _svg(figure, f"heat map of {colour.label}, {down.label} by {across.label}")
+        text = _svg(figure, f"heat map of {colour.label}, {down.label} by {across.label}")
+    # Cells keep their edges, as matplotlib asks for; narrower ones than a unit would be left out then, and are mixed instead.
+    return text if values_RC.shape[1] <= WIDTH - LEFT - BAR else text.replace(CRISP, "")
 
 
 # --- axes
@@ -210,10 +226,16 @@ def _scale(axes: Axes, which: str, what: Axis) -> None:
     if what.ends is not None:
         axes.set(**{f"{which}lim": what.ends})
     axis = getattr(axes, f"{which}axis")
-    round_ones = LogLocator(subs=(1, 2, 5), numticks=6) if what.log else MaxNLocator(5, steps=STEPS)
-    axis.set_major_locator(round_ones if what.marks is None else FixedLocator(what.marks))
+    low, high = axis.get_view_interval()
+    if what.marks is not None:
+        axis.set_major_locator(FixedLocator(what.marks))
+    elif what.log and high > 4 * low:
+        near = [subs for subs in ((1, 2, 5), (1, 3)) if len(subs) * math.log10(high / low) <= MOST]
+        axis.set_major_locator(LogLocator(subs=near[0] if near else (1,), numticks=MOST))
+    else:
+        axis.set_major_locator(MaxNLocator(5, steps=STEPS))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axis.grid(True)
 
 
