@@ -55,7 +55,8 @@ def comparison(outputs: int = 8) -> dict[str, Any]:
         {
             "model": f"runs/a-model-with-a-long-name-method-{i}", "made_by": "moebit" if i % 2 else "compressed-tensors",
             "average_bits": 3.1, "size_bytes": 9_600_000_000 + 700_000_000 * (i // 2), "bits_per_parameter": 4.9, "refused": None,
-            "remarks": ["read by moebit from its files"], "tasks": {}, "texts": {name: scores(0.02 / (1 + i // 2) + 1e-5 * i) for name in texts},
+            "remarks": ["read by moebit from its files"], "tasks": {},
+            "texts": {name: scores(0.02 / (1 + i // 2) + 1e-5 * i) for name in texts},
         }
         for i in range(outputs)
     ]  # fmt: skip

@@ -15,6 +15,7 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
+import moebit
 from moebit.report.svg import (
     BAR,
     BOTTOM,

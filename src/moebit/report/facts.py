@@ -270,7 +270,7 @@ def summary(documents: Documents) -> list[tuple[str, str, str]]:
     same = [text["routing_exact"] for one in documents.evaluations for text in one["texts"].values() if "routing_exact" in text]
     if kl:
         texts = words.count(len(kl), "text")
-        rows.append(("Distance from the original", f"{1000 * statistics.fmean(kl):.3g}", f"KL × 1000, nats per token, mean of {texts}"))
+        rows.append(("Distance from the original", words.plain(1000 * statistics.fmean(kl)), f"KL × 1000, nats per token, mean of {texts}"))
         rows.append(("Tokens with the same experts", words.share(statistics.fmean(same)), "as the original chooses"))
     errors = [row.mean_error for row in layer_rows(documents) if row.mean_error is not None]
     if errors and not kl:
@@ -341,7 +341,7 @@ def quality(documents: Documents) -> list[tuple[str, ...]]:
                     name,
                     f"{text['tokens']:,}",
                     words.plain(text["perplexity"], 4),
-                    f"{1000 * text['kl']:.3g}" if compared else "–",
+                    words.plain(1000 * text["kl"]) if compared else "–",
                     words.share(text["top1_agreement"]) if compared else "–",
                     words.share(text["routing_exact"]) if compared else "–",
                 )

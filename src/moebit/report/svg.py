@@ -53,6 +53,7 @@ STYLE: dict[Any, Any] = {
 
 MOST = 7  # marks of a logarithmic axis
 STEPS = (1, 2, 5, 10)  # between round values, times a power of ten
+EDGED: dict[str, Any] = {"markersize": 9, "markeredgecolor": LIGHT["paper"], "markeredgewidth": 0.8}  # points that touch stay two
 MARKED = 32  # points of a line, up to which each has its mark
 NAMES = {colour: name for name, colour in LIGHT.items()}
 CRISP = "image-rendering:crisp-edges;image-rendering:pixelated"
@@ -149,7 +150,7 @@ def points(across: Axis, up: Axis, series: Sequence[Series], shapes: Sequence[st
         titles = {}
         for number, (one, shape) in enumerate(zip(series, shapes, strict=True)):
             shown = [(x, y) for x, y in one.points if across.shows(x) and up.shows(y)]
-            axes.plot(*_columns(shown), color=LIGHT[f"k{one.kind}"], marker=shape, markersize=8, linestyle="none", gid=f"s{number}")
+            axes.plot(*_columns(shown), color=LIGHT[f"k{one.kind}"], marker=shape, linestyle="none", gid=f"s{number}", **EDGED)
             titles[f"s{number}"] = [f"{one.name}: {across.label} {x:.4g}, {up.label} {y:.4g}" for x, y in shown]
         axes.margins(0.12)
         _scale(axes, "x", across)
