@@ -28,8 +28,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from chart import Chart, svg
+import matplotlib
 from machine import ROOT, environment, facts
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from synthetic import Model, deepseek_v3, qwen3_moe, write_checkpoint, write_tokens
 
 HERE = Path(__file__).resolve().parent
@@ -37,6 +39,7 @@ GIB, GB = 2**30, 1e9
 INTERVAL = 0.2  # seconds between two looks at the process
 DRAWN = 300  # samples kept of each run
 NOISE = 0.05  # two runs of the same work differ by so much
+COLOURS = ("#0072b2", "#d55e00", "#009e73")  # Okabe and Ito
 CASES = ("qwen3-30b", "deepseek-v3", "layers", "experts", "memory")
 
 QWEN = {
@@ -228,23 +231,38 @@ def findings(results: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     return lines, missed
 
 
-def charts(results: list[dict[str, Any]]) -> list[Chart]:
-    drawn = []
-    for result in results:
-        if result["case"]["kind"] in CASES[:2] and result["samples"]:
-            parts = {"resident": 1, "its own": 2, "files": 3}
-            lines = {name: [(sample[0], sample[at] / GB) for sample in result["samples"]] for name, at in parts.items()}
-            drawn.append(Chart(f"{result['case']['kind']}, --memory {result['case']['memory']:g}GiB", "seconds", "GB", lines, dots=False))
-    for kind in CASES[2:]:
-        curve = [result for result in results if result["case"]["kind"] == kind]
-        if len(curve) > 1:
-            across = [result["case"]["memory"] if kind == "memory" else result["case"]["shape"][kind] for result in curve]
-            name = "--memory, GiB" if kind == "memory" else kind
-            peaks = [(x, result["peak_bytes"] / GB) for x, result in zip(across, curve, strict=True)]
-            times = [(x, per_layer(result)) for x, result in zip(across, curve, strict=True)]
-            drawn.append(Chart(f"Peak resident over {kind}", name, "GB", {"peak": peaks}))
-            drawn.append(Chart(f"Time over {kind}", name, "seconds per layer", {"seconds": times}))
-    return drawn
+def draw(results: list[dict[str, Any]], file: Path) -> None:
+    """The runs over time, then the curves, two charts in a row."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "moebit", "axes.grid": True, "grid.color": "#dddddd"})
+        curves = [(kind, curve) for kind in CASES[2:] if len(curve := [one for one in results if one["case"]["kind"] == kind]) > 1]
+        runs = [one for one in results if one["case"]["kind"] in CASES[:2] and one["samples"]]
+        rows = (len(runs) + 1) // 2 + len(curves)
+        figure = Figure(figsize=(9, 3.2 * rows), layout="constrained")
+        for number, result in enumerate(runs):
+            axes = figure.add_subplot(rows, 2, number + 1)
+            seconds, *parts = zip(*result["samples"], strict=True)
+            for name, colour, dash, part in zip(("resident", "its own", "files"), COLOURS, ("-", "--", ":"), parts, strict=True):
+                axes.plot(seconds, [size / GB for size in part], dash, color=colour, label=name)
+            _named(axes, f"{result['case']['kind']}, --memory {result['case']['memory']:g}GiB", "seconds", "GB")
+            axes.legend(loc="lower right")
+        for row, (kind, curve) in enumerate(curves, rows - len(curves)):
+            across = [one["case"]["memory"] if kind == "memory" else one["case"]["shape"][kind] for one in curve]
+            for column, (title, up, values) in enumerate((
+                ("Peak resident", "GB", [one["peak_bytes"] / GB for one in curve]),
+                ("Time", "seconds per layer", [per_layer(one) for one in curve]),
+            )):  # fmt: skip
+                axes = figure.add_subplot(rows, 2, 2 * row + column + 1)
+                axes.plot(across, values, "o-", color=COLOURS[0])
+                _named(axes, f"{title} over {kind}", "--memory, GiB" if kind == "memory" else kind, up)
+        figure.savefig(file, metadata={"Date": None})
+
+
+def _named(axes: Axes, title: str, across: str, up: str) -> None:
+    axes.set(title=title, xlabel=across, ylabel=up)
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
 
 
 def document(results: list[dict[str, Any]], foot: str, options: argparse.Namespace) -> str:
@@ -329,7 +347,7 @@ def main() -> int:
     text = document(results, facts(arguments.threads, options), arguments)
     target = kept if arguments.small else HERE / "results"
     (target / "memory.md").write_text(text)
-    (target / "memory.svg").write_text(svg(charts(results)))
+    draw(results, target / "memory.svg")
     print(text)
     return 1 if findings(results)[1] and not arguments.small else 0
 

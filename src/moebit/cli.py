@@ -314,7 +314,7 @@ def profile(
     widths: Annotated[str, typer.Option(help="Candidate widths.")] = "2,3,4,6,8",
     solver: Annotated[str, typer.Option(help="What rounds where errors are measured: rtn or gptq.")] = "rtn",
     errors: Annotated[bool, typer.Option("--errors/--no-errors", help="Measure errors (knapsack needs them).")] = True,
-    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw heat maps there (needs moebit[report]).")] = None,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw heat maps there.")] = None,
     memory: MemoryOption = "4GiB",
     seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
 ) -> None:
@@ -351,7 +351,7 @@ def allocate(
     linear_bits: Annotated[
         int | None, typer.Option(help="Width of the linears outside of the experts, where the method leaves them alone.")
     ] = None,
-    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw heat maps there, bits too (needs moebit[report]).")] = None,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw heat maps there, bits too.")] = None,
 ) -> None:
     """Choose a width for everything from a profile: a plan for `moebit quantize --plan`, which a person can edit."""
     import moebit
@@ -791,7 +791,9 @@ def _show_comparison(result: dict[str, Any]) -> None:
     from moebit.report.compare import labels, mean_of
 
     names = labels([row["model"] for row in result["models"]])
-    table = _table("output", "made by", "size", "bits/parameter", "KL x 1000", "same experts")
+    table = _table("output", "made by", "size", "bits/ parameter", "KL x 1000", "same experts")
+    for column in table.columns[:2]:
+        column.overflow = "fold"
     for name, row in zip(names, result["models"], strict=True):
         kl, same = mean_of(row, "kl"), mean_of(row, "routing_exact")
         cells = ["-" if kl is None else f"{1000 * kl:.3f}", "-" if same is None else f"{same:.1%}"]

@@ -25,7 +25,6 @@ def test_profile_allocate_quantize_drift_adapt(
     texts: list[str],
     tmp_path: Path,
 ) -> None:
-    pytest.importorskip("matplotlib")
     model, profile, plan, out = checkpoints.path(ARCHITECTURES["mixtral"]), tmp_path / "p", tmp_path / "plan.json", tmp_path / "out"
     grid = ("--set", "weights.group_size=32", "--recipe", "rtn-w3")
     windows = ("--samples", 4, "--length", LENGTH)

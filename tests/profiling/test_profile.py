@@ -286,7 +286,6 @@ def test_without_errors_there_is_no_knapsack(checkpoints: Checkpoints, texts: di
 
 @pytest.mark.slow
 def test_heat_maps(mixtral: Profile, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plan = moebit.allocate(mixtral, target_bits=4.0).plan
     files = moebit.heatmaps(mixtral, tmp_path / "one", widths=plan.experts)
     assert {file.stem for file in files} == {

@@ -44,6 +44,27 @@ def evaluation(layers: int, *, size_bytes: int = 2, texts: tuple[str, ...] = ("w
     return {"model": "m", "reference": "r", "size_bytes": size_bytes, "average_bits": 4.1, "texts": {name: row | routed for name in texts}}
 
 
+def comparison(outputs: int = 8) -> dict[str, Any]:
+    """What `compare` found out about so many outputs, two of them nearly the same and the last one refused."""
+    texts = ("wiki", "python")
+
+    def scores(kl: float) -> dict[str, Any]:
+        return {"tokens": 4088, "perplexity": 41.7 + kl, "bits_per_byte": 1.6, "kl": kl, "top1_agreement": 0.93, "routing_exact": 0.9}
+
+    rows = [
+        {
+            "model": f"runs/a-model-with-a-long-name-method-{i}", "made_by": "moebit" if i % 2 else "compressed-tensors",
+            "average_bits": 3.1, "size_bytes": 9_600_000_000 + 700_000_000 * (i // 2), "bits_per_parameter": 4.9, "refused": None,
+            "remarks": ["read by moebit from its files"], "tasks": {},
+            "texts": {name: scores(0.02 / (1 + i // 2) + 1e-5 * i) for name in texts},
+        }
+        for i in range(outputs)
+    ]  # fmt: skip
+    rows[-1] |= {"refused": "100% of the expert parameters are in full precision", "texts": {}, "remarks": []}
+    reference = {"model": "reference/model", "size_bytes": 31_600_000_000, "texts": {name: scores(0.0) for name in texts}}
+    return {"reference": reference, "models": rows}
+
+
 def documents(
     *, layers: int = 4, experts: int = 32, mixed: bool = False, calibrated: bool = True, trouble: bool = False, evaluated: bool = True,
     name: str = "olmoe-w4",

@@ -90,7 +90,7 @@ def test_numbers_are_those_of_evaluate(outputs: Outputs, theirs: Path, text: dic
     assert "<script" not in page
     kl = [sum(one["kl"] for one in row["texts"].values()) / 2 for row in found["models"]]
     assert all(f"{1000 * value:.3g}" in said.text for value in kl)
-    assert page.count('<circle class="dot') == 3 * 3, "each output on both texts and on their mean"
+    assert page.count("<title>") == 1 + 3 * 3, "of the page, and each output on both texts and on their mean"
     assert "read by moebit from its files" in said.text
 
 

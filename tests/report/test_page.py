@@ -84,7 +84,7 @@ def test_what_it_says() -> None:
     for said in (
         "16.3 GB", "3.74 × smaller than 61.1 GB", "4.12", "5.41", "92.0%", "72 min", "3.1 GB",  # summary
         "2.0% of the expert parameters stay in full precision", "7 matrices fell back", "No calibration token reached 1 expert of 128",
-        "need more than --memory", "cannot run it", "it does not know the native format", "with `import moebit`",
+        "need more than --memory", "cannot run it", "it does not know the native format", "with import moebit , which",
         "no calibration token reached expert 0", "gate rounded to nearest, because no factorisation succeeded: expert 1",
         "moebit quantize some/model -o out --recipe gptq-w4", "seed 0", "router 4 model.layers.0.mlp.gate",
     ):  # fmt: skip
@@ -98,7 +98,11 @@ def test_warnings_are_only_for_what_is_wrong() -> None:
     ruined = documents()
     ruined.report["layers"][0]["experts"]["up_proj"]["weight_error"][3] = math.nan
     ruined.report["layers"][0]["linears"]["self_attn.q_proj"]["weight_error"] = 0.9
-    assert facts.warnings(ruined)[0].startswith("2 matrices lost more than half")
+    assert facts.warnings(ruined)[0].startswith("2 matrices of 400 lost more than half")
+    assert "useless" not in facts.warnings(ruined)[0]
+    for part in ruined.report["layers"][1]["experts"].values():
+        part["weight_error"] = [0.8] * 32
+    assert "likely to be useless" in facts.warnings(ruined)[0]
     assert "up lost more than half of its weight: expert 3" in Page(report_page(ruined)).text
 
 
@@ -195,6 +199,18 @@ def test_quantize_writes_it_and_report_again(outputs: Outputs, tmp_path: Path) -
     judged = Page((tmp_path / "judged.html").read_text(encoding="utf-8")).text
     assert "a-text-of-mine" in judged
     assert "has not been measured" not in judged
+
+
+def test_what_is_beside_the_weights_does_not_count(tmp_path: Path) -> None:
+    """An output with a side file takes the evaluation that `evaluate` makes of it, which counts the weights alone."""
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(bytes(7))
+    (tmp_path / "switch.safetensors").write_bytes(bytes(5))
+    (tmp_path / "e.json").write_text(json.dumps(evaluation(2, size_bytes=7)))
+    assert len(facts.read_documents(tmp_path, [tmp_path / "e.json"]).evaluations) == 1
+    (tmp_path / "e.json").write_text(json.dumps(evaluation(2, size_bytes=12)))
+    with pytest.raises(BadInputError, match="whose weights are not those of"):
+        facts.read_documents(tmp_path, [tmp_path / "e.json"])
 
 
 def test_bad_input(outputs: Outputs, tmp_path: Path) -> None:

@@ -7,21 +7,28 @@ from pathlib import Path
 
 import pytest
 
+from moebit.report.compare import compare_page
 from moebit.report.page import report_page
 from tests.report.browser import Browser, chromium
-from tests.report.made_up import documents
+from tests.report.made_up import comparison, documents
 
 PROGRAM = chromium()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium on PATH: the pages were not looked at (apt-get install chromium)")
 
 PHONE, DESK, PAPER = 360, 1280, 760
 CASES = {
-    "small": documents(),
-    "mixed, in trouble": documents(mixed=True, trouble=True, evaluated=False),
-    "large": documents(layers=58, experts=256, mixed=True),
-    "without calibration": documents(calibrated=False, evaluated=False),
-    "one layer": documents(layers=1, experts=2),
+    "small": lambda: report_page(documents()),
+    "mixed, in trouble": lambda: report_page(documents(mixed=True, trouble=True, evaluated=False)),
+    "large": lambda: report_page(documents(layers=58, experts=256, mixed=True)),
+    "without calibration": lambda: report_page(documents(calibrated=False, evaluated=False)),
+    "one layer": lambda: report_page(documents(layers=1, experts=2)),
+    "compared": lambda: compare_page(comparison()),
 }
+# The smallest text of a chart, in pixels as shown.
+SMALLEST = """Math.min(...[...document.querySelectorAll('svg text')].map(text => {
+  const chart = text.closest('svg');
+  return parseFloat(getComputedStyle(text).fontSize) * chart.getBoundingClientRect().width / chart.viewBox.baseVal.width;
+}))"""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +43,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("pages")
     files = {name: directory / f"{number}.html" for number, name in enumerate(CASES)}
     for name, file in files.items():
-        file.write_text(report_page(CASES[name]), encoding="utf-8")
+        file.write_text(CASES[name](), encoding="utf-8")
     return files
 
 
@@ -46,6 +53,7 @@ def test_nothing_overlaps_or_is_cut_off(case: str, pages: dict[str, Path], brows
         browser.show(pages[case], width=width, dark=dark, paper=paper, opened=True)
         assert browser.problems() == [], (case, width)
         assert browser.complaints() == []
+        assert browser.value(SMALLEST) >= 11
         background = browser.value("getComputedStyle(document.body).backgroundColor")
         bright = sum(map(int, background.removeprefix("rgb(").removesuffix(")").split(","))) > 3 * 128
         assert bright == (paper or not dark), "dark is dark, paper is white"

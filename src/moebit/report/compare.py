@@ -18,9 +18,7 @@ from moebit.formats.opening import open_checkpoint
 from moebit.report import words
 from moebit.report.page import render, write_page
 from moebit.report.plots import Figure
-from moebit.report.svg import Axis, Series, scatter
-
-COLOURS = 6
+from moebit.report.svg import KINDS, SHAPES, Axis, Series, mark, points
 
 
 def compare(
@@ -128,24 +126,22 @@ def mean_of(row: Mapping[str, Any], key: str) -> float | None:
 
 def _figures(scored: Sequence[tuple[str, Mapping[str, Any]]], whole: int) -> list[Figure]:
     """Size against quality: mean over the texts, then each text."""
+    texts = list(dict.fromkeys(text for _, row in scored for text in row["texts"]))
+    chosen = [("Size against distance from the original", texts), *((f"On {name}", [name]) for name in texts if len(texts) > 1)]
+    unit, name_of_unit = (1e9, "GB") if whole >= 1e10 else (1e6, "MB")
     found = []
-    names = list(dict.fromkeys(text for _, row in scored for text in row["texts"]))
-    for title, chosen in [
-        ("Size against distance from the original", names),
-        *((f"On {name}", [name]) for name in names if len(names) > 1),
-    ]:
-        points = []
+    for title, names in chosen:
+        series, shapes = [], []
         for number, (name, row) in enumerate(scored):
-            kl = [row["texts"][text]["kl"] for text in chosen if text in row["texts"]]
+            kl = [row["texts"][text]["kl"] for text in names if text in row["texts"]]
             if kl and math.isfinite(statistics.fmean(kl)) and statistics.fmean(kl) > 0:
-                points.append(Series(name, [(row["size_bytes"] / 1e6, 1000 * statistics.fmean(kl))], number % COLOURS, [name]))
-        if points:
-            sizes = [p.points[0][0] for p in points]
-            margin = 0.15 * (max(sizes) - min(sizes)) or 0.1 * max(sizes)
-            across = Axis("size on disk, MB", max(0.0, min(sizes) - margin), max(sizes) + margin)
-            up = Axis.around("KL × 1000, nats per token", [p.points[0][1] for p in points], log=True)
-            note = f"Lower and further left is better; logarithmic. The original has {words.size(whole)}." if chosen == names else ""
-            found.append(Figure(title, scatter(across, up, points), [(p.colour, p.name) for p in points] if chosen == names else (), note))
+                series.append(Series(name, [(row["size_bytes"] / unit, 1000 * statistics.fmean(kl))], number % KINDS))
+                shapes.append(list(SHAPES)[(number + number // KINDS) % len(SHAPES)])  # no two of 36 outputs look alike
+        if series:
+            svg = points(Axis(f"size on disk, {name_of_unit}"), Axis("KL × 1000, nats per token", log=True), series, shapes)
+            legend = [(one.kind, mark(one.kind, shape), one.name) for one, shape in zip(series, shapes, strict=True)]
+            note = f"Lower and further left is better; logarithmic. The original has {words.size(whole)}." if names == texts else ""
+            found.append(Figure(title, svg, legend, note))
     return found
 
 

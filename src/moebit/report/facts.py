@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from moebit.errors import BadInputError
+from moebit.formats.switch import SIDE_FILE
 from moebit.report import words
 
 THIN = 0.1  # an expert with less than this part of an even share of the tokens is named
 LARGE_ERROR = 0.5  # |dW|^2 / |W|^2 at which a matrix has lost its meaning; 2 bits have about 0.15
+MANY = 0.1  # of the matrices that lost their meaning: from here on the model did, too
 ROWS = 2000  # experts of which every one has a row of its own; of larger models each layer's worst are shown
 WORST = 8
 ENGINES = {True: "runs it", False: "cannot run it"}
@@ -60,7 +62,7 @@ def read_documents(out: Path, evaluations: Sequence[Path] = ()) -> Documents:
         recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         [_read(file) for file in evaluations],
     )
-    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors") if file.name != SIDE_FILE)  # as `evaluate` counts
     for file, evaluation in zip(evaluations, documents.evaluations, strict=True):
         if not isinstance(evaluation.get("texts"), dict):
             raise BadInputError(f"{file}: no result of `moebit evaluate --json`")
@@ -263,12 +265,12 @@ def summary(documents: Documents) -> list[tuple[str, str, str]]:
     if before and after:
         rows.append(("Size", words.size(after), f"{before / after:.2f} × smaller than {words.size(before)}"))
     if "average_bits" in report:
-        rows.append(("Bits per quantized weight", f"{report['average_bits']:.2f}", "codes, scales and zero points"))
+        rows.append(("Bits per quantized weight", words.plain(report["average_bits"], 4), "codes, scales and zero points"))
     kl = [text["kl"] for one in documents.evaluations for text in one["texts"].values() if "kl" in text]
     same = [text["routing_exact"] for one in documents.evaluations for text in one["texts"].values() if "routing_exact" in text]
     if kl:
         texts = words.count(len(kl), "text")
-        rows.append(("Distance from the original", f"{1000 * statistics.fmean(kl):.3g}", f"KL × 1000, nats per token, mean of {texts}"))
+        rows.append(("Distance from the original", words.plain(1000 * statistics.fmean(kl)), f"KL × 1000, nats per token, mean of {texts}"))
         rows.append(("Tokens with the same experts", words.share(statistics.fmean(same)), "as the original chooses"))
     errors = [row.mean_error for row in layer_rows(documents) if row.mean_error is not None]
     if errors and not kl:
@@ -298,7 +300,13 @@ def _warnings(documents: Documents) -> Iterator[str]:
     broken = sum(not error < LARGE_ERROR for _, part in parts for error in part["weight_error"])
     broken += sum(not row["weight_error"] < LARGE_ERROR for row in rows)
     if broken:
-        yield f"{words.count(broken, 'matrix')} lost more than half of the weights' energy: such a model is likely to be useless."
+        total = sum(len(part["weight_error"]) for _, part in parts) + len(rows)
+        what = (
+            "such a model is likely to be useless"
+            if broken > MANY * total
+            else "harmless only if few tokens meet them, which an evaluation tells"
+        )
+        yield f"{words.count(broken, 'matrix')} of {total:,} lost more than half of the weights' energy: {what}."
     if plan.get("unquantized_expert_share"):
         yield f"{words.share(plan['unquantized_expert_share'])} of the expert parameters stay in full precision."
     fallen = sum(map(bool, (f for _, part in parts for f in part["fallback"]))) + sum(bool(row.get("fallback")) for row in rows)
@@ -333,7 +341,7 @@ def quality(documents: Documents) -> list[tuple[str, ...]]:
                     name,
                     f"{text['tokens']:,}",
                     words.plain(text["perplexity"], 4),
-                    f"{1000 * text['kl']:.3g}" if compared else "–",
+                    words.plain(1000 * text["kl"]) if compared else "–",
                     words.share(text["top1_agreement"]) if compared else "–",
                     words.share(text["routing_exact"]) if compared else "–",
                 )

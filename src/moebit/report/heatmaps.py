@@ -53,13 +53,11 @@ def heatmaps(
     """Draw every map of a profile, and the bits where `widths` (a plan's experts) are given; returns the files.
 
     Raises:
-        BadInputError: no matplotlib, a directory that cannot be made, a format that it does not write.
+        BadInputError: a directory that cannot be made, a format that it does not write.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BadInputError("heat maps need matplotlib: pip install 'moebit[report]'") from error
+    import matplotlib
+    from matplotlib.figure import Figure
+
     if format not in ("svg", "png"):
         raise BadInputError(f"heat maps in {format}: choose svg or png")
     found = profile if isinstance(profile, Profile) else Profile.read(profile)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from moebit.errors import BadInputError
 from moebit.report import facts, words
 from moebit.report.facts import Documents, read_documents
 from moebit.report.plots import figures
+from moebit.report.svg import DARK, LIGHT
 
 
 def report(out: str | Path, output: str | Path | None = None, *, evaluation: Sequence[str | Path] | str | Path = ()) -> Path:
@@ -84,8 +86,16 @@ def _environment() -> Environment:
         "share": words.share,
         "plain": words.plain,
         "short": facts.short,
+        "prose": prose,
     }
+    environment.globals |= {"light": LIGHT, "dark": DARK}
     return environment
+
+
+def prose(text: str) -> Markup:
+    """A sentence, escaped, with what stands in `backticks` as code."""
+    parts = [Markup("<code>{}</code>").format(part) if odd % 2 else escape(part) for odd, part in enumerate(text.split("`"))]
+    return Markup("").join(parts)
 
 
 def render(template: str, **values: Any) -> str:

@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 
 from moebit.report.facts import Documents, routing, short
-from moebit.report.svg import Axis, Series, bars, heat, lines
+from moebit.report.svg import LAYER, Axis, Series, bars, heat, lines, mark
+
+EXPERT, LOAD = Axis("expert"), "tokens / even share"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with the words around it: `legend` is (colour, name) of its lines, `note` a sentence under it."""
+    """A chart with the words around it: `legend` is (kind, shape, name) of its lines, `note` a sentence under it."""
 
     title: str
     svg: str
-    legend: Sequence[tuple[int, str]] = ()
+    legend: Sequence[tuple[int, str, str]] = ()
     note: str = ""
 
 
@@ -39,8 +41,8 @@ def figures(documents: Documents) -> dict[str, list[Figure]]:
     return {section: found for section, found in made.items() if found}
 
 
-def _across(layers: Sequence[Mapping[str, Any]]) -> Axis:
-    return Axis("layer", layers[0]["layer"], max(layers[-1]["layer"], layers[0]["layer"] + 1), whole=True)
+def _legend(series: Sequence[Series]) -> list[tuple[int, str, str]]:
+    return [(one.kind, mark(one.kind), one.name) for one in series]
 
 
 def _errors(layers: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
@@ -55,19 +57,15 @@ def _errors(layers: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
     ]
     if linears:
         series.append(Series("other linears", linears, 3))
-    values = [y for one in series for _, y in one.points if y > 0]
-    if not values:
+    if not any(y > 0 for one in series for _, y in one.points):
         return
-    legend = [(one.colour, one.name) for one in series]
-    up = Axis.around("mean |ΔW|² / |W|²", values, log=True)
-    yield Figure("Error of the weights, by layer", lines(_across(layers), up, series), legend, "Mean over a layer's matrices; logarithmic.")
-    low, high = _ends([e for layer in layers for part in layer.get("experts", {}).values() for e in part["weight_error"]])
+    chart = lines(LAYER, Axis("mean |ΔW|² / |W|²", log=True), series)
+    yield Figure("Error of the weights, by layer", chart, _legend(series), "Mean over a layer's matrices; logarithmic.")
+    ends = _ends([e for layer in layers for part in layer.get("experts", {}).values() for e in part["weight_error"]])
     for name in names:
-        svg = _map(layers, partial(_column, name, "weight_error"), low, high)
+        svg = _map(layers, partial(_column, name, "weight_error"), Axis("|ΔW|² / |W|²", True, ends))
         if svg:
-            yield Figure(
-                f"Error of {short(name)}, by expert", svg, note="Colour: |ΔW|² / |W|², logarithmic, one scale for all projections."
-            )
+            yield Figure(f"Error of {short(name)}, by expert", svg, note="Logarithmic, one scale for all projections.")
 
 
 def _load(layers: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
@@ -97,20 +95,19 @@ def _after(layer: Mapping[str, Any]) -> list[int]:
 
 def _load_of(layers: Sequence[Mapping[str, Any]], counts: Callable[[Mapping[str, Any]], list[int]], title: str) -> Iterator[Figure]:
     shares = {layer["layer"]: _relative(counts(layer)) for layer in layers if sum(counts(layer))}
-    spread = [(x, *(float(np.quantile(v, q)) for q in (0.1, 0.9))) for x, v in shares.items()]
+    spread = [(x, float(np.quantile(v, 0.1)), float(np.quantile(v, 0.9))) for x, v in shares.items()]
     series = [
         Series("most used", [(x, max(v)) for x, v in shares.items()], 0),
         Series("median", [(x, statistics.median(v)) for x, v in shares.items()], 1),
         Series("least used", [(x, min(v)) for x, v in shares.items()], 2),
     ]
-    up = Axis.around("tokens / even share", [y for one in series for _, y in one.points])
-    legend = [(one.colour, one.name) for one in series]
     note = "1 is an even load. The area holds the middle eighty percent of the experts."
-    yield Figure(f"{title}, by layer", lines(_across(layers), up, series, bands=[(1, spread)]), legend, note)
     high = max(max(v) for v in shares.values())
-    svg = _map(layers, lambda layer: _relative(counts(layer)) if sum(counts(layer)) else [], 0.0, high, log=False)
+    chart = lines(LAYER, Axis(LOAD, ends=(0.0, 1.05 * high)), series, bands=[(1, spread)])
+    yield Figure(f"{title}, by layer", chart, _legend(series), note)
+    svg = _map(layers, lambda layer: _relative(counts(layer)) if sum(counts(layer)) else [], Axis(LOAD, ends=(0.0, high)))
     if svg:
-        yield Figure(f"{title}, by expert", svg, note="Colour: tokens / even share.")
+        yield Figure(f"{title}, by expert", svg)
 
 
 def _relative(counts: Sequence[int]) -> list[float]:
@@ -126,22 +123,22 @@ def _routing(documents: Documents) -> Iterator[Figure]:
             Series("all experts the same", [(x, row["routing_exact"]) for x, row in found.items()], 0),
             Series("experts in common", [(x, row["routing_overlap"]) for x, row in found.items()], 1),
         ]
-        yield _agreement("Routing that stayed the same", documents, series, "Of tokens, and of chosen experts; on the evaluated texts.")
+        yield _agreement("Routing that stayed the same", series, "Of tokens, and of chosen experts; on the evaluated texts.")
     steps = [(layer["layer"], layer["router"]) for layer in documents.layers if isinstance(layer.get("router"), Mapping)]
     series = [
-        Series(name, [(x, one[key]["routing_exact"]) for x, one in steps if isinstance(one.get(key), Mapping)], colour)
-        for colour, (key, name) in enumerate({"before": "before", "after": "after"}.items())
+        Series(name, [(x, one[key]["routing_exact"]) for x, one in steps if isinstance(one.get(key), Mapping)], kind)
+        for kind, (key, name) in enumerate({"before": "before", "after": "after"}.items())
     ]
     if all(one.points for one in series):
         against = ", ".join(dict.fromkeys(str(one["against"]) for _, one in steps if one.get("against")))
         note = f"Tokens with all experts the same as {against or 'before'}, on the calibration text."
-        yield _agreement("Adjusting the router", documents, series, note)
+        yield _agreement("Adjusting the router", series, note)
 
 
-def _agreement(title: str, documents: Documents, series: Sequence[Series], note: str) -> Figure:
+def _agreement(title: str, series: Sequence[Series], note: str) -> Figure:
     low = min(y for one in series for _, y in one.points)
-    up = Axis("share", math.floor(low * 10 - 1e-9) / 10 if low > 0.1 else 0.0, 1.0)
-    return Figure(title, lines(_across(documents.layers), up, series), [(one.colour, one.name) for one in series], note)
+    up = Axis("share", ends=(math.floor(low * 10 - 1e-9) / 10 if low > 0.1 else 0.0, 1.005))
+    return Figure(title, lines(LAYER, up, series), _legend(series), note)
 
 
 def _bits(layers: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
@@ -150,15 +147,9 @@ def _bits(layers: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
     if len(widths) < 2:
         return
     for name in dict.fromkeys(name for layer in layers for name in layer.get("experts", {})):
-        svg = _map(
-            layers,
-            partial(_column, name, "bits"),
-            min(widths),
-            max(widths),
-            log=False,
-        )
+        svg = _map(layers, partial(_column, name, "bits"), Axis("bits per weight", ends=(min(widths), max(widths)), marks=sorted(widths)))
         if svg:
-            yield Figure(f"Bits of {short(name)}, by expert", svg, note="Colour: bits per weight.")
+            yield Figure(f"Bits of {short(name)}, by expert", svg)
 
 
 def _coactivation(layers: Sequence[Mapping[str, Any]], most: int = 8) -> Iterator[Figure]:
@@ -168,19 +159,17 @@ def _coactivation(layers: Sequence[Mapping[str, Any]], most: int = 8) -> Iterato
         matrix = np.array(counts, dtype=float)
         np.fill_diagonal(matrix, np.nan)
         if matrix.ndim == 2 and np.isfinite(matrix).any():
-            across = Axis("expert", -0.5, matrix.shape[1] - 0.5, whole=True)
-            svg = heat(matrix, across, Axis("expert", -0.5, matrix.shape[0] - 0.5, whole=True), low=0.0, high=float(np.nanmax(matrix)))
-            yield Figure(f"Chosen together, layer {index}", svg, note="Colour: tokens that are sent to both experts.")
+            svg = heat(matrix, EXPERT, EXPERT, Axis("tokens", ends=(0.0, float(np.nanmax(matrix)))))
+            yield Figure(f"Chosen together, layer {index}", svg, note="Tokens that are sent to both experts.")
 
 
 def _cost(layers: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
     seconds = [(layer["layer"], float(layer.get("seconds", 0.0))) for layer in layers]
     if any(y for _, y in seconds):
-        yield Figure("Time, by layer", bars(_across(layers), Axis.around("seconds", [y for _, y in seconds]), seconds))
+        yield Figure("Time, by layer", bars(LAYER, Axis("seconds"), seconds))
     peaks = [(layer["layer"], layer["peak_memory_bytes"] / 1e9) for layer in layers if layer.get("peak_memory_bytes")]
     if peaks:
-        up = Axis.around("GB", [y for _, y in peaks])
-        svg = lines(_across(layers), up, [Series("peak so far", peaks, 0)])
+        svg = lines(LAYER, Axis("GB", ends=(0.0, 1.05 * max(y for _, y in peaks))), [Series("peak so far", peaks)])
         yield Figure("Peak memory of the process so far", svg, note="Resident memory, interpreter and libraries included.")
 
 
@@ -192,9 +181,7 @@ def _column(projection: str, key: str, layer: Mapping[str, Any]) -> list[float]:
     return list(layer.get("experts", {}).get(projection, {}).get(key, ()))
 
 
-def _map(
-    layers: Sequence[Mapping[str, Any]], values: Callable[[Mapping[str, Any]], Sequence[float]], low: float, high: float, log: bool = True
-) -> str | None:
+def _map(layers: Sequence[Mapping[str, Any]], values: Callable[[Mapping[str, Any]], Sequence[float]], colour: Axis) -> str | None:
     """Of the layers that have such values; None where none has."""
     rows = [(layer["layer"], list(values(layer))) for layer in layers]
     rows = [(index, row) for index, row in rows if row]
@@ -204,9 +191,7 @@ def _map(
     matrix = np.full((len(rows), columns), np.nan)
     for number, (_, row) in enumerate(rows):
         matrix[number, : len(row)] = row
-    across = Axis("expert", -0.5, columns - 0.5, whole=True)
-    down = Axis("layer", -0.5, len(rows) - 0.5, whole=True, names=[str(index) for index, _ in rows])
-    return heat(matrix, across, down, low=low, high=high, log=log)
+    return heat(matrix, EXPERT, LAYER, colour, [str(index) for index, _ in rows])
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:

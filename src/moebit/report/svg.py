@@ -1,29 +1,72 @@
-"""Small charts as SVG text: lines, bars, points and heat maps, drawn for a page that is 360 pixels wide and scaled up from there.
+"""Small charts, drawn by matplotlib, as SVG that belongs to the page around it.
 
-Written by hand rather than by a plotting library, because a page is part of every quantization: it costs milliseconds, has no
-dependency, and colours come from the page's style sheet (classes `c0` to `c5`, `ink`, `grid`), so that a chart follows light, dark and
-paper. Titles and legends are HTML around a chart, where text wraps and nothing can overlap. The colours are those of Okabe and Ito, the
-heat maps' those of viridis; both are told apart without seeing red and green, and lines differ in their dashes too.
+A chart is 360 units wide, a phone's width, and scaled up from there. Its text stays text. What matplotlib draws in the colours of
+`LIGHT` is turned into references to the page's custom properties of the same names (`var(--ink)`), so that one chart follows light, dark
+and paper. Titles and legends are HTML around it, where text wraps and nothing can overlap. Lines are told apart by colour (those of
+Okabe and Ito), by dash and by the shape of their points; heat maps have the colours of viridis. Neither needs eyes for red and green.
+
+matplotlib is imported when a chart is drawn, because it takes longer than the rest of the package; its settings are those of this file
+for that time alone, whatever the user's are.
 """
 
 from __future__ import annotations
 
-import base64
+import io
 import math
-import struct
-import zlib
-from collections.abc import Sequence
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from html import escape
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-WIDTH, HEIGHT = 360, 230
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 42
-BAR = 46  # room for a heat map's colour bar and its numbers
-CHARACTER = 6.6  # width of a digit at the charts' 11 pixels, in a wide font
-VIRIDIS = ("440154", "482878", "3e4989", "31688e", "26828e", "1f9e89", "35b779", "6ece58", "b5de2b", "fde725")
-SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LIGHT = {
+    "paper": "#ffffff", "panel": "#f4f5f7", "ink": "#1c2026", "soft": "#59616d", "grid": "#dfe2e7", "alarm": "#9c2f00",
+    "alarm-paper": "#fff3ec", "k0": "#0072b2", "k1": "#d55e00", "k2": "#009e73", "k3": "#a8518a", "k4": "#b07d00", "k5": "#3b8fc2",
+}  # fmt: skip
+DARK = {
+    "paper": "#14171b", "panel": "#1d2127", "ink": "#e6e9ed", "soft": "#a3abb7", "grid": "#353b44", "alarm": "#ffb48f",
+    "alarm-paper": "#33211a", "k0": "#56b4e9", "k1": "#f08c4a", "k2": "#2fc79b", "k3": "#d993bd", "k4": "#e6b422", "k5": "#8fcdf2",
+}  # fmt: skip
+SHAPES = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚"}  # matplotlib's name of a marker, and what a legend shows
+DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)), (0, (1, 3)), (0, (7, 3)))
+KINDS = 6  # of lines and points
+
+WIDTH, HEIGHT, FONT = 360, 235, 12  # units of the SVG
+LEFT, RIGHT, TOP, BOTTOM = 72, 14, 10, 46
+BAR = 90  # room for a heat map's colour bar with its numbers and its name
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "moebit", "font.size": FONT, "figure.dpi": 72, "savefig.dpi": 72, "figure.facecolor": "none",
+    "savefig.facecolor": "none", "axes.facecolor": "none", "axes.edgecolor": LIGHT["soft"], "axes.labelcolor": LIGHT["ink"],
+    "text.color": LIGHT["ink"], "xtick.color": LIGHT["soft"], "ytick.color": LIGHT["soft"], "xtick.labelcolor": LIGHT["ink"],
+    "ytick.labelcolor": LIGHT["ink"], "grid.color": LIGHT["grid"], "axes.axisbelow": True, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.labelsize": FONT, "xtick.labelsize": FONT, "ytick.labelsize": FONT, "lines.linewidth": 1.6,
+    "image.interpolation": "none", "image.cmap": "viridis",
+}  # fmt: skip
+
+
+MOST = 7  # marks of a logarithmic axis
+STEPS = (1, 2, 5, 10)  # between round values, times a power of ten
+EDGED: dict[str, Any] = {"markersize": 9, "markeredgecolor": LIGHT["paper"], "markeredgewidth": 0.8}  # points that touch stay two
+MARKED = 32  # points of a line, up to which each has its mark
+NAMES = {colour: name for name, colour in LIGHT.items()}
+CRISP = "image-rendering:crisp-edges;image-rendering:pixelated"
+SVG, LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line or set of points, of a `kind` from 0 to KINDS - 1: its colour, dash and shape."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    kind: int = 0
 
 
 @dataclass(frozen=True)
@@ -31,272 +74,225 @@ class Axis:
     """One axis.
 
     Attributes:
-        label: what and in which unit. low, high: its ends. log: powers of ten are equally far apart. whole: marks at whole numbers only.
-        names: what to write at whole numbers instead of them (layers that are not numbered without gaps).
+        label: what it shows, and in which unit. log: powers of ten are equally far apart.
+        ends: its lowest and highest value, where they are not those of the data. marks: values to write, instead of round ones.
     """
 
     label: str
-    low: float
-    high: float
     log: bool = False
-    whole: bool = False
-    names: Sequence[str] | None = None
-
-    @classmethod
-    def around(cls, label: str, values: Sequence[float], *, log: bool = False, zero: bool = True, whole: bool = False) -> Axis:
-        """An axis that holds `values`; not finite ones, and on a log axis those that are not positive, are left out."""
-        good = [v for v in values if math.isfinite(v) and (v > 0 or not log)] or [1.0]
-        low, high = min(good), max(good)
-        if log:
-            return cls(label, low / 1.15, max(high, low * 1.5) * 1.15, True)
-        low = min(0.0, low) if zero else low
-        high = high if high > low else low + 1
-        margin = 0.0 if whole else 0.04 * (high - low)
-        return cls(label, low if zero else low - margin, high + margin, False, whole)
-
-    def at(self, value: float) -> float:
-        """Where a value lies, from 0 to 1."""
-        if self.log:
-            return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
-        return (value - self.low) / (self.high - self.low)
+    ends: tuple[float, float] | None = None
+    marks: Sequence[float] | None = None
 
     def shows(self, value: float) -> bool:
         return math.isfinite(value) and (value > 0 or not self.log)
 
-    def marks(self, most: int) -> list[tuple[float, str]]:
-        """At most about `most` round values, with what to write there."""
-        values = _decades(self.low, self.high, most) if self.log else _steps(self.low, self.high, most, self.whole)
-        if self.names is not None:
-            return [(value, self.names[round(value)]) for value in values if 0 <= round(value) < len(self.names)]
-        return [(value, number(value)) for value in values]
+
+LAYER = Axis("layer")
 
 
-@dataclass(frozen=True)
-class Series:
-    """One line or set of points: `colour` is a number of the page's palette."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    colour: int = 0
-    labels: Sequence[str] = ()
+def mark(kind: int, shape: str | None = None) -> str:
+    """What a legend shows of a kind's points, or of those with another shape."""
+    return SHAPES[shape or list(SHAPES)[kind]]
 
 
 def number(value: float) -> str:
-    """A short form: 0, 0.25, 40, 12k, 2·10⁻⁵."""
-    if value == 0:
-        return "0"
-    power = math.floor(math.log10(abs(value)) + 1e-9)
-    if -3 <= power <= 3:
-        return f"{value:.{max(0, 2 - power)}f}".rstrip("0").rstrip(".") if power < 2 else f"{value:.0f}"
-    if 3 < power < 12:
-        unit = "kMG"[power // 3 - 1]
-        return f"{value / 10 ** (3 * (power // 3)):.3g}{unit}"
-    factor = value / 10.0**power
-    tens = "10" + str(power).translate(SUPERSCRIPT)
-    return tens if abs(factor - 1) < 1e-6 else f"{factor:.2g}·{tens}"
+    """A short form, five letters or so: 0, 0.025, 40, 2,500, 12k, 3M, 2e-5."""
+    size = abs(value)
+    if size and not 1e-3 <= size < 1e9:
+        return re.sub(r"e([+-])0*(\d+)", lambda power: f"e{power[1].strip('+')}{power[2]}", f"{value:.0e}")
+    if size >= 1e6:
+        return f"{value / 1e6:.3g}M"
+    if size >= 1e4:
+        return f"{value / 1e3:.3g}k"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.3g}"
 
 
 def lines(
     across: Axis, up: Axis, series: Sequence[Series], *, bands: Sequence[tuple[int, Sequence[tuple[float, float, float]]]] = ()
 ) -> str:
-    """Lines with marked points.
+    """Lines with marked points over whole numbers.
 
     Args:
-        bands: (colour, points (x, low, high)) areas behind the lines.
+        bands: (kind, points (x, low, high)) areas behind the lines.
     """
-    parts = _frame(across, up)
-    for colour, points in bands:
-        shown = [(x, max(a, up.low), b) for x, a, b in points if up.shows(b)]
-        edge = [_place(across, up, x, b) for x, _, b in shown] + [_place(across, up, x, a) for x, a, _ in reversed(shown)]
-        if edge:
-            parts.append(f'<polygon class="area c{colour}" points="{_points(edge)}"/>')
-    for one in series:
-        placed = [_place(across, up, x, y) for x, y in one.points if up.shows(y)]
-        parts.append(f'<polyline class="line c{one.colour} d{one.colour}" points="{_points(placed)}"/>')
-        if len(placed) <= 64:
-            titles = [f"{one.name}, {across.label} {number(x)}: {y:.4g}" for x, y in one.points if up.shows(y)]
-            parts += [
-                _dot(x, y, one.colour, title, 2.6 if len(placed) <= 24 else 1.6) for (x, y), title in zip(placed, titles, strict=True)
-            ]
-    return _document([*parts, *_frame_text(across, up)], f"{up.label} by {across.label}")
+    with _chart(across, up) as (figure, axes):
+        for kind, area in bands:
+            x, low, high = zip(*area, strict=True)
+            axes.fill_between(x, low, high, color=LIGHT[f"k{kind}"], alpha=0.18, linewidth=0)
+        titles = {}
+        for number, one in enumerate(series):
+            shown = [(x, y) for x, y in one.points if up.shows(y)]
+            few = len(shown) <= MARKED
+            style: dict[str, Any] = {"color": LIGHT[f"k{one.kind}"], "linestyle": DASHES[one.kind], "markersize": 4.5}
+            axes.plot(*_columns(shown), marker=list(SHAPES)[one.kind] if few else "none", gid=f"s{number}", **style)
+            titles[f"s{number}"] = [f"{one.name}, {across.label} {x:g}: {y:.4g}" for x, y in shown if few]
+        _whole(axes, [x for one in series for x, _ in one.points])
+        _scale(axes, "y", up)
+        return _svg(figure, f"{up.label} by {across.label}", titles)
 
 
-def bars(across: Axis, up: Axis, values: Sequence[tuple[float, float]], colour: int = 0) -> str:
-    """A bar from zero at every x."""
-    parts = _frame(across, up)
-    room = (WIDTH - LEFT - RIGHT) / max(1.0, across.high - across.low)
-    width = max(0.5, min(22.0, 0.8 * room))
-    for x, y in values:
-        if up.shows(y):
-            (left, top), bottom = _place(across, up, x, y), _place(across, up, x, up.low)[1]
-            title = escape(f"{across.label} {number(x)}: {y:.4g}")
-            box = f'x="{left - width / 2:.1f}" y="{top:.1f}" width="{width:.1f}" height="{max(0.0, bottom - top):.1f}"'
-            parts.append(f'<rect class="bar c{colour}" {box}><title>{title}</title></rect>')
-    return _document([*parts, *_frame_text(across, up)], f"{up.label} by {across.label}")
+def bars(across: Axis, up: Axis, values: Sequence[tuple[float, float]], kind: int = 0) -> str:
+    """A bar from zero at every whole number."""
+    with _chart(across, up) as (figure, axes):
+        made = axes.bar(*_columns(values), width=0.8 if len(values) > 4 else 0.4, color=LIGHT[f"k{kind}"])
+        titles = {}
+        for patch, (x, y) in zip(made, values, strict=True):
+            patch.set_gid(f"b{x:g}")
+            titles[f"b{x:g}"] = [f"{across.label} {x:g}: {y:.4g}"]
+        _whole(axes, [x for x, _ in values])
+        _scale(axes, "y", up)
+        return _svg(figure, f"{up.label} by {across.label}", titles)
 
 
-def scatter(across: Axis, up: Axis, series: Sequence[Series]) -> str:
-    """Points with their labels beside them, each where it covers no other label and no point."""
-    parts, text = _frame(across, up), []
-    boxes: list[tuple[float, float, float, float]] = []
-    placed = [(one, i, _place(across, up, *point)) for one in series for i, point in enumerate(one.points) if up.shows(point[1])]
-    boxes += [(x - 5, y - 5, x + 5, y + 5) for _, _, (x, y) in placed]
-    for one, i, (x, y) in placed:
-        label = one.labels[i] if one.labels else one.name
-        parts.append(_dot(x, y, one.colour, f"{label}: {across.label} {one.points[i][0]:.4g}, {up.label} {one.points[i][1]:.4g}", 4.5))
-        short = label if len(label) <= 24 else label[:23] + "…"
-        spot = _free_spot(x, y, len(short) * CHARACTER, boxes)
-        if spot:
-            boxes.append(spot)
-            text.append(f'<text class="ink" x="{spot[0]:.1f}" y="{spot[3] - 3:.1f}">{escape(short)}</text>')
-    return _document([*parts, *_frame_text(across, up), *text], f"{up.label} by {across.label}")
+def points(across: Axis, up: Axis, series: Sequence[Series], shapes: Sequence[str]) -> str:
+    """Points anywhere; `shapes`, one for each series, are names of markers."""
+    with _chart(across, up) as (figure, axes):
+        titles = {}
+        for number, (one, shape) in enumerate(zip(series, shapes, strict=True)):
+            shown = [(x, y) for x, y in one.points if across.shows(x) and up.shows(y)]
+            axes.plot(*_columns(shown), color=LIGHT[f"k{one.kind}"], marker=shape, linestyle="none", gid=f"s{number}", **EDGED)
+            titles[f"s{number}"] = [f"{one.name}: {across.label} {x:.4g}, {up.label} {y:.4g}" for x, y in shown]
+        axes.margins(0.12)
+        _scale(axes, "x", across)
+        _scale(axes, "y", up)
+        return _svg(figure, f"{up.label} by {across.label}", titles)
 
 
-def _free_spot(
-    x: float, y: float, width: float, taken: Sequence[tuple[float, float, float, float]]
-) -> tuple[float, float, float, float] | None:
-    """A box of a label's size beside a point that overlaps nothing and lies inside the frame; None where there is none."""
-    height = 13
-    near = [(x + 7, y - 7), (x - 7 - width, y - 7), (x - width / 2, y - 20), (x - width / 2, y + 8)]
-    further = [(x + dx - width / 2, y + dy) for dy in (-34, 22, -48, 36, -62, 50) for dx in (0, 30, -30, 60, -60)]
-    for left, top in near + further:
-        box = (left, top, left + width, top + height)
-        inside = box[0] >= LEFT + 2 and box[2] <= WIDTH - 2 and box[1] >= TOP and box[3] <= HEIGHT - BOTTOM - 1
-        if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
-            return box
-    return None
+def heat(values_RC: np.ndarray, across: Axis, down: Axis, colour: Axis, rows: Sequence[str] | None = None) -> str:
+    """A heat map, row by row from the top, one pixel a value, and a bar that tells what its colours mean; what is no number stays empty.
 
+    Args:
+        colour: what the values are; its `ends` are the darkest and the brightest colour. rows: what to write at them instead of numbers.
+    """
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import FuncFormatter
 
-def heat(values_RC: np.ndarray, across: Axis, down: Axis, *, low: float, high: float, log: bool = False) -> str:
-    """A heat map: row by row from the top, colours from `low` to `high`; what is not a number stays empty."""
-    right = WIDTH - RIGHT - BAR
-    width, height = right - LEFT, HEIGHT - TOP - BOTTOM
-    scale = Axis("", low, high if high > low else low + 1, log)
-    shares = np.full(values_RC.shape, np.nan)
-    good = np.isfinite(values_RC) & ((values_RC > 0) | (not log))
-    shares[good] = [min(1.0, max(0.0, scale.at(max(float(v), low)))) for v in values_RC[good]]
-    ramp = np.linspace(1, 0, 64).reshape(-1, 1)
-    parts = [
-        _image(shares, LEFT, TOP, width, height),
-        f'<rect class="frame" x="{LEFT}" y="{TOP}" width="{width}" height="{height}"/>',
-        _image(ramp, right + 8, TOP, 10, height),
-    ]
-    rows, columns = values_RC.shape
-    for value, name in _room(down, max(1, min(8, rows))):
-        y = TOP + (value + 0.5) / rows * height
-        parts.append(f'<text class="ink" text-anchor="end" x="{LEFT - 5}" y="{y + 4:.1f}">{escape(name)}</text>')
-    for value, name in _room(across, max(1, min(6, columns))):
-        x = LEFT + (value + 0.5) / columns * width
-        parts.append(f'<text class="ink" text-anchor="middle" x="{x:.1f}" y="{TOP + height + 15}">{escape(name)}</text>')
-    for value, name in scale.marks(5):
-        y = TOP + (1 - scale.at(value)) * height
-        if TOP - 1 <= y <= TOP + height + 1:
-            parts.append(f'<text class="ink" x="{right + 21}" y="{min(max(y + 4, TOP + 8), TOP + height):.1f}">{escape(name)}</text>')
-    parts += _labels(across.label, down.label, (LEFT + right) / 2)
-    return _document(parts, f"heat map, {down.label} by {across.label}")
-
-
-def _room(axis: Axis, most: int) -> list[tuple[float, str]]:
-    return [(value, name) for value, name in axis.marks(most) if axis.low <= value <= axis.high]
-
-
-def _image(shares_RC: np.ndarray, x: float, y: float, width: float, height: float) -> str:
-    anchors = np.array([[int(colour[i : i + 2], 16) for i in (0, 2, 4)] for colour in VIRIDIS], dtype=float)
-    known = np.isfinite(shares_RC)
-    at = np.where(known, shares_RC, 0) * (len(anchors) - 1)
-    lower = np.minimum(at.astype(int), len(anchors) - 2)
-    mixed = anchors[lower] + (at - lower)[..., None] * (anchors[lower + 1] - anchors[lower])
-    rgba = np.concatenate([mixed.round(), np.where(known, 255, 0)[..., None]], axis=2).astype(np.uint8)
-    data = base64.b64encode(png(rgba)).decode()
-    return (
-        f'<image class="cells" preserveAspectRatio="none" x="{x}" y="{y}" width="{width}" height="{height}" '
-        f'href="data:image/png;base64,{data}"/>'
-    )
-
-
-def png(rgba_RCK: np.ndarray) -> bytes:
-    """A PNG file of [rows, columns, 4] bytes."""
-    rows, columns, _ = rgba_RCK.shape
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    body = b"".join(b"\0" + row.tobytes() for row in rgba_RCK)
-    header = struct.pack(">IIBBBBB", columns, rows, 8, 6, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(body, 9)) + chunk(b"IEND", b"")
+    with _chart(across, down, right=BAR) as (figure, axes):
+        low, high = colour.ends or (float(np.nanmin(values_RC)), float(np.nanmax(values_RC)))
+        norm = (LogNorm if colour.log else Normalize)(low, high if high > low else low + 1, clip=True)
+        known = np.isfinite(values_RC) & ((values_RC > 0) | (not colour.log))
+        image = axes.imshow(np.ma.masked_where(~known, values_RC), aspect="auto", norm=norm)
+        _whole(axes, ())
+        if rows is not None:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: rows[round(y)] if 0 <= round(y) < len(rows) else ""))
+        axes.spines[:].set_visible(True)
+        beside = figure.add_axes((1 - (BAR - 10) / WIDTH, BOTTOM / HEIGHT, 10 / WIDTH, 1 - (TOP + BOTTOM) / HEIGHT))
+        bar = figure.colorbar(image, cax=beside, label=colour.label)
+        _scale(bar.ax, "y", colour)
+        text = _svg(figure, f"heat map of {colour.label}, {down.label} by {across.label}")
+    # Cells keep their edges, as matplotlib asks for; narrower ones than a unit would be left out then, and are mixed instead.
+    return text if values_RC.shape[1] <= WIDTH - LEFT - BAR else text.replace(CRISP, "")
 
 
 # --- axes
 
 
-def _frame(across: Axis, up: Axis) -> list[str]:
-    (left, bottom), (right, top) = (LEFT, HEIGHT - BOTTOM), (WIDTH - RIGHT, TOP)
-    parts = [
-        f'<line class="grid" x1="{left}" x2="{right}" y1="{_y(up, value):.1f}" y2="{_y(up, value):.1f}"/>'
-        for value, _ in up.marks(5)
-        if top - 1 <= _y(up, value) <= bottom + 1
-    ]
-    return [*parts, f'<path class="frame" d="M{left} {top}V{bottom}H{right}"/>']
+@contextmanager
+def _chart(across: Axis, up: Axis, right: int = RIGHT) -> Iterator[tuple[Figure, Axes]]:
+    """An empty chart; what is drawn inside the `with` has this file's settings."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
+        axes = figure.add_axes((LEFT / WIDTH, BOTTOM / HEIGHT, 1 - (LEFT + right) / WIDTH, 1 - (TOP + BOTTOM) / HEIGHT))
+        axes.set_xlabel(across.label)
+        axes.set_ylabel(up.label)
+        yield figure, axes
 
 
-def _frame_text(across: Axis, up: Axis) -> list[str]:
-    bottom, parts = HEIGHT - BOTTOM, []
-    for value, name in up.marks(5):
-        if TOP - 1 <= _y(up, value) <= bottom + 1:
-            parts.append(f'<text class="ink" text-anchor="end" x="{LEFT - 5}" y="{_y(up, value) + 4:.1f}">{escape(name)}</text>')
-    for value, name in _room(across, 6):
-        x = _place(across, up, value, up.low)[0]
-        parts.append(f'<line class="frame" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        x = min(x, WIDTH - 1 - len(name) * CHARACTER / 2)
-        parts.append(f'<text class="ink" text-anchor="middle" x="{x:.1f}" y="{bottom + 16}">{escape(name)}</text>')
-    return parts + _labels(across.label, up.label, (LEFT + WIDTH - RIGHT) / 2)
+def _columns(shown: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in shown], [y for _, y in shown]
 
 
-def _labels(across: str, up: str, middle: float) -> list[str]:
-    centre = (TOP + HEIGHT - BOTTOM) / 2
-    return [
-        f'<text class="ink" text-anchor="middle" x="{middle:.1f}" y="{HEIGHT - 8}">{escape(across)}</text>',
-        f'<text class="ink" text-anchor="middle" transform="translate(11,{centre:.1f}) rotate(-90)">{escape(up)}</text>',
-    ]
+def _whole(axes: Axes, across: Sequence[float]) -> None:
+    """Marks at whole numbers only; `across`: what the horizontal axis holds, with half a step of room. Without it, rows are whole too."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=STEPS))
+    if across:
+        axes.set_xlim(min(across) - 0.5, max(across) + 0.5)
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1, steps=STEPS))
 
 
-def _y(up: Axis, value: float) -> float:
-    return HEIGHT - BOTTOM - up.at(value) * (HEIGHT - TOP - BOTTOM)
+def _scale(axes: Axes, which: str, what: Axis) -> None:
+    """Ends, marks and grid of the x or y axis, of any numbers."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    if what.log:
+        axes.set(**{f"{which}scale": "log"})
+    if what.ends is not None:
+        axes.set(**{f"{which}lim": what.ends})
+    axis = getattr(axes, f"{which}axis")
+    low, high = axis.get_view_interval()
+    if what.marks is not None:
+        axis.set_major_locator(FixedLocator(what.marks))
+    elif what.log and high > 4 * low:
+        near = [subs for subs in ((1, 2, 5), (1, 3)) if len(subs) * math.log10(high / low) <= MOST]
+        axis.set_major_locator(LogLocator(subs=near[0] if near else (1,), numticks=MOST))
+    else:
+        axis.set_major_locator(MaxNLocator(5, steps=STEPS))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axis.grid(True)
 
 
-def _place(across: Axis, up: Axis, x: float, y: float) -> tuple[float, float]:
-    inner = WIDTH - LEFT - RIGHT
-    inset = 12 if across.whole else 0  # bars and points at the ends keep clear of the frame
-    return LEFT + inset + across.at(x) * (inner - 2 * inset), _y(up, y)
+# --- from matplotlib's SVG to the page's
 
 
-def _points(placed: Sequence[tuple[float, float]]) -> str:
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+def _svg(figure: Figure, label: str, titles: Mapping[str, Sequence[str]] | None = None) -> str:
+    """The chart as an element of a page, the same bytes for the same numbers.
+
+    No identifiers, which would have to be unique in the page: what matplotlib defines once and uses often is written where it is used.
+    No style sheet, which would be the whole page's.
+
+    Args:
+        label: for those who do not see it. titles: by the gid of an artist, what to say when one hovers over its marks.
+    """
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    source = ET.fromstring(drawn.getvalue())
+    defined = {element.get("id"): element for element in source.iter() if element.get("id")}
+    said: dict[ET.Element, str] = {}
+    for gid, lines_of_it in (titles or {}).items():
+        marks = defined[gid].findall(f".//{SVG}g/{SVG}use") or defined[gid].findall(f"./{SVG}path")
+        said |= dict(zip(marks, lines_of_it, strict=False))
+    page = ET.Element("svg", {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img", "aria-label": label})
+    page.extend(element for child in source for element in _elements(child, defined, said))
+    return ET.tostring(page, encoding="unicode")
 
 
-def _dot(x: float, y: float, colour: int, title: str, radius: float = 2.6) -> str:
-    return f'<circle class="dot c{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{escape(title)}</title></circle>'
+def _elements(source: ET.Element, defined: Mapping[str | None, ET.Element], said: Mapping[ET.Element, str]) -> Iterator[ET.Element]:
+    """An element of matplotlib's with everything in it, as the page has it: without definitions, bare groups and what shows nothing."""
+    tag, given = source.tag.removeprefix(SVG), dict(source.attrib)
+    if tag in ("defs", "metadata") or given.get("style") == "fill: none":
+        return
+    if tag == "use":
+        tag, used = "path", defined[given.pop(LINK)[1:]]
+        style = "; ".join(part for part in (given.get("style"), used.get("style")) if part)
+        given = {"d": used.attrib["d"], "transform": f"translate({given['x']} {given['y']})", "style": style}
+    kept = {key.replace(LINK, "href"): _value(key, value) for key, value in given.items() if key not in ("id", "clip-path")}
+    inner = [element for child in source for element in _elements(child, defined, said)]
+    if tag == "g" and not kept:
+        yield from inner
+        return
+    element = ET.Element(tag, kept)
+    element.text = source.text if tag == "text" else None
+    if source in said:
+        ET.SubElement(element, "title").text = said[source]
+    element.extend(inner)
+    yield element
 
 
-def _document(parts: Sequence[str], label: str) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label, quote=True)}">' + "".join(parts) + "</svg>"
-
-
-def _steps(low: float, high: float, most: int, whole: bool) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10((high - low) / max(1, most)))
-    step = next(power * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (power * factor) <= most)
-    if whole:
-        step = max(1.0, step)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _decades(low: float, high: float, most: int) -> list[float]:
-    """Powers of ten, with 2 and 5 times them where there are few."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    for factors in ((1, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
-        values = [factor * 10.0**power for power in range(first, last + 1) for factor in factors if low <= factor * 10.0**power <= high]
-        if len(values) <= most + 1:
-            return values
-    return values[:: -(-len(values) // most)]
+def _value(key: str, value: str) -> str:
+    """An attribute: the page's font, in which letters are as wide as those that matplotlib counted with or narrower, and its colours."""
+    if key == LINK:
+        return "".join(value.split())
+    value = " ".join(value.split())
+    if key == "style":
+        value = re.sub(r"font-family: [^;]*;? ?", "", re.sub(r"font: ([\d.]+px) [^;]*", r"font-size: \1", value))
+        value = re.sub(r"#[0-9a-f]{6}", lambda found: f"var(--{NAMES[found[0]]})", value)
+    return value

@@ -25,10 +25,14 @@ def share(value: float) -> str:
 
 
 def plain(value: float, digits: int = 3) -> str:
-    """A number with so many digits that count; "–" for what is none."""
+    """A number with so many digits that count, zeros too; "–" for what is none."""
     if not math.isfinite(value):
         return "–"
-    return f"{value:.{digits}g}" if value == 0 or 1e-4 <= abs(value) < 1e6 else f"{value:.{digits - 1}e}"
+    if value == 0:
+        return "0"
+    if 1e-4 <= abs(value) < 10**digits:
+        return f"{value:#.{digits}g}".rstrip(".")
+    return f"{value:.0f}" if 1 <= abs(value) < 1e6 else f"{value:.{digits - 1}e}"
 
 
 def count(number: int, what: str) -> str:
