@@ -71,7 +71,8 @@ def test_presets_of_eaquant_are_duquant_and_the_expert_aware_parts(weights: int,
     )
     assert (eaquant.calibration.balance, eaquant.router.realign) == (2, "none")
     duquant = load_recipe("duquant-w4a4")
-    assert duquant.smoothing.kind == "smoothquant"
+    assert duquant.smoothing.kind == "expert_aware"
+    assert duquant.smoothing.aggregate == "none"
     assert duquant.smoothing.alpha == eaquant.smoothing.alpha
     off = {"smoothing": duquant.smoothing.model_dump(), "router": {}, "calibration.balance": "none", "weights.bits": 4}
     off |= {"activations.bits": 4, "activations.qkv_bits": 4, "activations.clip": 0.9}
@@ -298,7 +299,7 @@ def test_presets_with_rounded_activations_differ_in_smoothing_and_rotation_alone
     names = ("rtn", "hadamard", "smoothquant", "duquant")
     recipes = {name: load_recipe(f"{name}-w4a4") for name in names}
     found = {name: (recipe.smoothing.kind, recipe.rotation.online) for name, recipe in recipes.items()}
-    expected = [("none", "none"), ("none", "hadamard"), ("smoothquant", "none"), ("smoothquant", "duquant")]
+    expected = [("none", "none"), ("none", "hadamard"), ("smoothquant", "none"), ("expert_aware", "duquant")]
     assert found == dict(zip(names, expected, strict=True))
     first = recipes["rtn"]
     off = {"rotation.online": "none", "smoothing.kind": "none", "smoothing.aggregate": first.smoothing.aggregate}
