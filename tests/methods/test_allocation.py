@@ -145,6 +145,24 @@ def test_knapsack_against_an_exact_solver(seed: int) -> None:
     assert float(errors.gather(1, choice.unsqueeze(1)).sum()) <= 1.03 * optimum
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("unit", [64, 64 * 3_000_017])
+def test_knapsack_of_few_large_and_many_small_items(seed: int, unit: int) -> None:
+    """Layers as items: the bisection alone takes a layer's bits away to raise linears by more than they can use."""
+    draw = np.random.default_rng(seed)
+    widths = [2, 3, 4, 6, 8]
+    scale = np.concatenate([draw.uniform(0.9, 1.1, 4), draw.uniform(0.05, 0.3, 16)])
+    errors = torch.from_numpy(scale[:, None] * np.array([4.0**-b for b in widths]))
+    sizes = sizes_of([unit * 96] * 4 + [unit] * 16, widths)
+    budget = int(sizes[:, 1].sum())
+    optimum = solve_milp(errors, sizes // unit, budget // unit)
+    choice = knapsack_choice(errors, sizes, budget)
+    found = float(errors.gather(1, choice.unsqueeze(1)).sum())
+    assert int(sizes.gather(1, choice.unsqueeze(1)).sum()) <= budget
+    assert found <= float(errors[:, 1].sum())  # never worse than one width for all
+    assert found == pytest.approx(optimum, rel=1e-6 if unit == 64 else 0.02)
+
+
 def test_knapsack_gives_the_rest_to_whom_it_harms_least() -> None:
     """Experts without tokens have no error: they get bits only when nobody else can use them."""
     errors = torch.tensor([[9.0, 3.0, 1.0], [0.0, 0.0, 0.0]])

@@ -7,7 +7,8 @@ Three ways, over items (an expert, one projection of it, a layer's experts, a li
   largest differ by less than 0.1 ("low precision first"). To meet the size: memberships tilted by exp(-lambda * bits), one lambda for
   the model. Departures: the paper does not say how it meets a size; the tilt, with it the low-first rule on tilted memberships, and
   that a layer's widths are handed out in the order of J (`in_order`), are this project's.
-- `knapsack`: least sum of measured errors under the size, by Lagrangian bisection.
+- `knapsack`: least sum of measured errors under the size, by Lagrangian bisection; by dynamic programming where items are so large (the
+  experts of a layer as one) that the bisection stops short of its own bound.
 - `frequency`: the same with `share of tokens * 4^-bits` for an error: what counting tokens alone would do.
 
 After the bisection what is left of the size is given out greedily, cheapest first. Shape suffixes: L layers, E experts, K widths,
@@ -17,6 +18,7 @@ N items.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,6 +28,9 @@ LOW_FIRST = 0.1  # difference of the two largest memberships below which the low
 CLOSENESS = 1e-9  # relative change of the centres at which the clustering has settled
 ROUNDS = 500
 BISECTIONS = 200
+SLACK = 0.01  # of the bound on the least error, above which a choice is looked for exactly
+STATES = 2**16  # sizes that the exact search tells apart; with more of them, steps are rounded up
+EXACT_ITEMS = 2048  # up to which it is worth its time
 
 
 def fuzzy_memberships(x_LE: Tensor, clusters: int, fuzziness: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -121,7 +126,8 @@ def knapsack_choice(errors_NK: Tensor, sizes_NK: Tensor, budget: int) -> Tensor:
 
     For a strength `lambda`, every item takes `argmin_k error + lambda * bytes`; bisection finds the smallest lambda that fits, whose
     choice is optimal for the size it has. The rest of the size is filled greedily, so that the result is at most one item's step from
-    the optimum. A negative lambda spends what is left where no error tells items apart (experts without tokens).
+    the optimum. Where that step is large (layers as items) the same relaxation says so, by its lower bound: then the choice is searched
+    for exactly. A negative lambda spends what is left where no error tells items apart (experts without tokens).
 
     Args:
         errors_NK: rising widths; sizes_NK: bytes on disk. budget: bytes for all.
@@ -136,7 +142,55 @@ def knapsack_choice(errors_NK: Tensor, sizes_NK: Tensor, budget: int) -> Tensor:
 
     step = (sizes[:, 1:] - sizes[:, :-1]).clamp(min=1) if sizes.shape[1] > 1 else torch.ones(len(sizes), 1)
     steepest = float((errors.amax(1) - errors.amin(1)).max() / step.min()) + 1e-300
-    return _meet(pick, errors, sizes_NK, budget, 2 * steepest)
+    choice = _meet(pick, errors, sizes_NK, budget, 2 * steepest)
+    if len(errors) > EXACT_ITEMS or _total(errors, choice) <= (1 + SLACK) * _least_error(errors, sizes, budget, 2 * steepest):
+        return choice
+    searched = _searched(errors, sizes_NK.to(torch.int64), budget)
+    return searched if _total(errors, searched) < _total(errors, choice) else choice
+
+
+def _total(values_NK: Tensor, choice_N: Tensor) -> float:
+    return float(values_NK.gather(1, choice_N.unsqueeze(1)).sum())
+
+
+def _least_error(errors_NK: Tensor, sizes_NK: Tensor, budget: int, strongest: float) -> float:
+    """A bound that no choice of that size is below: the largest of `sum_n min_k (error + lambda size) - lambda budget` over lambda >= 0.
+
+    It is concave in lambda: thirds are cut off (ternary search).
+    """
+
+    def bound(strength: float) -> float:
+        return float((errors_NK + strength * sizes_NK).amin(1).sum()) - strength * budget
+
+    low, high = 0.0, strongest
+    for _ in range(BISECTIONS):
+        third = (high - low) / 3
+        low, high = (low + third, high) if bound(low + third) < bound(high - third) else (low, high - third)
+    return bound((low + high) / 2)
+
+
+def _searched(errors_NK: Tensor, sizes_NK: Tensor, budget: int) -> Tensor:
+    """int64 [N]: the least sum of errors by dynamic programming over the bytes above everybody's lowest width (rounded up to `STATES`)."""
+    above_NK = sizes_NK - sizes_NK.amin(1, keepdim=True)
+    left = budget - int(sizes_NK.amin(1).sum())
+    unit = max(1, math.gcd(*above_NK.flatten().tolist()), -(-left // STATES))
+    steps_NK = (-(-above_NK // unit)).tolist()
+    states = left // unit + 1
+    least = torch.zeros(states, dtype=torch.float64)  # the least error with so many units or fewer, of the items so far
+    taken = torch.empty(len(errors_NK), states, dtype=torch.uint8)
+    for item, steps in enumerate(steps_NK):
+        ways = torch.full((len(steps), states), math.inf, dtype=torch.float64)
+        for k, step in enumerate(steps):
+            if step < states:
+                ways[k, step:] = least[: states - step] + errors_NK[item, k]
+        least, best = ways.min(0)
+        taken[item] = best.to(torch.uint8)
+    choice, at = [], states - 1
+    for item in reversed(range(len(steps_NK))):
+        choice.append(int(taken[item, at]))
+        at -= steps_NK[item][choice[-1]]
+    chosen = torch.tensor(choice[::-1], dtype=torch.int64)
+    return _filled(chosen, errors_NK, sizes_NK, budget - int(_total(sizes_NK, chosen)))
 
 
 def frequency_errors(shares_N: Tensor, widths: list[int]) -> Tensor:
