@@ -32,7 +32,7 @@ def table(results: list[Result], protocol: dict[str, Any], name: str) -> str:
     """The Markdown document."""
     known, novel = protocol["texts"]["known"], protocol["texts"]["novel"]
     shares = ratios(results, protocol)
-    columns = list(next(iter(shares.values())))
+    columns, common = list(next(iter(shares.values()))), list(list(shares.values())[-1])
     lines = [
         "# What our own presets are made of",
         "",
@@ -44,25 +44,25 @@ def table(results: list[Result], protocol: dict[str, Any], name: str) -> str:
         "",
         "## Shares of plain GPTQ's divergence",
         "",
-        "KL, mean over all domains, divided by that of the first row; the last column is the geometric mean of what was run.",
+        "KL, mean over all domains, divided by that of the first row; empty where it was not run. The last column is the geometric mean of",
+        f"{' and '.join(common)}.",
         "",
         markdown_row(["method", *columns, "mean"]),
         markdown_row(["---"] + ["---:"] * (len(columns) + 1)),
     ]
     for row, cells in shares.items():
-        mean = statistics.geometric_mean(cells.values())
-        lines.append(markdown_row([row, *(f"{cells[c]:.3f}" if c in cells else "" for c in columns), f"{mean:.3f}"]))
-    heads = ["method", *known, *novel, "known, mean", "novel, mean", "same experts", "bits", "s"]
+        mean = f"{statistics.geometric_mean(cells[c] for c in common):.3f}" if set(common) <= set(cells) else ""
+        lines.append(markdown_row([row, *(f"{cells[c]:.3f}" if c in cells else "" for c in columns), mean]))
+    heads = ["method", *known, *novel, "known, mean", "novel, mean", "same experts", "bits"]
     for model in protocol["models"]:
         for bits in protocol["bits"]:
+            if not groups_of(results, model, bits):
+                continue
             lines += ["", f"## {model}, {bits} bits", "", markdown_row(heads), markdown_row(["---"] + ["---:"] * (len(heads) - 1))]
             for row, same in groups_of(results, model, bits).items():
-                exact, seconds = (
-                    mean_over(same, [*known, *novel], "routing_exact")[0],
-                    statistics.fmean(r["quantize_seconds"] for r in same),
-                )
+                exact = mean_over(same, [*known, *novel], "routing_exact")[0]
                 cells = kl_cells(same, known, novel)
-                lines.append(markdown_row([row, *cells, f"{exact:.1%}", f"{same[0]['average_bits']:.3f}", f"{seconds:.0f}"]))
+                lines.append(markdown_row([row, *cells, f"{exact:.1%}", f"{same[0]['average_bits']:.3f}"]))
     return "\n".join(lines) + "\n"
 
 

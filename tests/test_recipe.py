@@ -59,6 +59,19 @@ def test_presets_of_moequant_differ_from_their_baselines_in_the_method_alone(bit
     assert load_recipe(awq.model_copy(update={"calibration": plain.calibration}), {"solver.affinity_power": 0}) == plain
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_our_own_presets_are_gptq_with_the_options_that_won(bits: int) -> None:
+    """One combination for all widths; on text that is given, or on what the model writes."""
+    best, gptq = load_recipe(f"best-w{bits}"), load_recipe(f"gptq-w{bits}")
+    off = {"weights.signed": False, "solver.output_aware": False, "solver.refit": False, "solver.drift": "none", "calibration.kind": "text"}
+    assert load_recipe(best, off) == gptq
+    for name, section in best.model_dump().items():
+        if isinstance(section, dict) and name not in ("weights", "solver", "calibration"):
+            assert section == gptq.model_dump()[name]
+    assert (best.weights.signed, best.solver.output_aware, best.solver.refit, best.solver.drift) == (True, True, True, "ridge")
+    assert best.calibration.kind == "self"
+
+
 @pytest.mark.parametrize(("weights", "activations"), [(4, 4), (3, 4), (3, 3), (2, 4), (8, 8)])
 def test_presets_of_eaquant_are_duquant_and_the_expert_aware_parts(weights: int, activations: int) -> None:
     eaquant = load_recipe(f"eaquant-w{weights}a{activations}")
