@@ -44,8 +44,11 @@ def test_kept_memory_is_released_past_the_limit() -> None:
 
 @glibc
 def test_a_failure_inside_is_passed_on() -> None:
-    before = resident_bytes()
-    with pytest.raises(RuntimeError, match="out of luck"), freed_memory_kept():
+    def fail() -> None:
         left_behind()
         raise RuntimeError("out of luck")
+
+    before = resident_bytes()
+    with pytest.raises(RuntimeError, match="out of luck"), freed_memory_kept():
+        fail()
     assert resident_bytes() < before + SIZE // 8
