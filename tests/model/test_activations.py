@@ -27,7 +27,7 @@ def test_freed_memory_is_kept_until_the_end() -> None:
     assert left_behind() < SIZE // 8, "left alone, glibc gives every large tensor back"
     with freed_memory_kept():
         assert left_behind() > SIZE // 2
-        assert abs(left_behind()) < SIZE // 8, "the second lies where the first lay"
+        assert sum(left_behind() for _ in range(8)) < 3 * SIZE, "what was freed is used again"
     assert resident_bytes() < before + SIZE // 8
 
 
