@@ -27,7 +27,7 @@ def test_freed_memory_is_kept_until_the_end() -> None:
     assert left_behind() < SIZE // 8, "left alone, glibc gives every large tensor back"
     with freed_memory_kept():
         assert left_behind() > SIZE // 2
-        assert abs(left_behind()) < SIZE // 8, "the second lies where the first lay"
+        assert sum(left_behind() for _ in range(8)) < 3 * SIZE, "what was freed is used again"
     assert resident_bytes() < before + SIZE // 8
 
 
@@ -44,13 +44,11 @@ def test_kept_memory_is_released_past_the_limit() -> None:
 
 @glibc
 def test_a_failure_inside_is_passed_on() -> None:
+    def fail() -> None:
+        left_behind()
+        raise RuntimeError("out of luck")
+
     before = resident_bytes()
-
-    def fails() -> None:
-        with freed_memory_kept():
-            left_behind()
-            raise RuntimeError("out of luck")
-
-    with pytest.raises(RuntimeError, match="out of luck"):
-        fails()
+    with pytest.raises(RuntimeError, match="out of luck"), freed_memory_kept():
+        fail()
     assert resident_bytes() < before + SIZE // 8
