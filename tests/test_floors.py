@@ -31,6 +31,7 @@ FLOORS = {
     "transforms": 5,  # of the weights: what methods find and model applies
     "planning": 6,  # the pipeline's own rooms, in the order in which they are used
     "profiling": 6,
+    "layer_inputs": 7,
     "layer": 7,
     "documents": 8,
     "pipeline": 9,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moebit.calibration.statistics import ExpertMoments, down_layer_hessians, layer_sample, output_sensitivity, to_power
+from moebit.calibration.statistics import ExpertMoments, layer_sample
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
 from moebit.formats.sink import Sink
+from moebit.layer_inputs import SAMPLED_SLOTS, ExpertInputs, PoolInputs, Statistics
 from moebit.methods.alignment import AdjustedRouter, adjust_router, search_rounded
 from moebit.methods.awq_layer import LayerAWQ, Rounding
 from moebit.methods.balance import Drawn, draw
@@ -23,12 +23,12 @@ from moebit.methods.smooth_layer import LayerSmoothing
 from moebit.methods.smoothing import outlier_factors
 from moebit.methods.soft_coverage import NO_SCORE, NOT_ONCE, SoftCoverage, soft_coverage
 from moebit.model.edits import EditedWeights
-from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slots, dispatch, finish, intermediate
+from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, dispatch, intermediate
 from moebit.model.files import ShardFile
 from moebit.model.inputs import DOWN, FIRST
 from moebit.model.routing import Replace, Routing, not_linear, router_bias, router_inputs
 from moebit.model.shortcut import KeptInput
-from moebit.model.stream import Stream, add_outputs, experts_names, read_experts
+from moebit.model.stream import Stream, experts_names, read_experts
 from moebit.model.structure import LayerSites, LinearGroup
 from moebit.planning import Plan
 from moebit.recipe import Recipe
@@ -40,7 +40,7 @@ Progress = Callable[[str, int, int], None]
 ROWS = 4096  # tokens that are looked at together where nothing else sets a limit
 NOT_COMPARED = "its input is not delivered once for every token"
 ERROR_WEIGHTS = 2**20  # weights whose errors are summed together
-SAMPLED_EXPERTS, SAMPLED_SLOTS = 16, 128  # that a transform of down projections is made from: experts, and tokens of each
+SAMPLED_EXPERTS = 16  # that the shared transform of down projections is made from
 
 
 @dataclass
@@ -219,7 +219,7 @@ class LayerJob:
         self.report.smoothing = smoothed.describe()
 
     def _without_outliers(
-        self, name: str, module: nn.Module, weights: ExpertWeights, inputs: _ExpertInputs, start: int, stop: int
+        self, name: str, module: nn.Module, weights: ExpertWeights, inputs: ExpertInputs, start: int, stop: int
     ) -> ExpertWeights:
         """Outlier channels between up and down moved into down, where the recipe says so and h is linear in up."""
         scales = self.plan.transforms.scales
@@ -292,7 +292,7 @@ class LayerJob:
 
     def _group_statistics(
         self, number: int, inputs: dict[int, Tensor], routed: RoutedTokens | None = None, outputs: Tensor | None = None
-    ) -> _Statistics | None:
+    ) -> Statistics | None:
         """Of a group's input: from a stored input where there is one, else by running the layer up to it.
 
         Args:
@@ -347,22 +347,22 @@ class LayerJob:
         size = stream.windows.numel() * group.in_features * stream.dtype.itemsize
         return size <= 4 * stream.windows.numel() * moe.layout.hidden and stream.store.in_memory(size)
 
-    def _new_statistics(self, group: LinearGroup) -> _Statistics:
+    def _new_statistics(self, group: LinearGroup) -> Statistics:
         assert self.stream is not None
         positions = layer_sample(self.stream.windows.numel())
         if self.plan.recipe.solver.drift != "none":
             exact = self.exact.get(_input_of(self.sites, group))
             if exact is not None:
-                return _Statistics(None, positions, drift=self._drift_moments(1, group.in_features), exact=exact)
+                return Statistics(None, positions, drift=self._drift_moments(1, group.in_features), exact=exact)
             self.report.drift |= {name: {"skipped": NOT_COMPARED} for name in self._quantized(group)}
         total = torch.zeros(group.in_features, group.in_features) if self.plan.recipe.needs_hessians else None
-        return _Statistics(total, positions)
+        return Statistics(total, positions)
 
     def _drift_moments(self, matrices: int, size: int) -> DriftMoments:
         assert self.stream is not None
         return DriftMoments.zeros(matrices, size, self.stream.windows.numel(), self.stream.windows.shape[1])
 
-    def _over_stored(self, seen_by: _Statistics, x_TN: Tensor, affinity: Callable[[Tensor], Tensor] | None = None) -> _Statistics:
+    def _over_stored(self, seen_by: Statistics, x_TN: Tensor, affinity: Callable[[Tensor], Tensor] | None = None) -> Statistics:
         """Of stored inputs, which may lie in a file."""
         assert self.stream is not None
         for piece in x_TN.split(ROWS):
@@ -391,8 +391,8 @@ class LayerJob:
         return mirror_(total)
 
     def _replayed(
-        self, seen_by: _Statistics, group: LinearGroup, x_TN: Tensor, affinity: Callable[[Tensor], Tensor] | None = None
-    ) -> _Statistics:
+        self, seen_by: Statistics, group: LinearGroup, x_TN: Tensor, affinity: Callable[[Tensor], Tensor] | None = None
+    ) -> Statistics:
         """The same for a group behind an already quantized one, by running only the module around it (a shared expert, a dense MLP)."""
         assert self.stream is not None
         assert self.layer is not None
@@ -450,7 +450,7 @@ class LayerJob:
                 self._put_linear(name, matrix, _rows(q, slice(begin, begin + len(matrix))), info, transform)
                 begin += len(matrix)
 
-    def _corrected_linears(self, group: LinearGroup, statistics: _Statistics | None) -> dict[str, Tensor]:
+    def _corrected_linears(self, group: LinearGroup, statistics: Statistics | None) -> dict[str, Tensor]:
         """The weights of a group as they are to be rounded: corrected for the drift of their input, where the recipe says so."""
         matrices = {name: self.sink.weights.parameter(f"{self.sites.name}.{name}.weight") for name in self._quantized(group)}
         if statistics is None or statistics.drift is None:
@@ -470,7 +470,7 @@ class LayerJob:
         rows["gain"] += corrected.gain
         return corrected.weight
 
-    def _transform_of(self, group: LinearGroup, statistics: _Statistics | None) -> BlockTransform | None:
+    def _transform_of(self, group: LinearGroup, statistics: Statistics | None) -> BlockTransform | None:
         """The online transform of a group's input."""
         reads = {self.plan.activations.reads.get(f"{self.sites.name}.{name}") for name in self._quantized(group)}
         name = next(iter(reads - {None}), None)
@@ -526,7 +526,7 @@ class LayerJob:
             self.report.smoothing["outliers"] = [self.outliers[e] for e in range(layout.experts)]
         return (inputs.outputs if inputs else None), (inputs.pool.outputs if inputs and inputs.pool else None)
 
-    def _experts_transforms(self, name: str, layout: ExpertsLayout, module: nn.Module, inputs: _ExpertInputs | None) -> None:
+    def _experts_transforms(self, name: str, layout: ExpertsLayout, module: nn.Module, inputs: ExpertInputs | None) -> None:
         """The online transforms that all experts share, before the first of them is solved.
 
         That of the down projections is made from what the gate and up projections of some experts, not quantized yet, deliver.
@@ -544,7 +544,7 @@ class LayerJob:
             sample = torch.cat([self._down_sample(name, layout, module, inputs, e) for e in some])
         self._transform(f"{name}.{DOWN}", sample)
 
-    def _down_sample(self, name: str, layout: ExpertsLayout, module: nn.Module, inputs: _ExpertInputs, expert: int) -> Tensor:
+    def _down_sample(self, name: str, layout: ExpertsLayout, module: nn.Module, inputs: ExpertInputs, expert: int) -> Tensor:
         """[S, I] some inputs of an expert's down projection as the checkpoint has it; of the layer's tokens if it has none of its own."""
         weights = read_experts(self.sink.weights, name, layout, expert, expert + 1, self._dtype)
         weights = self._without_outliers(name, module, weights, inputs, expert, expert + 1).to(self._dtype)
@@ -553,7 +553,7 @@ class LayerJob:
         return intermediate(module, x, weights, [0, len(x)])
 
     def _expert_transforms(
-        self, name: str, module: nn.Module, weights: ExpertWeights, start: int, inputs: _ExpertInputs | None, h: Tensor | None
+        self, name: str, module: nn.Module, weights: ExpertWeights, start: int, inputs: ExpertInputs | None, h: Tensor | None
     ) -> BlockTransform | None:
         """Of the down projections of some experts: the shared one, or their own."""
         spec = self.plan.activations.transforms.get(name)
@@ -568,7 +568,7 @@ class LayerJob:
         self._keep_transform(name, made, start)
         return made
 
-    def _chunk_inputs(self, routed: RoutedTokens, layout: ExpertsLayout, pooled: RoutedTokens | None = None) -> _ExpertInputs:
+    def _chunk_inputs(self, routed: RoutedTokens, layout: ExpertsLayout, pooled: RoutedTokens | None = None) -> ExpertInputs:
         assert self.stream is not None
         self.report.tokens_per_expert = routed.counts(layout.experts).tolist()
         sample = routed.x[layer_sample(len(routed.x))]
@@ -579,7 +579,7 @@ class LayerJob:
         pool = self._pool_inputs(routed, layout, pooled) if pooled is not None else None
         if balanced and pool is None:  # the texts have no further windows
             self.report.balance = self._drawn(routed, layout, routed.ids[:0]).describe()
-        return _ExpertInputs(
+        return ExpertInputs(
             self.stream, layout, routed.x, slots, sample, h_layer, self.stream.new_outputs(routed), pool, self.soft, self._exact_experts()
         )
 
@@ -591,20 +591,18 @@ class LayerJob:
             self.report.drift[name] = {"skipped": NOT_COMPARED}
         return self.exact.get(name)
 
-    def _pool_inputs(self, routed: RoutedTokens, layout: ExpertsLayout, pooled: RoutedTokens) -> _PoolInputs:
+    def _pool_inputs(self, routed: RoutedTokens, layout: ExpertsLayout, pooled: RoutedTokens) -> PoolInputs:
         assert self.pool is not None
         drawn = self._drawn(routed, layout, pooled.ids)
         self.report.balance = drawn.describe()
         extra, slots = (dispatch(ids, pooled.weights, layout.experts) for ids in (drawn.ids, pooled.ids))
-        return _PoolInputs(self.pool, pooled.x, slots, extra, self.pool.new_outputs(pooled))
+        return PoolInputs(self.pool, pooled.x, slots, extra, self.pool.new_outputs(pooled))
 
     def _drawn(self, routed: RoutedTokens, layout: ExpertsLayout, pool_ids: Tensor) -> Drawn:
         calibration = self.plan.recipe.calibration
         return draw(routed.counts(layout.experts), pool_ids, calibration.seq_len, float(calibration.balance))
 
-    def _solve_chunk(
-        self, name: str, layout: ExpertsLayout, module: nn.Module, start: int, stop: int, inputs: _ExpertInputs | None
-    ) -> None:
+    def _solve_chunk(self, name: str, layout: ExpertsLayout, module: nn.Module, start: int, stop: int, inputs: ExpertInputs | None) -> None:
         """Experts [start, stop): gate and up from their shared Hessian, then down from what the quantized gate and up deliver.
 
         Their outputs are added to those of the layer.
@@ -649,7 +647,7 @@ class LayerJob:
         exact: ExpertWeights | None,
         start: int,
         stop: int,
-        inputs: _ExpertInputs | None,
+        inputs: ExpertInputs | None,
         wanted: bool,
     ) -> tuple[Tensor | None, Tensor | None, DriftMoments | None]:
         """What enters down [S, I] behind the quantized gate and up; where it is wanted, its second moments, and those of its drift.
@@ -723,201 +721,6 @@ class LayerJob:
             self.stream.run(self.sites.index, advance=True)
         else:
             self.stream.advance_by(self.sites.index, outputs, without)
-
-
-@dataclass
-class _Statistics:
-    """What is seen of a group's input while it passes by.
-
-    Attributes:
-        total: [N, N] second moments, complete above the diagonal only; None where nothing is solved from them, or where drift has them.
-        positions: tokens that are kept as a sample, in order. kept: them. seen: tokens so far.
-        drift, exact: sums of what arrives and should arrive; what full precision delivers, [T, N].
-    """
-
-    total: Tensor | None
-    positions: Tensor
-    kept: list[Tensor] = field(default_factory=list)
-    seen: int = 0
-    drift: DriftMoments | None = None
-    exact: Tensor | None = None
-
-    def add(self, x_TN: Tensor, weight_T: Tensor | None = None) -> None:
-        if self.drift is not None and self.exact is not None:
-            tokens = torch.arange(self.seen, self.seen + len(x_TN))
-            self.drift.add(x_TN, self.exact[tokens], weight_T, tokens, [0, len(x_TN)])
-        if self.total is not None:
-            add_second_moment(self.total, x_TN, weight_T)
-        inside = self.positions[(self.positions >= self.seen) & (self.positions < self.seen + len(x_TN))]
-        if len(inside):
-            self.kept.append(x_TN[inside - self.seen].float())
-        self.seen += len(x_TN)
-
-    @property
-    def hessian(self) -> Tensor | None:
-        """[N, N]."""
-        if self.drift is not None:
-            return self.drift.hessian[0]
-        return None if self.total is None else mirror_(self.total)
-
-    @property
-    def sample(self) -> Tensor:
-        """[S, N] float32."""
-        return torch.cat(self.kept)
-
-
-@dataclass(frozen=True)
-class _ExpertInputs:
-    """What a layer's experts are calibrated on, a limited number of routed slots at a time.
-
-    Attributes:
-        x: [T, H] inputs of the block; slots: all routed slots. sample: some of the layer's tokens; h_layer: the moment of all, [H, H].
-        outputs: [T, H] float32, added to. pool: further tokens, for experts that get too few of these.
-        soft: how near the tokens came to the experts; in the place of h_layer.
-        exact: [T, H] what full precision delivers for the same tokens, where weights are corrected for drift.
-    """
-
-    stream: Stream
-    layout: ExpertsLayout
-    x: Tensor
-    slots: Slots
-    sample: Tensor
-    h_layer: Tensor
-    outputs: Tensor
-    pool: _PoolInputs | None = None
-    soft: SoftCoverage | None = None
-    exact: Tensor | None = None
-
-    def _pieces(self, start: int, stop: int) -> Iterator[Slots]:
-        for piece in self.slots.pieces(start, stop, self.stream.slots):
-            yield piece
-            self.stream.store.release()
-
-    def hessians(
-        self, start: int, stop: int, power: float, sensitive: tuple[nn.Module, ExpertsLayout, ExpertWeights] | None = None
-    ) -> Tensor:
-        """[C, H, H] of gate and up.
-
-        Args:
-            sensitive: weigh slots by what an error costs in the layer's output instead, through these experts as they are.
-        """
-        moments = ExpertMoments.zeros(stop - start, self.x.shape[1], 1.0 if sensitive else power)
-        for piece in self._pieces(start, stop):
-            moments.add(x := self.x[piece.tokens], self._weight(x, piece, sensitive), piece.bounds)
-        for x, piece in self.pool.drawn(start, stop) if self.pool else ():
-            moments.add(x, self._weight(x, piece, sensitive), piece.bounds)
-        return moments.shrunk(self.h_layer if self.soft is None else self.soft.moments(self.x, start, stop))
-
-    def down_target(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int) -> Tensor:
-        """[C, I, I] what Hessians of down are drawn towards: the layer's tokens as they come through these experts."""
-        shares = None if self.soft is None else self.soft.through[:, start:stop]
-        return down_layer_hessians(module, self.sample, weights, self.stream.slots, shares)
-
-    def first_drift(
-        self, start: int, stop: int, power: float, sensitive: tuple[nn.Module, ExpertsLayout, ExpertWeights] | None = None
-    ) -> DriftMoments:
-        """Of the inputs of gate and up, tokens weighted as in `hessians`; there is nothing to compare those of the pool with."""
-        assert self.exact is not None
-        moments = DriftMoments.zeros(stop - start, self.x.shape[1], len(self.x), self.stream.windows.shape[1])
-        for piece in self._pieces(start, stop):
-            x = self.x[piece.tokens]
-            weight = to_power(self._weight(x, piece, sensitive), 1.0 if sensitive else power)
-            moments.add(x, self.exact[piece.tokens], weight, piece.tokens, piece.bounds)
-        return moments
-
-    def _weight(self, x: Tensor, piece: Slots, sensitive: tuple[nn.Module, ExpertsLayout, ExpertWeights] | None) -> Tensor:
-        """[S] affinities, or what an error costs in the layer's output."""
-        if sensitive is None:
-            return piece.affinity
-        module, layout, weights = sensitive
-        return output_sensitivity(module, layout, x, piece.affinity, weights, piece.bounds)
-
-    def extremes(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """[C, I] largest and smallest input of every channel of down; zero for experts without tokens."""
-        high = torch.full((stop - start, self.layout.intermediate), -torch.inf)
-        low = -high
-        own = ((self.x[piece.tokens], piece) for piece in self._pieces(start, stop))
-        for x, piece in chain(own, self.pool.drawn(start, stop) if self.pool else ()):
-            h = intermediate(module, x, weights, piece.bounds).float()
-            for c, (begin, end) in enumerate(pairwise(piece.bounds)):
-                if begin < end:
-                    torch.maximum(high[c], h[begin:end].amax(0), out=high[c])
-                    torch.minimum(low[c], h[begin:end].amin(0), out=low[c])
-        seen = high > -torch.inf
-        return torch.where(seen, high, 0.0), torch.where(seen, low, 0.0)
-
-    def through_first(
-        self,
-        module: nn.Module,
-        weights: ExpertWeights,
-        start: int,
-        stop: int,
-        moments: ExpertMoments | None,
-        compared: tuple[DriftMoments, ExpertWeights] | None = None,
-    ) -> Tensor:
-        """[S, I] inputs of down, for all slots of these experts; their moments are added to `moments`.
-
-        Args:
-            compared: gets how they drift from what these experts, in full precision, deliver.
-        """
-        count = self.slots.bounds[stop] - self.slots.bounds[start]
-        h = self.stream.store.allocate((count, weights.down.shape[2]), self.stream.dtype)
-        for piece in self._pieces(start, stop):
-            h[piece.place] = inner = intermediate(module, self.x[piece.tokens], weights, piece.bounds)
-            if moments is not None:
-                moments.add(inner, piece.affinity, piece.bounds)
-            if moments is not None and compared is not None and self.exact is not None:
-                should = intermediate(module, self.exact[piece.tokens], compared[1], piece.bounds)
-                compared[0].add(inner, should, to_power(piece.affinity, moments.power), piece.tokens, piece.bounds)
-        if moments is not None and self.pool is not None:
-            for x, piece in self.pool.drawn(start, stop):
-                moments.add(intermediate(module, x, weights, piece.bounds), piece.affinity, piece.bounds)
-        return h
-
-    def down_samples(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int, h: Tensor) -> Tensor:
-        """[C, S, I] some inputs of each expert's down projection, filled up with zeros; an expert without tokens gets the layer's."""
-        samples = torch.zeros(stop - start, SAMPLED_SLOTS, h.shape[1])
-        bounds = self.slots.chunk(start, stop).bounds
-        for c, (low, high) in enumerate(pairwise(bounds)):
-            x = self.sample[:SAMPLED_SLOTS]
-            own = h[low + layer_sample(high - low, SAMPLED_SLOTS)] if low < high else None
-            rows = own if own is not None else intermediate(module, x, weights.experts(c, c + 1), [0, len(x)])
-            samples[c, : len(rows)] = rows
-        return samples
-
-    def through_down(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int, h: Tensor) -> None:
-        """Add the experts' outputs."""
-        for piece in self._pieces(start, stop):
-            y = finish(module, h[piece.place], piece.affinity, weights, piece.bounds)
-            self.outputs.index_add_(0, piece.tokens, y)
-
-
-@dataclass(frozen=True)
-class _PoolInputs:
-    """The pool's tokens at a layer's experts.
-
-    Attributes:
-        x: [P, H] inputs of the block; slots: all routed slots; extra: those that count for an expert with too few tokens.
-        outputs: [P, H] float32, added to.
-    """
-
-    stream: Stream
-    x: Tensor
-    slots: Slots
-    extra: Slots
-    outputs: Tensor
-
-    def drawn(self, start: int, stop: int) -> Iterator[tuple[Tensor, Slots]]:
-        """(inputs [S, H], their slots) of the tokens that experts [start, stop) drew."""
-        for piece in self.extra.pieces(start, stop, self.stream.slots):
-            yield self.x[piece.tokens], piece
-            self.stream.store.release()
-
-    def through(self, module: nn.Module, weights: ExpertWeights, start: int, stop: int) -> None:
-        """Add the outputs of these experts, as they now are, for all tokens of the pool."""
-        for piece in self.slots.pieces(start, stop, self.stream.slots):
-            add_outputs(module, self.x, weights, piece, self.outputs)
-            self.stream.store.release()
 
 
 def _capture(stream: Stream, index: int, final: bool, kept: KeptInput | None = None) -> tuple[RoutedTokens, Tensor | None]:
