@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import moebit
 from moebit import pipeline
 from moebit.calibration.text import TokenText, calibration_windows
-from moebit.layer import _ExpertInputs, _PoolInputs
+from moebit.layer_inputs import ExpertInputs, PoolInputs
 from moebit.methods.balance import further_windows
 from moebit.model.activations import ActivationStore
 from moebit.model.checkpoint import skeleton
@@ -228,9 +228,9 @@ def test_drawn_tokens_count_for_the_expert_that_drew_them(power: float) -> None:
     taken = pool.ids.masked_fill(torch.rand(pool.ids.shape, generator=g) < 0.5, experts)
     slots, extra, every = (dispatch(ids, of.weights, experts) for ids, of in ((base.ids, base), (taken, pool), (pool.ids, pool)))
     h_layer = base.x.T @ base.x / len(base.x)
-    pooled = _PoolInputs(stream, pool.x, every, extra, torch.zeros_like(pool.x))  # type: ignore[arg-type]
+    pooled = PoolInputs(stream, pool.x, every, extra, torch.zeros_like(pool.x))  # type: ignore[arg-type]
     layout = ExpertsLayout(experts, size, 3, True, False, False, False)
-    inputs = _ExpertInputs(stream, layout, base.x, slots, base.x, h_layer, torch.zeros_like(base.x), pooled)  # type: ignore[arg-type]
+    inputs = ExpertInputs(stream, layout, base.x, slots, base.x, h_layer, torch.zeros_like(base.x), pooled)  # type: ignore[arg-type]
     result = inputs.hessians(1, 4, power)
     for e in range(1, 4):
         total, weight, squares = np.zeros((size, size)), 0.0, 0.0
