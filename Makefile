@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("moebit needs Python 3.11 or newer: make setup PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch hatchling editables
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,docs]'
 	@touch $@
 
 lint: setup  ## ruff check, ruff format --check, mypy
@@ -81,7 +81,6 @@ formats: setup  ## which format of which architecture runs where, as logits
 	$(BIN)/python -m benchmarks.formats
 
 docs: setup  ## build the documentation site in runs/site; a warning is an error
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 reference: setup runs/corpus  ## retrain the reference models (hours; goes on where it was interrupted)

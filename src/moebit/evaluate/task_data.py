@@ -127,4 +127,5 @@ READERS: dict[str, tuple[tuple[str, ...], Callable[..., Iterator[Document]]]] = 
     "rte": (("superglue/RTE/val.jsonl",), _rte),
     "lambada_openai": (("lambada/lambada_test.jsonl",), _lines),
     "mathqa": (("mathqa/mathqa_test.jsonl",), _mathqa),
+    "gsm8k": (("gsm8k/test.jsonl",), _lines),
 }
