@@ -67,7 +67,7 @@ def gptq() -> str:
 
 
 def awq() -> str:
-    x, w = (14, 20, 78, 16, 24, 12, 18, 22), (30, 44, 26, 38, 48, 34, 22, 40)
+    x, w = (14, 20, 68, 16, 24, 12, 18, 22), (30, 44, 26, 38, 48, 34, 22, 40)
     parts = [text(150, 24, "as it is"), text(490, 24, "channel scaled by s"), arrow(285, 110, 345, 110), text(315, 98, "s", 15)]
     parts += [text(20, 80, "x", 14), text(20, 165, "W", 14)]
     for k, scale in enumerate((1.0, 2.0)):
