@@ -53,6 +53,25 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted({*named} - {"results/index.md"}) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
 
 
+def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
+    """A copy, with one more table than is committed: its page, its place in the navigation, the link to it from its method's page."""
+    pytest.importorskip("material", reason="the docs extra is not installed")
+    for name in ("docs", "src", "benchmarks/results"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    more = tmp_path / "benchmarks" / "results" / "moequant.md"
+    more.write_text("# A table like no other\n\n[What it is about](../../docs/methods/moequant.md#affinity-guided-quantization)\n")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet"]
+    run = subprocess.run(command, cwd=tmp_path, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    site = tmp_path / "runs" / "site"
+    assert 'href="../results/moequant/"' in (site / "quickstart" / "index.html").read_text()
+    assert '<a href="../../results/moequant/">A table like no other</a>' in (site / "methods" / "moequant" / "index.html").read_text()
+    assert "../../methods/moequant/#affinity-guided-quantization" in (site / "results" / "moequant" / "index.html").read_text()
+    documented = (site / "api" / "index.html").read_text()
+    assert all(f'id="moebit.{name}"' in documented for name in ("pipeline.quantize", "evaluate.streaming.evaluate", "errors.BadInputError"))
+
+
 def test_the_numbers_are_the_benchmarks() -> None:
     """Every decimal number of the decision table stands in the committed quality table."""
     results = (ROOT / "benchmarks" / "results" / "quality.md").read_text()
