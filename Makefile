@@ -7,7 +7,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # Processes that run tests side by side, each with one thread of torch; 0: all tests in one process, with all threads.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
-# `make reference` without runs/corpus: the directory with the source corpora (named in examples/reference_texts.py).
+# `make reference` without runs/corpus: the directory with the source corpora (named in examples/reference_texts.py). `make bench-tasks`: items.
 DATA ?=
 
 BIN   := .venv/bin
@@ -16,7 +16,7 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime bench-ebss quality quality-moequant \
+.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime bench-ebss bench-tasks quality quality-moequant \
         quality-eaquant quality-moqa architectures formats docs reference wheel-check
 
 help:  ## list the targets
@@ -64,6 +64,11 @@ quality: setup  ## the quality table: every preset on every reference model
 
 bench-ebss: setup  ## text that models write themselves, against windows of text: use of experts, perplexity, speed
 	$(BIN)/python benchmarks/ebss.py
+
+bench-tasks: setup  ## scores of packed outputs in lm-evaluation-harness, which it installs (DATA=... has the items: docs/evaluation.md)
+	@test -n "$(DATA)" || { echo "where are the items? make bench-tasks DATA=... (see docs/evaluation.md)" >&2; exit 2; }
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[eval]'
+	$(BIN)/python benchmarks/tasks.py --data "$(DATA)"
 
 quality-moequant: setup  ## MoEQuant, its parts and its baselines on every reference model (hours; goes on where it was interrupted)
 	$(BIN)/python benchmarks/moequant.py
