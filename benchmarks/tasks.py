@@ -83,7 +83,7 @@ def written(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> 
         "",
         "The model is small and was trained on little text: its answers are near guessing, and a table like this says nothing about",
         "recipes. An interval that holds 0 means that this many items cannot tell the two apart; KL on text can, on the same model and in",
-        "less time ([quality](quality.md)).",
+        "less time ([quality](quality.md)). One of no width means that no answer of these items changed, not that none ever would.",
         "",
         facts(torch.get_num_threads(), typed),
         "",

@@ -46,6 +46,8 @@ def test_the_shipped_sample() -> None:
     [
         ("boolq", "superglue/BoolQ/val.jsonl", '{"question": "is it", "passage": "It is.", "idx": 3, "label": true}',
          {"question": "is it", "passage": "It is.", "idx": 3, "label": 1}),
+        ("boolq", "superglue/BoolQ/val.jsonl", '{"question": "is it", "passage": "It is not.", "label": "false"}',
+         {"question": "is it", "passage": "It is not.", "idx": 0, "label": 0}),
         ("rte", "superglue/RTE/val.jsonl", '{"premise": "A.", "hypothesis": "B.", "label": "not_entailment", "idx": 1}',
          {"sentence1": "A.", "sentence2": "B.", "label": 1, "idx": 1}),
         ("mathqa", "mathqa/mathqa_test.jsonl", '{"problem": "1 + 1 ?", "options": ["2", "3", "4", "5", "none"], "answer": "a"}',
