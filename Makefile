@@ -7,7 +7,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # Processes that run tests side by side, each with one thread of torch; 0: all tests in one process, with all threads.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
-# `make reference` without runs/corpus: the directory with the source corpora (named in examples/reference_texts.py).
+# `make reference` without runs/corpus: the directory with the source corpora (named in examples/reference_texts.py). `make bench-tasks`: items.
 DATA ?=
 
 BIN   := .venv/bin
@@ -16,7 +16,7 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime bench-ebss quality quality-moequant \
+.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime bench-ebss bench-tasks quality quality-moequant \
         quality-eaquant quality-routers quality-moqa quality-best architectures formats docs reference wheel-check
 
 help:  ## list the targets
@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("moebit needs Python 3.11 or newer: make setup PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch hatchling editables
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,docs]'
 	@touch $@
 
 lint: setup  ## ruff check, ruff format --check, mypy
@@ -65,6 +65,11 @@ quality: setup  ## the quality table: every preset on every reference model
 bench-ebss: setup  ## text that models write themselves, against windows of text: use of experts, perplexity, speed
 	$(BIN)/python benchmarks/ebss.py
 
+bench-tasks: setup  ## scores of packed outputs in lm-evaluation-harness, which it installs (DATA=... has the items: docs/evaluation.md)
+	@test -n "$(DATA)" || { echo "where are the items? make bench-tasks DATA=... (see docs/evaluation.md)" >&2; exit 2; }
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[eval]'
+	$(BIN)/python benchmarks/tasks.py --data "$(DATA)"
+
 quality-moequant: setup  ## MoEQuant, its parts and its baselines on every reference model (hours; goes on where it was interrupted)
 	$(BIN)/python benchmarks/moequant.py
 
@@ -87,7 +92,6 @@ formats: setup  ## which format of which architecture runs where, as logits
 	$(BIN)/python -m benchmarks.formats
 
 docs: setup  ## build the documentation site in runs/site; a warning is an error
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 reference: setup runs/corpus  ## retrain the reference models (hours; goes on where it was interrupted)

@@ -1,35 +1,25 @@
-"""Every command of the README is run, in order, as a newcomer would from the clone; every Python block is executed."""
+"""Every command of README and quick start is run, every Python block executed, and the README's numbers are those of committed results."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, flags=re.S)
-# What cannot be run inside a test run: getting the clone, set-up itself (this run is its result), and the tests (this is them). The demo,
-# the benchmarks and the retraining have tests of their own or take too long; that their make targets exist is checked.
-NOT_HERE = ("git clone", "make ", "cd ")
+from tests import pages
+from tests.pages import FOLLOWED, ROOT, commands, run_as_typed, run_here, steps
 
-
-def commands() -> list[str]:
-    lines = [line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+README = pages.README.read_text(encoding="utf-8")
 
 
 def test_every_make_target_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    targets = [word for line in commands() for word in re.findall(r"make ([a-z-]+)", line)]
+    targets = [word for page in FOLLOWED for line in commands(page) for word in re.findall(r"make ([a-z-]+)", line)]
     assert {"setup", "demo", "test"} <= set(targets)
     for target in targets:
-        assert re.search(rf"^{target}:", makefile, flags=re.M), f"README names `make {target}`"
+        assert re.search(rf"^{target}:", makefile, flags=re.M), f"a page names `make {target}`"
 
 
 def test_every_file_exists() -> None:
@@ -38,24 +28,27 @@ def test_every_file_exists() -> None:
 
 
 @pytest.mark.timeout(600)
-def test_every_command_and_python_block_runs(tmp_path: Path) -> None:
-    workplace = tmp_path / "moebit"
-    workplace.mkdir()
-    (workplace / "reference").symlink_to(ROOT / "reference")
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "140"}
-    ran = 0
-    for kind, block in BLOCKS:
-        if kind == "python":
-            steps = [[sys.executable, "-c", block]]
-        else:
-            lines = [line.split("  #")[0].strip() for line in block.replace("\\\n", " ").splitlines()]
-            steps = [["bash", "-c", line] for line in lines if line and not line.startswith(("#", *NOT_HERE))]
-        for step in steps:
-            run = subprocess.run(step, cwd=workplace, env=environment, capture_output=True, text=True)
-            assert run.returncode == 0, f"{step[-1]}\n{run.stdout}\n{run.stderr}"
-            ran += 1
-    assert ran >= 6
-    shutil.rmtree(workplace)
+def test_every_command_and_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of README, quick start and API page, in one directory and one process; what a page has in common with one before runs once."""
+    (tmp_path / "reference").symlink_to(ROOT / "reference")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "140")
+    distinct = list(dict.fromkeys(step for page in FOLLOWED for step in steps(page)))
+    assert len(distinct) >= 18
+    for step in distinct:
+        run_here(step)
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", FOLLOWED, ids=lambda page: page.name)
+def test_every_page_can_be_followed(page: Path, tmp_path: Path) -> None:
+    """By itself, as typed into a shell, in a directory that has nothing but the reference models."""
+    (tmp_path / "reference").symlink_to(ROOT / "reference")
+    for step in steps(page):
+        run_as_typed(step, tmp_path)
+    shutil.rmtree(tmp_path)
 
 
 def test_the_tables_numbers_are_the_benchmarks() -> None:

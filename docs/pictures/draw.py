@@ -66,6 +66,20 @@ def gptq() -> str:
     return document(parts, "GPTQ rounds column after column")
 
 
+def awq() -> str:
+    x, w = (14, 20, 68, 16, 24, 12, 18, 22), (30, 44, 26, 38, 48, 34, 22, 40)
+    parts = [text(150, 24, "as it is"), text(490, 24, "channel scaled by s"), arrow(285, 110, 345, 110), text(315, 98, "s", 15)]
+    parts += [text(20, 80, "x", 14), text(20, 165, "W", 14)]
+    for k, scale in enumerate((1.0, 2.0)):
+        for i in range(8):
+            colour, factor = (RED, scale) if i == 2 else (BLUE, 1.0)
+            at = 44 + 340 * k + i * 27
+            parts += [box(at, 105 - x[i] / factor, 19, x[i] / factor, colour), box(at, 190 - w[i] * factor, 19, w[i] * factor, colour)]
+        parts += [line(40 + 340 * k, 190 - level, 258 + 340 * k, 190 - level, GREY, 1) for level in range(0, 57, 14)]
+    parts.append(text(320, 207, "the grid's step is the same for all: against a larger weight it is smaller", 12))
+    return document(parts, "Channels with large activations are scaled up before rounding", 216)
+
+
 def coverage() -> str:
     parts = [text(150, 26, "tokens of each expert"), text(470, 26, "its statistics")]
     for i, tokens in enumerate((190, 110, 46, 14, 0)):
@@ -167,7 +181,7 @@ def rotation() -> str:
 
 
 def main() -> None:
-    for made in (gptq, coverage, ebss, affinity, smoothing, routing, allocation, rotation):
+    for made in (gptq, awq, coverage, ebss, affinity, smoothing, routing, allocation, rotation):
         (Path(__file__).parent / f"{made.__name__}.svg").write_text(made(), encoding="utf-8")
 
 

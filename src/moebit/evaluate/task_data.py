@@ -100,8 +100,10 @@ def _openbookqa(file: Path) -> Iterator[Document]:
 
 
 def _boolq(file: Path) -> Iterator[Document]:
+    """Labels are `true` and `false`, as JSON or, in some copies of the data, as text."""
     for item in _lines(file):
-        yield {"question": item["question"], "passage": item["passage"], "idx": item.get("idx", 0), "label": int(bool(item["label"]))}
+        label = ("false", "true").index(str(item["label"]).lower())
+        yield {"question": item["question"], "passage": item["passage"], "idx": item.get("idx", 0), "label": label}
 
 
 def _rte(file: Path) -> Iterator[Document]:
@@ -127,4 +129,5 @@ READERS: dict[str, tuple[tuple[str, ...], Callable[..., Iterator[Document]]]] = 
     "rte": (("superglue/RTE/val.jsonl",), _rte),
     "lambada_openai": (("lambada/lambada_test.jsonl",), _lines),
     "mathqa": (("mathqa/mathqa_test.jsonl",), _mathqa),
+    "gsm8k": (("gsm8k/test.jsonl",), _lines),
 }

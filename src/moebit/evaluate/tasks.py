@@ -12,6 +12,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ CONFIDENCE = 1.959964  # standard normal quantile of a two-sided 95% interval
 BATCH = 8
 LOCAL = "_local"  # behind the name of a task whose items come from files
 ONE_SPLIT = {"training_split": None, "validation_split": None, "fewshot_split": None, "test_split": "test", "num_fewshot": 0}
+AVERAGED = {"mean": "{}", "perplexity": "log_likelihood"}  # how the harness puts a metric's items together -> what their mean is called
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a model scored on one item: metric -> value; and what tells the item."""
+
+    hash: str
+    scores: dict[str, float]
 
 
 def run_tasks(
@@ -45,18 +55,18 @@ def run_tasks(
 
     Returns:
         task -> {"items": n, "metrics": {NAME: {"score", "interval"}}}; with a reference also "reference", "difference" and its
-        "difference_interval". Intervals are of 95%, from the items' standard deviation.
+        "difference_interval". Intervals are of 95%, from the items' standard deviation. A metric is a mean over items (`_items`).
 
     Raises:
         BadInputError: no harness, an unknown task, local files that are missing or no items, a model that does not load.
     """
-    harness = _harness()
+    harness = find_harness()
     check_tasks(tasks, data, limit)
     with tempfile.TemporaryDirectory(prefix="tasks-") as scratch:
-        manager = _local(tasks, Path(data), Path(scratch), limit) if data is not None else None
+        manager = local_tasks(tasks, Path(data), Path(scratch), limit) if data is not None else None
         names = [f"{task}{LOCAL}" for task in tasks] if manager else list(tasks)
-        mine = _answers(harness, model, names, manager, limit)
-        theirs = _answers(harness, against, names, manager, limit) if against is not None else None
+        mine = answers(harness, model, names, manager, limit)
+        theirs = answers(harness, against, names, manager, limit) if against is not None else None
     return {task.removesuffix(LOCAL): _row(task, rows, theirs[task] if theirs is not None else None) for task, rows in mine.items()}
 
 
@@ -66,7 +76,7 @@ def check_tasks(tasks: Sequence[str], data: str | Path | None, limit: int | None
     Raises:
         BadInputError: see `run_tasks`.
     """
-    _harness()
+    find_harness()
     from lm_eval.tasks import TaskManager
 
     if limit is not None and limit < 1:
@@ -82,7 +92,7 @@ def check_tasks(tasks: Sequence[str], data: str | Path | None, limit: int | None
             raise BadInputError(f"--task-data {data}: nothing for {task} there; it would be {task_data.expected(task)}")
 
 
-def _harness() -> Any:
+def find_harness() -> Any:
     try:
         import lm_eval
     except ImportError as error:
@@ -90,7 +100,7 @@ def _harness() -> Any:
     return lm_eval
 
 
-def _local(tasks: Sequence[str], data: Path, scratch: Path, limit: int | None) -> Any:
+def local_tasks(tasks: Sequence[str], data: Path, scratch: Path, limit: int | None) -> Any:
     """A task manager that knows the harness's own tasks on local items, under names of their own."""
     from lm_eval.tasks import TaskManager
 
@@ -108,10 +118,8 @@ def _local(tasks: Sequence[str], data: Path, scratch: Path, limit: int | None) -
     return TaskManager(include_path=str(scratch), include_defaults=False)
 
 
-def _answers(
-    harness: Any, model: str | Path, tasks: Sequence[str], manager: Any | None, limit: int | None
-) -> dict[str, list[dict[str, Any]]]:
-    """Task -> what the harness noted of each item, in order."""
+def answers(harness: Any, model: str | Path, tasks: Sequence[str], manager: Any | None, limit: int | None) -> dict[str, list[Item]]:
+    """Task -> its items, in order."""
     from lm_eval.models.huggingface import HFLM
 
     directory = resolve(model)
@@ -125,7 +133,30 @@ def _answers(
     )  # fmt: skip
     del loaded
     gc.collect()  # modules of transformers refer to each other in circles
-    return {task: sorted(rows, key=lambda row: row["doc_id"]) for task, rows in result["samples"].items()}
+    return {task: _items(task, rows, result["configs"][task]["metric_list"]) for task, rows in result["samples"].items()}
+
+
+def _items(task: str, rows: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> list[Item]:
+    """What the harness noted of each item, one row per item and filter, as one `Item` each.
+
+    Metrics that the harness averages over the items keep their names, with the filter's behind them where a task has several
+    (`exact_match,strict-match`). A perplexity is exp(-mean) of the items' log-likelihoods: `log_likelihood` here. What else is no mean over
+    items (an F1 over all of them) has no difference item by item, and is left out.
+
+    Raises:
+        BadInputError: nothing is left.
+    """
+    names = {str(metric["metric"]): AVERAGED.get(metric.get("aggregation", "mean"), "") for metric in metrics}
+    several = len({row["filter"] for row in rows}) > 1
+    items: dict[int, Item] = {}
+    for row in rows:
+        item = items.setdefault(row["doc_id"], Item(row["doc_hash"], {}))
+        for metric in row["metrics"]:
+            if (name := names.get(metric, "")) and isinstance(row[metric], int | float):
+                item.scores[name.format(metric) + (f",{row['filter']}" if several else "")] = float(row[metric])
+    if not any(item.scores for item in items.values()):
+        raise BadInputError(f"--tasks {task.removesuffix(LOCAL)}: it has no metric that is a mean over its items")
+    return [items[number] for number in sorted(items)]
 
 
 def _load(directory: Path) -> Any:
@@ -138,16 +169,15 @@ def _load(directory: Path) -> Any:
         raise BadInputError(f"{directory}: transformers does not load it ({str(error).splitlines()[0]})") from error
 
 
-def _row(task: str, mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
-    if theirs is not None and [row["doc_hash"] for row in mine] != [row["doc_hash"] for row in theirs]:
+def _row(task: str, mine: Sequence[Item], theirs: Sequence[Item] | None) -> dict[str, Any]:
+    if theirs is not None and [item.hash for item in mine] != [item.hash for item in theirs]:
         raise BadInputError(f"--tasks {task}: the two models were not asked the same items")
-    names = [name for name in mine[0]["metrics"] if isinstance(mine[0][name], int | float)]
     metrics = {}
-    for name in names:
-        scores = [float(row[name]) for row in mine]
+    for name in mine[0].scores:
+        scores = [item.scores[name] for item in mine]
         metrics[name] = dict(zip(("score", "interval"), interval(scores), strict=True))
         if theirs is not None:
-            others = [float(row[name]) for row in theirs]
+            others = [item.scores[name] for item in theirs]
             difference, ends = interval([a - b for a, b in zip(scores, others, strict=True)])
             metrics[name] |= {"reference": statistics.fmean(others), "difference": difference, "difference_interval": ends}
     return {"items": len(mine), "metrics": metrics}
