@@ -91,6 +91,8 @@ def findings(results: list[Result], protocol: dict[str, Any]) -> list[str]:
         for bits in protocol["bits"]:
             rows = groups_of(results, model, bits)
             gap = {row: _bits_per_byte(same, every) - full for row, same in rows.items()}
+            if not {"EAQuant", "RTN", *expected["ahead_of"], "Hadamard"} <= set(gap):
+                continue
             best = min(gap, key=lambda row: gap[row])
             recovered = 1 - gap["EAQuant"] / gap["RTN"]
             others = ", ".join(f"{row} {1 - gap[row] / gap['RTN']:.0%}" for row in ("SmoothQuant", "DuQuant", "Hadamard"))

@@ -80,14 +80,10 @@ def run(cell: dict[str, Any], protocol: dict[str, Any], cache: Path, code: str, 
     """One cell's evaluation, from the cache where it is there. Rows that come to the same recipe and text share it."""
     texts, calibration = protocol["texts"], protocol["calibration"]
     model = ROOT / cell["model"]
-    source = calibration[cell["calibration"]] if "calibration" in cell else None
-    recipe = recipe_of(cell, protocol)
-    named = () if measure is evaluated else (measure.__name__,)
-    parts = (texts, source, cell["seed"], recipe.digest() if recipe else None, *named)
-    key = digest(*parts, code, model / "config.json", model / "model.safetensors", TEXTS)
-    file = cache / f"{key}.json"
+    file = cache / f"{key_of(cell, protocol, code, measure)}.json"
     if file.exists():
         return json.loads(file.read_text()) | {"cell": cell}
+    source, recipe = source_of(cell, calibration), recipe_of(cell, protocol)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         out = model
@@ -101,6 +97,19 @@ def run(cell: dict[str, Any], protocol: dict[str, Any], cache: Path, code: str, 
     result |= {"cell": cell, "quantize_seconds": quantized, "seconds": time.perf_counter() - began}
     file.write_text(json.dumps(result))
     return result
+
+
+def key_of(cell: dict[str, Any], protocol: dict[str, Any], code: str, measure: Measure = evaluated) -> str:
+    """A hash of everything that a cell's numbers depend on."""
+    model, recipe = ROOT / cell["model"], recipe_of(cell, protocol)
+    named = () if measure is evaluated else (measure.__name__,)
+    parts = (protocol["texts"], source_of(cell, protocol["calibration"]), cell["seed"], recipe.digest() if recipe else None, *named)
+    return digest(*parts, code, model / "config.json", model / "model.safetensors", TEXTS)
+
+
+def source_of(cell: dict[str, Any], calibration: dict[str, Any]) -> Any:
+    """Names of domains, or how the model writes the text itself; None where the cell is not calibrated."""
+    return calibration[cell["calibration"]] if "calibration" in cell else None
 
 
 def recipe_of(cell: dict[str, Any], protocol: dict[str, Any]) -> Recipe | None:
@@ -241,12 +250,29 @@ def run_protocol(
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--model", help="only this one's cells, and no table: for running models side by side")
     parser.add_argument("--only", help="only rows with this in their name, and no table")
+    parser.add_argument("--kept", action="store_true", help="run nothing: the table of the cells that are kept, which names the others")
     args = parser.parse_args()
     protocol = prepared(yaml.safe_load(args.protocol.read_text()))
-    results = run_all(protocol, args.cache, args.model, args.only, measure)
+    missing: list[str] = []
+    if args.kept:
+        results, missing = kept_cells(protocol, args.cache, measure)
+    else:
+        results = run_all(protocol, args.cache, args.model, args.only, measure)
     if args.model is None and args.only is None:
-        args.out.write_text(document(results, protocol, args.protocol.name))
+        left = ["", "## Not measured yet", "", *(f"- {name}" for name in missing), ""] if missing else []
+        args.out.write_text(document(results, protocol, args.protocol.name) + "\n".join(left))
         print(f"written to {args.out}")
+
+
+def kept_cells(protocol: dict[str, Any], cache: Path, measure: Measure = evaluated) -> tuple[list[dict[str, Any]], list[str]]:
+    """The cells that were run before, and the names of the others."""
+    code, results, missing = digest(*numeric_code()), [], []
+    for cell in cells(protocol):
+        if (cache / f"{key_of(cell, protocol, code, measure)}.json").exists():
+            results.append(run(cell, protocol, cache, code, measure))
+        else:
+            missing.append(f"{cell['model']}, {cell['bits']}, {cell['row']}, seed {cell['seed']}")
+    return results, missing
 
 
 def run_all(
