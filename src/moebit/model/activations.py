@@ -1,8 +1,8 @@
 """Activations of all calibration tokens: in memory, or past an allowance in memory-mapped files that leave no trace.
 
 Mapped pages count as resident as long as they are mapped in, and so does memory that was freed but that the allocator keeps; `release`
-lets go of both between two pieces of work. The system brings back from its cache or the disk what is touched again. Up to that limit
-`freed_memory_kept` has the allocator keep what it would give back at once, only to have fresh pages filled again.
+lets go of both between two pieces of work. The system brings back from its cache or the disk what is touched again. `freed_memory_kept`
+has the allocator keep temporaries' memory that it would give back at once, only to have fresh pages filled again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 PIECE = 64 * 2**20
-# glibc's mallopt: parameters, what the first two are set to, and what all are set to afterwards. The latter is where glibc's own
-# adjusting ends in a process that frees large tensors, and its own limit for the number of mappings.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-KEEP = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_MAX: 0}
-AFTERWARDS = {M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25, M_MMAP_MAX: 2**16}
+# glibc's mallopt: from what size on an allocation is a mapping of its own, given back as soon as it is freed (the largest that glibc
+# takes), and how much may lie free at the end of the heap before that is given back. The latter is set back, when the work is done, to
+# where glibc's own adjusting ends in a process that frees large tensors.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MAPPED, KEPT, KEPT_AFTERWARDS = 2**25, 2**28, 2**26
 
 
 @dataclass
@@ -93,23 +93,22 @@ class ActivationStore:
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """glibc keeps freed memory for what is allocated next instead of giving it back, inside this context; then it gives it back.
+    """glibc keeps what is freed at the end of its heap, up to `KEPT` bytes, for what is allocated next, inside this context.
 
-    By itself it maps every large tensor anew and unmaps it when it is freed, and cuts off what is free at the end of its heap: every
-    layer begins with fresh pages, which the system has to find and fill with zeros. What is resident is bounded by `release`, which
-    gives back all that is free. It is a setting of the whole process; of other allocators nothing is asked.
+    By itself it gives back all but a few temporaries' worth at once, and every batch of a forward begins with fresh pages, which the system
+    has to find and fill with zeros. Larger tensors are mapped and unmapped as ever: in the heap they would leave holes that the next ones
+    don't quite fit into, and memory would grow from layer to layer. A setting of the whole process; of other allocators nothing is asked.
     """
     mallopt, trim = (_glibc(name) for name in ("mallopt", "malloc_trim"))
     if mallopt is None or trim is None:
         yield
         return
     try:
-        for parameter, value in KEEP.items():
-            mallopt(parameter, value)
+        mallopt(M_MMAP_THRESHOLD, MAPPED)
+        mallopt(M_TRIM_THRESHOLD, KEPT)
         yield
     finally:
-        for parameter, value in AFTERWARDS.items():
-            mallopt(parameter, value)
+        mallopt(M_TRIM_THRESHOLD, KEPT_AFTERWARDS)
         trim(0)
 
 
