@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="directory of items")
     parser.add_argument("--model", default="reference/olmoe")
     parser.add_argument("--recipes", nargs="+", default=["gptq-w4", "gptq-w2"])
-    parser.add_argument("--limit", type=int, default=100, help="items of a task, the first ones")
+    parser.add_argument("--limit", type=int, default=50, help="items of a task, the first ones")
     options = parser.parse_args()
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
