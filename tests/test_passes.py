@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import moebit
-from moebit import layer
+from moebit import layer, layer_inputs
 from moebit.calibration import statistics
 from moebit.model import budget, experts
 from tests.models import ARCHITECTURES, TOP_K, Architecture, Checkpoints
@@ -53,8 +53,8 @@ def test_passes(architecture: Architecture, checkpoints: Checkpoints, tmp_path: 
 
         return run
 
-    monkeypatch.setattr(layer, "intermediate", counted("first", experts.intermediate))
-    monkeypatch.setattr(layer, "finish", counted("down", experts.finish))
+    monkeypatch.setattr(layer_inputs, "intermediate", counted("first", experts.intermediate))
+    monkeypatch.setattr(layer_inputs, "finish", counted("down", experts.finish))
     monkeypatch.setattr(statistics, "intermediate", counted("sample", experts.intermediate))
     monkeypatch.setattr(layer, "ROWS", 100)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
