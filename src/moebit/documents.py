@@ -21,7 +21,8 @@ def documents(
     """Every document of an output, name -> text; what depends on time or place is in report.json and report.html alone.
 
     Args:
-        run: facts of this run for the report: `output` (its directory's name), `size_after`, `command`, `peak_memory_bytes`.
+        run: facts of this run for the report: `output` (its directory's name), `size_after`, `command`, `peak_memory_bytes`, and by layer
+            `together`, the tokens that two experts both got.
     """
     described = {
         "format_version": native.FORMAT_VERSION,
@@ -37,7 +38,7 @@ def documents(
         "average_bits": plan.average_bits,
         "peak_memory_bytes": run["peak_memory_bytes"],
         "command": run["command"],
-        "layers": [asdict(r) for r in reports],
+        "layers": [asdict(r) | ({"coactivation": run["together"][r.layer]} if r.layer in run["together"] else {}) for r in reports],
     }
     recipe = f"# sha256 of the content: {plan.recipe.digest()}\n{plan.recipe.to_yaml()}"
     return {

@@ -212,15 +212,22 @@ def quantize(
             if sampled:
                 windows = _sampled(output, checkpoint, sampled, windows, memory, report)
                 identity["calibration"] = digest(windows)
+            together: dict[int, list[list[int]]] = {}
             if sets is not None:
                 prepared = prepare(output, checkpoint, decided, bits, sets, report)
                 decided = make_plan(checkpoint, structure, chosen, memory, prepared.bits, engine, transforms)
-                identity["profile"] = prepared.facts
+                identity["profile"], together = prepared.facts, prepared.together
             assert isinstance(checkpoint.weights, HubWeights)
             sink = SINKS[chosen.format](checkpoint.weights, decided.modules, decided.activations)
             reports = _Work(checkpoint, decided, output, sink, device, report, seed).run(windows, pool)
             size = sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
-            run = {"output": out.name, "size_after": size, "command": asked, "peak_memory_bytes": peak_resident_bytes()}
+            run = {
+                "output": out.name,
+                "size_after": size,
+                "command": asked,
+                "peak_memory_bytes": peak_resident_bytes(),
+                "together": together,
+            }
             written = documents(checkpoint, decided, identity, reports, time.perf_counter() - began, run)
             _check_unchanged(checkpoint, seen)
             output.finish(checkpoint.path, sink.config(_config(checkpoint)), written)

@@ -87,6 +87,21 @@ def test_quantize_profiles_by_itself(checkpoints: Checkpoints, texts: dict[str, 
     }
 
 
+def test_the_report_has_what_is_chosen_together(output: Path) -> None:
+    """Two experts a token: the diagonal counts every token twice, and beside it each of them met one other."""
+    layers = json.loads((output / "report.json").read_text())["layers"]
+    side = load_file(output / "switch.safetensors")
+    for layer in layers:
+        both = torch.tensor(layer["coactivation"])
+        assert both.shape == (EXPERTS, EXPERTS)
+        assert torch.equal(both, both.T)
+        assert int(both.diagonal().sum()) == SAMPLES // 2 * 2 * LENGTH * 2
+        assert torch.equal(both.sum(1), 2 * both.diagonal())
+        tokens = next(side[key] for key in side if key.endswith("usage.tokens") and f".{layer['layer']}." in key)
+        assert both.diagonal().tolist() == tokens.sum(0).tolist()
+    assert "Chosen together" in (output / "report.html").read_text()
+
+
 def test_the_side_file_has_the_originals(checkpoints: Checkpoints, output: Path) -> None:
     """Three channels of every expert (a tenth of 32), the most dynamic ones, with the checkpoint's own values."""
     model, side = checkpoints.reference(MIXTRAL), load_file(output / "switch.safetensors")

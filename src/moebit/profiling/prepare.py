@@ -26,6 +26,8 @@ from moebit.profiling.passes import Progress
 from moebit.profiling.profile import run_profile
 from moebit.recipe import Recipe
 
+PICTURED_LAYERS, PICTURED_EXPERTS = 8, 128  # of which the report shows what is chosen together
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -33,10 +35,12 @@ class Prepared:
 
     Attributes:
         bits: widths, None where the recipe's hold. facts: for moebit.json.
+        together: layer -> [E, E] tokens that both experts got, over the data sets, for the report.
     """
 
     bits: BitPlan | None
     facts: dict[str, Any]
+    together: dict[int, list[list[int]]]
 
 
 def check_profile(profile: Profile, checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -78,7 +82,7 @@ def prepare(
         _record(output, checkpoint, plan, bits, profile)
         known = output.entries[-1]
     chosen = None if known["plan"] is None else BitPlan(known["plan"]["experts"], known["plan"]["linears"])
-    return Prepared(chosen, known["facts"])
+    return Prepared(chosen, known["facts"], {int(layer): counts for layer, counts in known.get("together", {}).items()})
 
 
 def _profile(
@@ -120,7 +124,16 @@ def _record(output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, bits: B
     if channels:
         facts["switching"] = {"share": recipe.switching.share, "channels": sum(len(chosen.expert) for chosen in channels.values())}
     written = None if bits is None else {"experts": bits.experts, "linears": bits.linears}
-    output.record("profile", files, plan=written, facts=facts)
+    output.record("profile", files, plan=written, facts=facts, together=_together(profile))
+
+
+def _together(profile: Profile) -> dict[int, list[list[int]]]:
+    """Co-activation of a few layers, evenly spread, where a picture of it can still be read."""
+    known = [
+        (module.layer, name) for name, module in profile.experts.items() if len(profile.stacked(f"{name}.tokens")[0]) <= PICTURED_EXPERTS
+    ]
+    some = known[:: max(1, -(-len(known) // PICTURED_LAYERS))]
+    return {layer: profile.stacked(f"{name}.coactivation").sum(0).tolist() for layer, name in some}
 
 
 def _usage(profile: Profile) -> dict[str, Usage]:
