@@ -180,19 +180,26 @@ def swapped(value: Any, swap: Callable[[Any], Any]) -> Any:
     return swap(value)
 
 
-class _Stub(nn.Module):
-    """Stands where a decoder layer stood: hands its call to `on_call` and returns what that returns."""
+class StandIn(nn.Module):
+    """Stands where another module stood, and has its attributes, for code around it that asks for them."""
 
-    def __init__(self, layer: nn.Module, index: int, on_call: Callable[[int, Tensor, LayerCall], Any]) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._stood_for = [layer]  # in a list, so that the layer is no submodule
-        self._index, self._on_call = index, on_call
+        self._stood_for = [module]  # in a list, so that the module is no submodule
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_stood_for"][0], name)
+
+
+class _Stub(StandIn):
+    """Stands where a decoder layer stood: hands its call to `on_call` and returns what that returns."""
+
+    def __init__(self, layer: nn.Module, index: int, on_call: Callable[[int, Tensor, LayerCall], Any]) -> None:
+        super().__init__(layer)
+        self._index, self._on_call = index, on_call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if "hidden_states" in kwargs:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from moebit.model.replay import StandIn
+
 
 @dataclass(frozen=True)
 class KeptInput:
@@ -34,24 +36,18 @@ class KeptInput:
         return self.linear.rpartition(".")[0]
 
 
-class StandIn(nn.Module):
+class Shortcut(StandIn):
     """Answers like the module around a linear, from kept inputs of the linear."""
 
     def __init__(self, block: nn.Module, linear: nn.Module, spec: TreeSpec, place: int) -> None:
-        super().__init__()
-        self._stood_for = (block, linear)  # in a tuple, so that they are no submodules
+        super().__init__(block)
+        self._linear = [linear]  # in a list, so that it is no submodule
         self._spec, self._place = spec, place
         self.values: Tensor | None = None  # [B, L, in_features] of the batch that comes next
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_stood_for"][0], name)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves: list[Any] = [None] * self._spec.num_leaves
-        leaves[self._place], self.values = self._stood_for[1](self.values), None
+        leaves[self._place], self.values = self._linear[0](self.values), None
         return tree_unflatten(leaves, self._spec)
 
     @contextmanager
@@ -74,7 +70,7 @@ class Watched:
     outputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # as returned, and a copy from then
     answers: list[Any] = field(default_factory=list)
 
-    def stand_in(self, layer: nn.Module, kept: KeptInput, values: Tensor) -> StandIn | None:
+    def stand_in(self, layer: nn.Module, kept: KeptInput, values: Tensor) -> Shortcut | None:
         """A stand-in for the module; None where it does more than to hand on what the linear makes of `values`."""
         if not len(self.inputs) == len(self.outputs) == len(self.answers) == 1 or not torch.equal(self.inputs[0], values):
             return None
@@ -86,7 +82,7 @@ class Watched:
         put_out, copy = self.outputs[0]
         if answer.data_ptr() != put_out.data_ptr() or answer.stride() != put_out.stride() or not torch.equal(answer, copy):
             return None
-        return StandIn(layer.get_submodule(kept.block), layer.get_submodule(kept.linear), spec, place)
+        return Shortcut(layer.get_submodule(kept.block), layer.get_submodule(kept.linear), spec, place)
 
 
 @contextmanager
