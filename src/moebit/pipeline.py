@@ -185,41 +185,35 @@ def quantize(
     checkpoint, transforms = transformed(checkpoint, structure, chosen, seed)
     decided = make_plan(checkpoint, structure, chosen, memory, bits, engine, transforms)
     decided.coverage.check(accept_unquantized)
-    windows, sampled = _calibration(checkpoint, chosen, text, seed), sampling_settings(chosen, bool(text), seed)
-    pool = _pool(checkpoint, chosen, text, seed)
-    sets = _data_sets(checkpoint, chosen, text, seed, profile, bits)
-    if sampled:
+    data = _data(checkpoint, chosen, text, seed, profile, bits)
+    if data.sampled:
         check_fits(checkpoint, memory)
     if dry_run:
         check_free(out, resume=resume, overwrite=overwrite)
         return decided
-    base = chosen.calibration.samples * chosen.calibration.seq_len if chosen.needs_calibration else 0
-    streamed = base * (2 if chosen.needs_reference else 1) + (pool.numel() if pool is not None else 0)
-    check_space(out, decided.size_bytes + streamed * _width(checkpoint) * 4 * 2)
+    check_space(out, decided.size_bytes + _streamed(chosen, data) * _width(checkpoint) * 4 * 2)
     if not (resume and read_journal(partial_of(out) / JOURNAL)):  # a run that began has looked, and knows the files again
         check_finite(checkpoint.entries)
         check_shipped(weights.entries.values())
-    identity = _identity(checkpoint, chosen, windows, memory, seed) | ({"bit_plan": bits.digest()} if bits else {})
-    identity |= {"pool": digest(pool)} if pool is not None else {}
-    identity |= {"profile": _digest_of(sets)} if sets is not None else {}
-    identity |= {"solver_kernel": backend_of(torch.device(device))} if device != "cpu" else {}
+    identity = _identity(checkpoint, chosen, data, bits, memory, seed, device)
     try:
         directory = OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite)
         with directory as output, freed_memory_kept():
             if device == "cpu" and chosen.needs_hessians:
                 Thread(target=kernels.load).start()
             report = progress or (lambda what, done, total: None)
-            if sampled:
-                windows = _sampled(output, checkpoint, sampled, windows, memory, report)
+            windows = data.windows
+            if data.sampled:
+                windows = _sampled(output, checkpoint, data.sampled, windows, memory, report)
                 identity["calibration"] = digest(windows)
             together: dict[int, list[list[int]]] = {}
-            if sets is not None:
-                prepared = prepare(output, checkpoint, decided, bits, sets, report)
+            if data.sets is not None:
+                prepared = prepare(output, checkpoint, decided, bits, data.sets, report)
                 decided = make_plan(checkpoint, structure, chosen, memory, prepared.bits, engine, transforms)
                 identity["profile"], together = prepared.facts, prepared.together
             assert isinstance(checkpoint.weights, HubWeights)
             sink = SINKS[chosen.format](checkpoint.weights, decided.modules, decided.activations)
-            reports = _Work(checkpoint, decided, output, sink, device, report, seed).run(windows, pool)
+            reports = _Work(checkpoint, decided, output, sink, device, report, seed).run(windows, data.pool)
             size = sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
             run = {
                 "output": out.name,
@@ -241,6 +235,43 @@ def _check_output(out: Path, source: Path) -> None:
     target, origin = out.resolve(), source.resolve()
     if target == origin or target in origin.parents or origin in target.parents:
         raise BadInputError(f"-o {out}: the output and the checkpoint {source} must be apart; choose another -o")
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What a model is calibrated on, and what is decided from.
+
+    Attributes:
+        windows: of given text; None where there are none to be. sampled: how the model writes its own, or None.
+        pool: further windows, for experts that get too few tokens. sets: what widths and switchable channels are decided from.
+    """
+
+    windows: Tensor | None
+    sampled: Settings | None
+    pool: Tensor | None
+    sets: dict[str, Tensor] | Profile | None
+
+
+def _data(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    text: Sequence[str] | Mapping[str, str | Path],
+    seed: int,
+    profile: str | Path | None,
+    bits: BitPlan | None,
+) -> _Data:
+    return _Data(
+        _calibration(checkpoint, recipe, text, seed),
+        sampling_settings(recipe, bool(text), seed),
+        _pool(checkpoint, recipe, text, seed),
+        _data_sets(checkpoint, recipe, text, seed, profile, bits),
+    )
+
+
+def _streamed(recipe: Recipe, data: _Data) -> int:
+    """Tokens that go through the layers, in all streams."""
+    base = recipe.calibration.samples * recipe.calibration.seq_len if recipe.needs_calibration else 0
+    return base * (2 if recipe.needs_reference else 1) + (data.pool.numel() if data.pool is not None else 0)
 
 
 def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: Sequence[str] | Mapping[str, str | Path], seed: int) -> Tensor | None:
@@ -330,7 +361,9 @@ def _width(checkpoint: Checkpoint) -> int:
     return int(checkpoint.config.get_text_config().hidden_size)
 
 
-def _identity(checkpoint: Checkpoint, recipe: Recipe, windows: Tensor | None, memory: int, seed: int) -> dict[str, Any]:
+def _identity(
+    checkpoint: Checkpoint, recipe: Recipe, data: _Data, bits: BitPlan | None, memory: int, seed: int, device: str
+) -> dict[str, Any]:
     """What the bytes of the result depend on; a resumed run must agree in all of it."""
     return {
         "moebit": version("moebit"),
@@ -338,10 +371,14 @@ def _identity(checkpoint: Checkpoint, recipe: Recipe, windows: Tensor | None, me
         "transformers": version("transformers"),
         "input": checkpoint_fingerprint(checkpoint),
         "recipe": recipe.digest(),
-        "calibration": digest(windows) if windows is not None else None,
+        "calibration": digest(data.windows) if data.windows is not None else None,
         "memory": memory,
         "seed": seed,
         "compute": str(checkpoint.model.dtype).removeprefix("torch."),
+        **({"bit_plan": bits.digest()} if bits else {}),
+        **({"pool": digest(data.pool)} if data.pool is not None else {}),
+        **({"profile": _digest_of(data.sets)} if data.sets is not None else {}),
+        **({"solver_kernel": backend_of(torch.device(device))} if device != "cpu" else {}),
     }
 
 
