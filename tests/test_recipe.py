@@ -44,6 +44,14 @@ def test_presets_compare_rounding_alone(bits: int) -> None:
     assert not rtn.needs_calibration
 
 
+@pytest.mark.parametrize("name", presets())
+def test_the_first_line_of_a_preset_tells_what_it_is(name: str) -> None:
+    """`moebit recipes` lists it: one sentence that ends where the line ends."""
+    first = presets()[name].splitlines()[0]
+    assert first.startswith("# ")
+    assert first.endswith(".")
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_presets_of_moequant_differ_from_their_baselines_in_the_method_alone(bits: int) -> None:
     for suffix, group in (("", -1), ("-g128", 128)):
