@@ -102,6 +102,12 @@ def test_the_report_has_what_is_chosen_together(output: Path) -> None:
     assert "Chosen together" in (output / "report.html").read_text()
 
 
+def test_the_side_file_is_part_of_the_size(texts: dict[str, Path], output: Path) -> None:
+    size = moebit.evaluate(output, text={"low": texts["low"]}, window=LENGTH, max_tokens=LENGTH)["size_bytes"]
+    assert size == sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    assert size > sum(file.stat().st_size for file in output.glob("model-*.safetensors"))
+
+
 def test_the_side_file_has_the_originals(checkpoints: Checkpoints, output: Path) -> None:
     """Three channels of every expert (a tenth of 32), the most dynamic ones, with the checkpoint's own values."""
     model, side = checkpoints.reference(MIXTRAL), load_file(output / "switch.safetensors")

@@ -201,14 +201,14 @@ def test_quantize_writes_it_and_report_again(outputs: Outputs, tmp_path: Path) -
     assert "has not been measured" not in judged
 
 
-def test_what_is_beside_the_weights_does_not_count(tmp_path: Path) -> None:
-    """An output with a side file takes the evaluation that `evaluate` makes of it, which counts the weights alone."""
+def test_what_is_beside_the_weights_counts(tmp_path: Path) -> None:
+    """An output with a side file takes the evaluation that `evaluate` makes of it, which counts all safetensors."""
     (tmp_path / "report.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(bytes(7))
     (tmp_path / "switch.safetensors").write_bytes(bytes(5))
-    (tmp_path / "e.json").write_text(json.dumps(evaluation(2, size_bytes=7)))
-    assert len(facts.read_documents(tmp_path, [tmp_path / "e.json"]).evaluations) == 1
     (tmp_path / "e.json").write_text(json.dumps(evaluation(2, size_bytes=12)))
+    assert len(facts.read_documents(tmp_path, [tmp_path / "e.json"]).evaluations) == 1
+    (tmp_path / "e.json").write_text(json.dumps(evaluation(2, size_bytes=7)))
     with pytest.raises(BadInputError, match="whose weights are not those of"):
         facts.read_documents(tmp_path, [tmp_path / "e.json"])
 

@@ -80,7 +80,7 @@ def judge(
     except BadInputError as error:
         _judge_loaded(found, path, original, text, window, max_tokens, str(error))
         return found
-    found.size_bytes = checkpoint.size_bytes  # without what is beside the weights, as `evaluate` counts
+    found.size_bytes = checkpoint.size_bytes  # what is loaded: without the side file of switchable channels
     found.refused = _walked_past(checkpoint, original)
     found.remarks += list(_remarks(path, checkpoint))
     if found.refused is None and text:

@@ -19,7 +19,7 @@ from torch import Tensor
 from moebit.calibration.text import TokenText, consecutive_windows, load_tokenizer, parse_texts, tokenize
 from moebit.errors import BadInputError
 from moebit.evaluate.tasks import check_tasks, run_tasks
-from moebit.formats.opening import average_bits, open_checkpoint
+from moebit.formats.opening import average_bits, open_checkpoint, size_on_disk
 from moebit.model.budget import make_budget
 from moebit.model.checkpoint import Checkpoint
 from moebit.model.stream import Stream
@@ -96,7 +96,7 @@ def evaluate(
     facts = {
         "model": str(model),
         "reference": str(against) if against else None,
-        "size_bytes": candidate.size_bytes,
+        "size_bytes": size_on_disk(candidate),
         "average_bits": _average_bits(candidate),
     }
     answered = {"tasks": run_tasks(model, tasks, against=against, data=task_data, limit=limit)} if tasks else {}

@@ -13,6 +13,7 @@ from moebit.formats.activations import read_activations
 from moebit.formats.compressed_tensors import CompressedWeights
 from moebit.formats.native import METHOD, NativeWeights, PackedSpec, packed_specs
 from moebit.formats.overlay import OVERLAY_FILE, overlay_specs, read_overlays
+from moebit.formats.switch import SIDE_FILE
 from moebit.model.checkpoint import Checkpoint, load_config, open_hub_checkpoint, read_config, resolve, skeleton
 from moebit.model.experts import layout_of
 from moebit.model.files import read_index
@@ -69,6 +70,12 @@ def activations_of(checkpoint: Checkpoint) -> Activations:
         return Activations(next(iter(checkpoint.weights.inputs().values()), None))
     quantization = read_config(checkpoint.path).get("quantization_config") or {}
     return read_activations(quantization) if quantization.get("quant_method") == METHOD else Activations()
+
+
+def size_on_disk(checkpoint: Checkpoint) -> int:
+    """Bytes of all safetensors of a model: those of its weights, and the side file of an output that has one."""
+    side = checkpoint.path / SIDE_FILE
+    return checkpoint.size_bytes + (side.stat().st_size if side.is_file() else 0)
 
 
 def average_bits(checkpoint: Checkpoint) -> float | None:

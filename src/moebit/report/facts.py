@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from moebit.errors import BadInputError
-from moebit.formats.switch import SIDE_FILE
 from moebit.report import words
 
 THIN = 0.1  # an expert with less than this part of an even share of the tokens is named
@@ -62,7 +61,7 @@ def read_documents(out: Path, evaluations: Sequence[Path] = ()) -> Documents:
         recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         [_read(file) for file in evaluations],
     )
-    size = sum(file.stat().st_size for file in out.glob("*.safetensors") if file.name != SIDE_FILE)  # as `evaluate` counts
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))  # as `evaluate` counts
     for file, evaluation in zip(evaluations, documents.evaluations, strict=True):
         if not isinstance(evaluation.get("texts"), dict):
             raise BadInputError(f"{file}: no result of `moebit evaluate --json`")
