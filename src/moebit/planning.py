@@ -22,6 +22,7 @@ from moebit.formats.engines import ANY, Verdict, check_engine, verdicts
 from moebit.formats.native import PackedSpec, average_bits
 from moebit.methods.activations import ActivationPlan, plan_activations
 from moebit.methods.awq import SAMPLE
+from moebit.methods.drift import MUS
 from moebit.methods.online import search_flops
 from moebit.model.budget import Budget, make_budget
 from moebit.model.checkpoint import Checkpoint, HubWeights
@@ -365,18 +366,19 @@ def _packed_bytes(spec: PackedSpec) -> int:
 
 def _seconds(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, tokens: int) -> float:
     """A rough estimate from the floating-point operations of forwards, Hessians and solves."""
-    flops = 0.0
+    flops, drifts = 0.0, recipe.solver.drift != "none"
+    runs, moments = (2, 3) if drifts else (1, 1)  # with drift, full precision runs beside, and its difference is multiplied with the inputs
     for layer in structure.layers:
         for group in layer.groups:
             for name in group.names:
                 module: Any = checkpoint.model.get_submodule(f"{layer.name}.{name}")
                 weights = module.in_features * module.out_features
-                flops += 6 * tokens * weights + _solve_flops(recipe, 1, module.out_features, module.in_features)
-            flops += 2 * tokens * group.in_features**2 / 2 if recipe.needs_hessians else 0
+                flops += (4 + 2 * runs) * tokens * weights + _solve_flops(recipe, 1, module.out_features, module.in_features)
+            flops += moments * tokens * group.in_features**2 if recipe.needs_hessians else 0
         if layer.moe:
             layout = layer.moe.layout
             slots = tokens * layer.moe.top_k
-            flops += 2 * slots * layout.parameters_per_expert + slots * (layout.hidden**2 + layout.intermediate**2)
+            flops += 2 * runs * slots * layout.parameters_per_expert + moments * slots * (layout.hidden**2 + layout.intermediate**2)
             flops += _solve_flops(recipe, layout.experts, 2 * layout.intermediate, layout.hidden)
             flops += _solve_flops(recipe, layout.experts, layout.hidden, layout.intermediate)
     return 1 + flops / (FLOPS_PER_THREAD * torch.get_num_threads())
@@ -394,7 +396,8 @@ def _solve_flops(recipe: Recipe, count: int, out: int, inputs: int) -> float:
         return float(count * (search + 10 * out * inputs))
     if recipe.solver.method == "awq":
         return float(count * (search + 20 * out * inputs * (10 + 2 * SAMPLE)))
-    return float(count * (out * inputs**2 + 2 * inputs**3 + search))
+    fits = len(MUS) + 1 if recipe.solver.drift != "none" else 0
+    return float(count * (out * inputs**2 + 2 * inputs**3 + search + fits * (4 * out * inputs**2 + inputs**3 / 3)))
 
 
 def describe_structure(checkpoint: Checkpoint, structure: Structure) -> dict[str, Any]:
