@@ -9,31 +9,22 @@ Cells are run and kept as those of quality.py. `--model` and `--only` run a part
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 from moequant import groups_of
 from outliers import inject
-from quality import ROOT, kl_cells, markdown_row, mean_over, run_protocol
+from quality import kl_cells, markdown_row, mean_over, run_protocol, with_copies
 
 Result = dict[str, Any]
 LEAST_GAP = 0.05  # bits per byte between RTN and full precision, below which shares of it say nothing
 
 
-def with_copies(protocol: dict[str, Any]) -> dict[str, Any]:
-    """The protocol with the copies among its models; those that are not there are made."""
-    copies = []
-    for model in protocol["models"]:
-        copy = Path("runs") / "outliers" / Path(model).name
-        if not (ROOT / copy / "model.safetensors").exists():
-            print(f"{copy}: logits moved by {inject(ROOT / model, ROOT / copy, protocol['outliers']['seed']):.1e} of their norm")
-        copies.append(str(copy))
-    rows = {
-        row: {**spec, "bits_of": dict.fromkeys(copies, spec["bits_of_copies"])} if "bits_of_copies" in spec else spec
-        for row, spec in protocol["cells"].items()
-    }
-    return {**protocol, "models": [*protocol["models"], *copies], "cells": rows}
+def with_outliers(protocol: dict[str, Any]) -> dict[str, Any]:
+    """The protocol with the copies among its models."""
+    seed = protocol["outliers"]["seed"]
+    fewer = {row: spec["bits_of_copies"] for row, spec in protocol["cells"].items() if "bits_of_copies" in spec}
+    return with_copies(protocol, "outliers", lambda model, copy: f"logits moved by {inject(model, copy, seed):.1e} of their norm", fewer)
 
 
 def table(results: list[Result], protocol: dict[str, Any], name: str) -> str:
@@ -113,7 +104,7 @@ def findings(results: list[Result], protocol: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    run_protocol(str(__doc__), "protocol-eaquant.yaml", "eaquant.md", table, with_copies)
+    run_protocol(str(__doc__), "protocol-eaquant.yaml", "eaquant.md", table, with_outliers)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import yaml
+from moequant import with_balanced
 from quality import ROOT, TEXTS, digest, markdown_row, written
 from transformers import AutoModelForCausalLM
 
@@ -137,7 +138,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="only so many seeds")
     parser.add_argument("--no-speed", action="store_true", help="leave the comparison with transformers' generate out")
     args = parser.parse_args()
-    protocol = yaml.safe_load(args.protocol.read_text())
+    protocol = with_balanced(yaml.safe_load(args.protocol.read_text()))
     sampling = protocol["sampling"]
     sampling["seeds"] = sampling["seeds"][: args.seeds]
     args.cache.mkdir(parents=True, exist_ok=True)

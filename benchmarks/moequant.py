@@ -17,11 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import ROOT, TEXTS, digest, kl_cells, markdown_row, mean_over, numeric_code, run_protocol
+from balanced import described, train_on
+from quality import ROOT, TEXTS, digest, kl_cells, markdown_row, mean_over, numeric_code, run_protocol, with_copies
 
 import moebit
 
 Result = dict[str, Any]
+
+
+def with_balanced(protocol: dict[str, Any]) -> dict[str, Any]:
+    """The protocol with copies that were trained on until their experts are used evenly, at some of its widths and rows."""
+    how = protocol["balanced"]
+
+    def make(model: Path, copy: Path) -> str:
+        train_on(model, copy, steps=how["steps"], coefficient=how["coefficient"])
+        return f"before {described(model, 'tune')}, after {described(copy, 'tune')}"
+
+    fewer = {row: how["bits"] if row in how["rows"] else [] for row in protocol["cells"]}
+    return with_copies(protocol, "balanced", make, fewer)
 
 
 def groups_of(results: list[Result], model: str, bits: int | str) -> dict[str, list[Result]]:
@@ -51,7 +64,7 @@ def table(results: list[Result], protocol: dict[str, Any], name: str) -> str:
     for model in protocol["models"]:
         full = groups_of(results, model, 16)["full precision"][0]
         lines += [f"## {model}", "", f"Full precision: wiki perplexity {full['texts']['wiki']['perplexity']:.3f}.", ""]
-        for bits in protocol["bits"]:
+        for bits in (b for b in protocol["bits"] if groups_of(results, model, b)):
             lines += [f"### {bits} bits", "", markdown_row(heads), markdown_row(["---"] + ["---:"] * (len(heads) - 1))]
             lines += [markdown_row(_cells(row, same, known, novel)) for row, same in groups_of(results, model, bits).items()]
             lines.append("")
@@ -77,7 +90,7 @@ def findings(results: list[Result], protocol: dict[str, Any]) -> list[str]:
     every, expected = [*protocol["texts"]["known"], *protocol["texts"]["novel"]], protocol.get("expected", {})
     lines = ["## What it shows", ""]
     for model in protocol["models"]:
-        for bits in protocol["bits"]:
+        for bits in (b for b in protocol["bits"] if groups_of(results, model, b)):
             kl = {row: 1000 * mean_over(same, every, "kl")[0] for row, same in groups_of(results, model, bits).items()}
             best = min(kl, key=lambda row: kl[row])
             lines.append(f"- {model}, {bits} bits: lowest mean over all domains: {best} ({kl[best]:.2f}).")
@@ -127,7 +140,7 @@ def _agq_time(protocol: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    run_protocol(str(__doc__), "protocol-moequant.yaml", "moequant.md", table)
+    run_protocol(str(__doc__), "protocol-moequant.yaml", "moequant.md", table, with_balanced)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,26 @@ def cells(protocol: dict[str, Any]) -> Iterator[dict[str, Any]]:
                     yield {**spec, "model": model, "row": row, "bits": bits, "seed": seed}
 
 
+def with_copies(protocol: dict[str, Any], folder: str, make: Callable[[Path, Path], str], bits_of: dict[str, list[Any]]) -> dict[str, Any]:
+    """The protocol with a copy of each of its models behind them, made where it is not there, in `runs/FOLDER`.
+
+    Args:
+        make: (model, copy) -> what is to be said about it. bits_of: of rows that do not run at all of their widths on copies.
+    """
+    copies = []
+    for model in protocol["models"]:
+        copy = Path("runs") / folder / Path(model).name
+        if not (ROOT / copy / "model.safetensors").exists():
+            (ROOT / copy).parent.mkdir(parents=True, exist_ok=True)
+            print(f"{copy}: {make(ROOT / model, ROOT / copy)}", flush=True)
+        copies.append(str(copy))
+    rows = {
+        row: {**spec, "bits_of": {**spec.get("bits_of", {}), **dict.fromkeys(copies, bits_of[row])}} if spec and row in bits_of else spec
+        for row, spec in protocol["cells"].items()
+    }
+    return {**protocol, "models": [*protocol["models"], *copies], "cells": rows}
+
+
 def evaluated(out: Path, model: Path, texts: dict[str, Any]) -> dict[str, Any]:
     """What `moebit evaluate` says about an output on the protocol's texts, without the layers."""
     files = {name: TEXTS / f"{name}.{texts.get('split', 'eval')}.txt" for name in [*texts["known"], *texts["novel"]]}
