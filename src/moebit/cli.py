@@ -252,14 +252,18 @@ def sample(
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
     width: Annotated[int, typer.Option(help="ebss: candidates of each.")] = 4,
     temperature: Annotated[
-        float | None, typer.Option(help="ebss: weighs likelihood (high) against balance (low), 1.2; else that of the draws, 1.")
+        float | None,
+        typer.Option(help="ebss: weighs likelihood (high) against balance (low); 1.2, or by the model's shape if sampled. Else: 1."),
     ] = None,
     scope: Annotated[str, typer.Option(help="ebss: balance of the whole set, or of each sequence by itself (the paper).")] = "set",
-    extend: Annotated[str, typer.Option(help="ebss: look at the likeliest next tokens (the paper), or at sampled ones.")] = "likeliest",
+    extend: Annotated[
+        str | None,
+        typer.Option(help="ebss: look at sampled next tokens, or at the likeliest (the paper; default with --temperature or its scope)."),
+    ] = None,
     oversample: Annotated[int, typer.Option(help="self-balanced: times as many are written as are kept.")] = 3,
-    repetition_penalty: Annotated[float | None, typer.Option(help="1 for none (default: 1.12 with ebss, else 1).")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 for none (default: 1.12 with likeliest tokens, else 1).")] = None,
     no_repeat_ngram: Annotated[
-        int | None, typer.Option(help="Write no n-gram of so many tokens twice (default: 4 with ebss, else 0)")
+        int | None, typer.Option(help="Write no n-gram of so many tokens twice (default: 4 with likeliest tokens, else 0)")
     ] = None,
     group: Annotated[int, typer.Option(help="Sequences that advance together; 0: as many as the memory holds.")] = 0,
     memory: MemoryOption = "4GiB",

@@ -259,7 +259,7 @@ class CalibrationSection(_Section):
     width: int = Field(4, ge=1)
     temperature: float | None = Field(None, gt=0.0)
     scope: Literal["set", "sequence"] = "set"
-    extend: Literal["likeliest", "sampled"] = "likeliest"
+    extend: Literal["likeliest", "sampled"] | None = None
     oversample: int = Field(3, ge=1)
     repetition_penalty: float | None = Field(None, ge=1.0)
     no_repeat_ngram: int | None = Field(None, ge=0)

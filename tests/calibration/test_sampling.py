@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import moebit
 from moebit.calibration.beam import Rules, ancestral, ebss
-from moebit.calibration.sampling import Settings, describe_text, end_ids, kept_windows
+from moebit.calibration.sampling import Settings, balancing_temperature, describe_text, end_ids, kept_windows
 from moebit.errors import BadInputError
 from moebit.model.checkpoint import open_hub_checkpoint
 from moebit.model.decoder import Decoder
@@ -182,13 +182,55 @@ def test_what_is_written(checkpoints: Checkpoints, tmp_path: Path, kind: str) ->
     assert rows == again != other
 
 
+@pytest.mark.parametrize(
+    ("asked", "extend", "temperature", "penalty", "ngram"),
+    [
+        ({}, "sampled", None, 1.0, 0),
+        ({"scope": "sequence"}, "likeliest", 1.2, 1.12, 4),
+        ({"temperature": 1.2}, "likeliest", 1.2, 1.12, 4),
+        ({"extend": "likeliest"}, "likeliest", 1.2, 1.12, 4),
+        ({"extend": "sampled", "temperature": 0.1, "scope": "sequence", "no_repeat_ngram": 3}, "sampled", 0.1, 1.0, 3),
+        ({"kind": "self"}, "likeliest", 1.0, 1.0, 0),
+        ({"kind": "self-balanced", "temperature": 0.5}, "likeliest", 0.5, 1.0, 0),
+    ],
+)
+def test_what_is_not_said(asked: dict[str, Any], extend: str, temperature: float | None, penalty: float, ngram: int) -> None:
+    """The paper's tau and its scope belong to the paper's search."""
+    full = Settings(**asked).complete()
+    assert (full.extend, full.temperature, full.repetition_penalty, full.no_repeat_ngram) == (extend, temperature, penalty, ngram)
+
+
+def test_the_weight_of_balance_follows_the_shape(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """One more token, drawn as the others were, moves sigma by what the temperature takes it to move: simulated with uneven experts."""
+    checkpoint = open_hub_checkpoint(checkpoints.path(ARCHITECTURES["olmoe"]), torch.float32)
+    structure = find_structure(checkpoint.model)
+    layers = [layer.moe for layer in structure.layers if layer.moe]
+    experts, top_k, tokens = layers[0].layout.experts, layers[0].top_k, 4000
+    popularity = torch.rand(len(layers), experts, generator=torch.Generator().manual_seed(0)) + 0.2
+    draws = torch.stack([p.expand(tokens + 2000, -1).multinomial(top_k, generator=torch.Generator().manual_seed(1)) for p in popularity])
+    slots = torch.nn.functional.one_hot(draws, experts).sum(2).double()  # [M, T, E]
+    before = slots[:, :tokens].sum(1)
+
+    def sigma(counts: torch.Tensor) -> torch.Tensor:
+        share = counts / counts.sum(-1, keepdim=True)
+        return (experts / (experts - 1) * ((share - 1 / experts) ** 2).sum(-1)).sqrt().mean(0)
+
+    moved = (sigma(before.unsqueeze(1) + slots[:, tokens:]) - sigma(before)).std()
+    expected = 15 * balancing_temperature(structure) / tokens
+    assert 0.5 < float(moved) / expected < 2
+    _, result = sampled(checkpoints.path(ARCHITECTURES["olmoe"]), tmp_path / "a.jsonl", sequences=1)
+    assert result["settings"]["temperature"] == balancing_temperature(structure)
+
+
 def test_balance_is_better_than_chance(checkpoints: Checkpoints, tmp_path: Path) -> None:
     path = checkpoints.path(ARCHITECTURES["olmoe"])
     _, plain = sampled(path, tmp_path / "p.jsonl", kind="self", length=24)
     _, chosen = sampled(path, tmp_path / "c.jsonl", kind="self-balanced", length=24, oversample=5)
     _, beam = sampled(path, tmp_path / "b.jsonl", kind="ebss", length=24, temperature=0.05)
+    _, drawn = sampled(path, tmp_path / "d.jsonl", kind="ebss", length=24)
     assert chosen["sigma"] < 0.8 * plain["sigma"]
     assert beam["sigma"] < 0.8 * plain["sigma"]
+    assert drawn["sigma"] < 0.8 * plain["sigma"]
 
 
 class StopError(Exception):
@@ -224,7 +266,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(checkpoints: Checkpoints, 
 
 def test_groups_of_a_set_count_what_was_written_before(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """In groups of one, a sequence knows the others only if the groups before it are handed on."""
-    path, options = checkpoints.path(ARCHITECTURES["olmoe"]), {"group": 1, "temperature": 0.05, "sequences": 4}
+    path, options = checkpoints.path(ARCHITECTURES["olmoe"]), {"group": 1, "temperature": 0.05, "sequences": 4, "extend": "likeliest"}
     together, _ = sampled(path, tmp_path / "set.jsonl", scope="set", **options)
     alone, _ = sampled(path, tmp_path / "sequence.jsonl", scope="sequence", **options)
     assert together[0] == alone[0]

@@ -9,8 +9,9 @@ Departures and choices:
 - The imbalance is the parent's: a child's routing is known only after its own forward. Given that, only the w likeliest tokens of each
   candidate can survive, so that looking at w * w extensions is exact.
 - `scope: set` judges u = (candidate's shares + shares of the other sequences' best candidates) / 2; `sequence` is the paper.
-- `extend: sampled` (ours) looks at w tokens drawn from each candidate's distribution, without replacement, instead of its w likeliest: text
-  like that of plain sampling, of which the beam keeps what is balanced. The likeliest text of a model is dull and the same everywhere.
+- `extend: sampled` (ours, the default of `moebit sample`) looks at w tokens drawn from each candidate's distribution, without
+  replacement, instead of its w likeliest: text like that of plain sampling, of which the beam keeps what is balanced. The likeliest text
+  of a model is dull and the same everywhere.
 - Behind an end of text a sequence goes on from a new random token, which counts neither in RS nor in |c|.
 - A repetition penalty multiplies the log-probabilities of tokens that the candidate holds already; tokens that would repeat an n-gram of it
   are left out; both before the probabilities are made to sum to one again. Off in the paper.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -27,12 +28,13 @@ from moebit.model.budget import PROCESS_BYTES
 from moebit.model.checkpoint import Checkpoint, open_hub_checkpoint, resolve
 from moebit.model.decoder import Decoder, weight_bytes
 from moebit.model.stream import named_tokens
-from moebit.model.structure import find_structure
+from moebit.model.structure import Structure, find_structure
 from moebit.recipe import Recipe
 
 KINDS = ("ebss", "self", "self-balanced")
 SCOPES = ("set", "sequence")
 EXTENSIONS = ("likeliest", "sampled")
+NATS = 15.0  # see `balancing_temperature`; chosen by the imbalance of 24 sequences of 96 tokens
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,13 @@ class Settings:
     Attributes:
         kind: `ebss`, `self` or `self-balanced`.
         sequences, length: how many, of how many tokens.
-        width: candidates of a sequence. temperature: for `ebss` the paper's tau (1.2), which weighs likelihood against balance; else that
-            of the draws (1). scope: whether a candidate's balance is judged alone or with the other sequences. extend: which next tokens
-            are looked at, the `likeliest` or `sampled` ones. These are `ebss`'s own.
+        width: candidates of a sequence. scope: whether a candidate's balance is judged alone (the paper) or with the other sequences.
+            extend: which next tokens are looked at, the `likeliest` (the paper) or `sampled` ones; without it the paper's where its tau
+            or its scope is asked for, else `sampled`. These are `ebss`'s own.
+        temperature: for `ebss` the paper's tau, which weighs likelihood (high) against balance (low): 1.2 for the likeliest tokens, by the
+            model's shape for sampled ones (`balancing_temperature`). Else that of the draws (1).
         oversample: times as many sequences as are kept are drawn; `self-balanced` alone.
-        repetition_penalty, no_repeat_ngram: against repetition (see beam.py); 1.12 and 4 for `ebss`, 1 and 0 (off) else.
+        repetition_penalty, no_repeat_ngram: against repetition (see beam.py); 1.12 and 4 for the likeliest tokens, 1 and 0 (off) else.
         group: at most so many sequences advance together; 0: as many as the memory holds.
     """
 
@@ -61,7 +65,7 @@ class Settings:
     no_repeat_ngram: int | None = None
     group: int = 0
     seed: int = 0
-    extend: str = "likeliest"
+    extend: str | None = None
 
     def complete(self) -> Settings:
         """With the kind's own values where none is given.
@@ -69,10 +73,14 @@ class Settings:
         Raises:
             BadInputError: a value that cannot be.
         """
-        beam = self.kind == "ebss"
+        asked = self.scope == "sequence" or self.temperature is not None
+        extend = self.extend or ("likeliest" if asked or self.kind != "ebss" else "sampled")
+        beam = self.kind == "ebss" and extend == "likeliest"
+        usual = None if self.kind == "ebss" and not beam else 1.2 if beam else 1.0
         full = replace(
             self,
-            temperature=(1.2 if beam else 1.0) if self.temperature is None else self.temperature,
+            extend=extend,
+            temperature=usual if self.temperature is None else self.temperature,
             repetition_penalty=(1.12 if beam else 1.0) if self.repetition_penalty is None else self.repetition_penalty,
             no_repeat_ngram=(4 if beam else 0) if self.no_repeat_ngram is None else self.no_repeat_ngram,
         )
@@ -80,7 +88,6 @@ class Settings:
         return full
 
     def _check(self) -> None:
-        assert self.temperature is not None
         assert self.repetition_penalty is not None
         checks = [
             (self.kind in KINDS, f"--kind {self.kind}: choose from {', '.join(KINDS)}"),
@@ -89,7 +96,7 @@ class Settings:
             (self.sequences >= 1, f"--sequences {self.sequences}: at least 1"),
             (self.length >= 8, f"--length {self.length}: at least 8 tokens"),
             (self.width >= 1, f"--width {self.width}: at least 1 candidate"),
-            (self.temperature > 0, f"--temperature {self.temperature}: a positive number"),
+            (self.temperature is None or self.temperature > 0, f"--temperature {self.temperature}: a positive number"),
             (self.oversample >= 1, f"--oversample {self.oversample}: at least 1"),
             (self.repetition_penalty >= 1, f"--repetition-penalty {self.repetition_penalty}: 1 (none) or more"),
             (
@@ -127,7 +134,7 @@ def sample(
     oversample: int = 3,
     repetition_penalty: float | None = None,
     no_repeat_ngram: int | None = None,
-    extend: str = "likeliest",
+    extend: str | None = None,
     group: int = 0,
     memory: int = 4 * 2**30,
     seed: int = 0,
@@ -165,10 +172,12 @@ def sample(
     windows, fresh = write_windows(path, settings, memory, partial, progress)
     seconds = time.perf_counter() - began
     checkpoint = open_hub_checkpoint(path, None)
-    described = describe_windows(checkpoint, find_structure(checkpoint.model), windows, end_ids(checkpoint), memory, progress)
+    structure = find_structure(checkpoint.model)
+    described = describe_windows(checkpoint, structure, windows, end_ids(checkpoint), memory, progress)
+    temperature = balancing_temperature(structure) if settings.temperature is None else settings.temperature
     result = {
         "model": str(model),
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "temperature": temperature},
         **described,
         "seconds": round(seconds, 3),
         "tokens_per_second": round(fresh / seconds, 1) if fresh else None,
@@ -221,7 +230,8 @@ def write_windows(path: Path, settings: Settings, memory: int, partial: Partial,
     done = sum(len(tokens) for tokens, _ in partial.groups)
     fresh = (settings.drawn - done) * settings.length
     if fresh:
-        _write_groups(decoder, settings, memory, partial, progress or (lambda what, done, total: None))
+        temperature = balancing_temperature(structure) if settings.temperature is None else settings.temperature
+        _write_groups(decoder, settings, temperature, memory, partial, progress or (lambda what, done, total: None))
     tokens = torch.cat([tokens for tokens, _ in partial.groups])
     if settings.kind == "self-balanced":
         usage = torch.cat([usage for _, usage in partial.groups])
@@ -229,10 +239,19 @@ def write_windows(path: Path, settings: Settings, memory: int, partial: Partial,
     return tokens, fresh
 
 
-def _write_groups(decoder: Decoder, settings: Settings, memory: int, partial: Partial, progress: Progress) -> None:
+def balancing_temperature(structure: Structure) -> float:
+    """tau at which what a token usually does to the imbalance counts as much as `NATS` of its log-probability.
+
+    With usage spread as sigma says, one more token changes a layer's sigma by about 1 / (|c| sqrt(k E)), k experts a token of E, up or
+    down, and sigma's mean over layers by the root of the squares' sum over their number; the mean log-probability changes by nats / |c|.
+    """
+    layers = [(layer.moe.top_k, layer.moe.layout.experts) for layer in structure.layers if layer.moe]
+    return math.sqrt(sum(1 / (top_k * experts) for top_k, experts in layers)) / len(layers) / NATS
+
+
+def _write_groups(decoder: Decoder, settings: Settings, temperature: float, memory: int, partial: Partial, progress: Progress) -> None:
     """Sequences group after group, each kept on disk as soon as it is whole."""
     restarts, uniform, rules = _randomness(decoder.checkpoint, settings)
-    assert settings.temperature is not None
     with decoder.loaded():
         size = _group_size(decoder, restarts, settings, memory)
         for start in range(sum(len(tokens) for tokens, _ in partial.groups), settings.drawn, size):
@@ -245,11 +264,11 @@ def _write_groups(decoder: Decoder, settings: Settings, memory: int, partial: Pa
             if settings.kind == "ebss":
                 before = sum((usage.long().sum(0) for _, usage in partial.groups), start=torch.zeros((), dtype=torch.int64))
                 written = ebss(
-                    decoder, restarts[rows], rules, width=settings.width, temperature=settings.temperature, scope=settings.scope,
+                    decoder, restarts[rows], rules, width=settings.width, temperature=temperature, scope=settings.scope,
                     done_ME=before if partial.groups else None, noise=_noise(settings, start), progress=within,
                 )  # fmt: skip
             else:
-                written = ancestral(decoder, restarts[rows], uniform[rows], rules, temperature=settings.temperature, progress=within)
+                written = ancestral(decoder, restarts[rows], uniform[rows], rules, temperature=temperature, progress=within)
             partial.add(*written)
 
 
