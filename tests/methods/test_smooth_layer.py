@@ -94,7 +94,7 @@ def naive_scales(path: Path, kind: str, aggregate: str, alpha: float) -> np.ndar
     reference = load_reference(MIXTRAL, path)
     routed = reference.routed[0]
     experts: Any = reference.experts(0)
-    x, ids, g = routed.x.double().numpy(), routed.ids.tolist(), routed.weights.double().numpy()
+    x, ids = routed.x.double().numpy(), routed.ids.tolist()
     first = experts.gate_up_proj.detach().double().numpy()
     router = reference.layers[0].get_submodule(MIXTRAL.router_name).weight.detach().double().numpy()
 
@@ -105,12 +105,13 @@ def naive_scales(path: Path, kind: str, aggregate: str, alpha: float) -> np.ndar
     if kind == "smoothquant" or aggregate == "none":
         s = scale(everything, np.abs(first).max((0, 1)))
     else:
-        voices, say = [], []
+        voices, say, likely = [], [], np.exp(x @ router.T)
+        likely /= likely.sum(1, keepdims=True)
         for e in range(EXPERTS):
             mine = [t for t in range(len(x)) if e in ids[t]]
             if mine:
                 voices.append(scale(np.abs(x[mine]).max(0), np.abs(first[e]).max(0)))
-                say.append(len(mine) if aggregate == "frequency" else sum(g[t][ids[t].index(e)] for t in mine))
+                say.append(len(mine) if aggregate == "frequency" else sum(likely[t, e] for t in range(len(x))))
         mean = np.average(voices, axis=0, weights=say)
         s = np.maximum(np.max(voices, axis=0) if aggregate == "max" else mean, scale(everything, np.abs(router).max(0)))
     return s / np.exp(np.log(s).mean())

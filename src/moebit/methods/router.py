@@ -56,6 +56,18 @@ class AlignedRouter:
     sweeps: int
 
 
+def probabilities(x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, ids_Tk: Tensor, affinity_Tk: Tensor) -> Tensor | None:
+    """[T, E] float64, how likely the router finds every expert, chosen or not; None where it is not recognised how it scores them.
+
+    Args:
+        x_TH: what arrived at the router. weight_EH, bias_E: its own. ids_Tk, affinity_Tk: what it decided.
+    """
+    z = x_TH.double() @ weight_EH.double().T
+    z = z if bias_E is None else z + bias_E.double()
+    score = score_function(z, ids_Tk, affinity_Tk)
+    return None if score is None else SCORES[score](z).softmax(1)
+
+
 def score_function(logits_TE: Tensor, ids_Tk: Tensor, affinity_Tk: Tensor) -> str | None:
     """Which of `SCORES` turns these logits into these affinities, up to a factor per token; None where none does.
 

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from moebit.methods.awq import representable
 from moebit.methods.balance import draw
+from moebit.methods.router import probabilities
 from moebit.methods.smoothing import aggregated, centred, expert_extremes, outlier_factors, smooth
 from moebit.model.checkpoint import Weights
 from moebit.model.edits import Edit, joined
 from moebit.model.experts import ExpertsLayout, RoutedTokens
 from moebit.model.flow import NormSite
+from moebit.model.routing import router_bias
 from moebit.model.sites import LayerScales, PairSite, scale_behind_norm, scale_pair
 from moebit.model.stream import Stream, read_experts
 from moebit.model.structure import LayerSites, MoESite
@@ -27,6 +29,7 @@ from moebit.recipe import SmoothingSection
 
 PIECE = 4096  # tokens at a time
 NOTHING_ROUNDED = "nothing behind it is quantized"
+AFFINITIES = "experts weigh by their affinities: it is not recognised how the router scores them"
 BIASES = "the biases of its experts are written as they are, up's rows cannot be scaled"
 
 
@@ -85,6 +88,7 @@ class LayerSmoothing:
     pool: Stream | None = None
     ratio: float = 0.0
     layouts: dict[str, ExpertsLayout] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> SmoothedLayer:
         """Scales behind every norm and, for `expert_aware`, behind linears (values in attention, up in dense layers)."""
@@ -106,7 +110,7 @@ class LayerSmoothing:
             s = self._between(pair, seen)
             edits.append(scale_pair(pair, s))
             report[pair.second] = _range(s)
-        return SmoothedLayer(joined(*edits), report, skipped)
+        return SmoothedLayer(joined(*edits), report, skipped | self.notes)
 
     def _rounded(self, site: NormSite) -> bool:
         return any(name in self.quantized for name in (*site.readers, *([site.experts] if site.experts else [])))
@@ -169,11 +173,24 @@ class LayerSmoothing:
             for rows, chosen in zip(x.split(PIECE), ids.split(PIECE), strict=True):
                 own = torch.maximum(own, expert_extremes(rows, chosen, experts))
                 self.stream.store.release()
-        if self.recipe.aggregate == "router":
-            inside = routed.ids.clamp(0, experts - 1)
-            say = torch.zeros(experts).index_add_(0, inside.flatten(), (routed.weights.abs() * (inside == routed.ids)).flatten().float())
-            return own, say
-        return own, routed.counts(experts)[:experts].float()
+        counts = routed.counts(experts)[:experts].float()
+        return own, self._mean_probability(routed, moe) * (counts > 0) if self.recipe.aggregate == "router" else counts
+
+    def _mean_probability(self, routed: RoutedTokens, moe: MoESite) -> Tensor:
+        """[E] of the router's probabilities over all tokens; of its affinities where they are not recognised, which is noted."""
+        experts = moe.layout.experts
+        router = self.stream.layer(self.sites.index).get_submodule(moe.router) if moe.router else None
+        weight = getattr(router, "weight", None)
+        if router is not None and isinstance(weight, Tensor) and weight.shape == (experts, moe.layout.hidden):
+            bias, pieces = router_bias(router, experts), [values.split(PIECE) for values in (routed.x, routed.ids, routed.weights)]
+            found = (probabilities(x, weight, bias, ids, g) for x, ids, g in zip(*pieces, strict=True))
+            sums = [p.sum(0) for p in found if p is not None]
+            if len(sums) == len(pieces[0]):
+                return torch.stack(sums).sum(0) / len(routed.x)
+        self.notes[f"{self.sites.name}.{moe.router}"] = AFFINITIES
+        inside = routed.ids.clamp(0, experts - 1)
+        there = (routed.weights.abs() * (inside == routed.ids)).flatten().double()
+        return torch.zeros(experts, dtype=torch.float64).index_add_(0, inside.flatten(), there)
 
     def _columns(self, name: str) -> Tensor:
         """[N] largest |w| of every input channel of a linear."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moebit.calibration.statistics import layer_sample
-from moebit.methods.router import SCORES, score_function
+from moebit.methods.router import probabilities
 from moebit.model.experts import RoutedTokens
 from moebit.tensor import add_second_moment, mirror_
 
@@ -63,13 +63,8 @@ def soft_coverage(x_TN: Tensor, weight_EN: Tensor, bias_E: Tensor | None, routed
     """
 
     def share(rows: Tensor) -> Tensor | None:
-        z = x_TN[rows].double() @ weight_EN.double().T
-        z = z if bias_E is None else z + bias_E.double()
-        score = score_function(z, routed.ids[rows], routed.weights[rows])
-        if score is None:
-            return None
-        p = SCORES[score](z).softmax(1)
-        return (p / p.sum(0).clamp(min=torch.finfo(p.dtype).tiny)).float()
+        p = probabilities(x_TN[rows], weight_EN, bias_E, routed.ids[rows], routed.weights[rows])
+        return None if p is None else (p / p.sum(0).clamp(min=torch.finfo(p.dtype).tiny)).float()
 
     positions = layer_sample(len(x_TN), SAMPLE)
     shares, through = share(positions), share(layer_sample(len(x_TN)))
