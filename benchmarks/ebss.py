@@ -53,7 +53,11 @@ def throughput(model: str, settings: dict[str, Any], cache: Path) -> dict[str, f
         began = time.perf_counter()
         loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length - 1, pad_token_id=0, **how)
         result[f"transformers, {name}"] = n * width * length / (time.perf_counter() - began)
-        kind = {"kind": "self"} if beams == 1 else {"kind": "ebss", "width": width, "repetition_penalty": 1.0, "no_repeat_ngram": 0}
+        kind = (
+            {"kind": "self"}
+            if beams == 1
+            else {"kind": "ebss", "extend": "likeliest", "width": width, "repetition_penalty": 1.0, "no_repeat_ngram": 0}
+        )
         ours = moebit.sample(path, cache / "throughput.jsonl", sequences=rows, length=length, overwrite=True, **kind)
         result[f"moebit, {name}"] = ours["tokens_per_second"] * beams
     return result
