@@ -56,8 +56,8 @@ bench-speed: setup  ## from end to end, beside the bare products and two other q
 bench-memory: setup  ## resident memory on real shapes (hours, 40 GB of disk; goes on where it was interrupted)
 	$(BIN)/python benchmarks/memory.py
 
-bench-runtime: setup  ## how small and how fast packed models run, against bf16 (needs 8 GB of disk and memory)
-	$(BIN)/python benchmarks/runtime.py
+bench-runtime: setup  ## how small and how fast packed models run, against bf16 (needs 20 GB of disk and 16 GB of memory; --layers 8: half)
+	$(BIN)/python benchmarks/runtime.py --layers 16
 
 quality: setup  ## the quality table: every preset on every reference model
 	$(BIN)/python benchmarks/quality.py

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import yaml
-from moequant import with_balanced
+from moequant import BALANCED, with_balanced
 from quality import ROOT, TEXTS, digest, markdown_row, written
 from transformers import AutoModelForCausalLM
 
@@ -73,6 +73,7 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]], speeds: dict[str,
         f"{tokens:,} tokens a row where it says nothing else, means over the seeds that it names.",
         "Imbalance sigma is 0 where all experts of a layer get as many tokens, 1 where one gets all; std = sigma / sqrt(experts) is what",
         "the paper's table has. `below wiki` says how many times lower it is than that of random windows of wiki.",
+        BALANCED,
         "",
         f"torch {torch.__version__}, {torch.get_num_threads()} threads.",
         "",

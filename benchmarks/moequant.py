@@ -23,6 +23,10 @@ from quality import ROOT, TEXTS, digest, kl_cells, markdown_row, mean_over, nume
 import moebit
 
 Result = dict[str, Any]
+BALANCED = (
+    "Models under runs/balanced are copies of the reference models, trained on until their experts are used about evenly\n"
+    "([balanced.py](../balanced.py)), as those of large models are."
+)
 
 
 def with_balanced(protocol: dict[str, Any]) -> dict[str, Any]:
@@ -56,6 +60,7 @@ def table(results: list[Result], protocol: dict[str, Any], name: str) -> str:
         f"mean per token of text that was held out (`{protocol['texts'].get('split', 'eval')}`); lower is better; ± is the standard",
         "deviation over calibration seeds of the mean over the known domains. All calibration sets have as many tokens, windows of",
         "text and what the model wrote itself alike.",
+        BALANCED,
         "",
         f"torch {torch.__version__}, {torch.get_num_threads()} threads.",
         "",

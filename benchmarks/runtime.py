@@ -221,7 +221,8 @@ def tables(found: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> s
         "# Packed models in transformers",
         "",
         f"{arguments.layers} layers with OLMoE's structure, random weights: {size}. {torch.get_num_threads()} threads, {processor()}, "
-        f"torch {torch.__version__}. Made by `make bench-runtime`; what the columns mean stands in [runtime.py](../runtime.py).",
+        f"torch {torch.__version__}. Made by `python benchmarks/runtime.py --layers {arguments.layers}`; what the columns mean stands in",
+        "[runtime.py](../runtime.py).",
         "Ratios of speed are to the faster of the two bf16 rows, those of memory to the bf16 weights: transformers, stacking experts",
         "that are stored one by one, also has the file's pages resident, which the system can take back.",
         "",
