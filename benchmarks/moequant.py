@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from balanced import described, train_on
 from quality import ROOT, TEXTS, digest, kl_cells, markdown_row, mean_over, numeric_code, run_protocol, with_copies
+from speed import Shape
 
 import moebit
 
@@ -112,36 +113,44 @@ def findings(results: list[Result], protocol: dict[str, Any]) -> list[str]:
     return lines + _agq_time(protocol)
 
 
-def affinity_time(protocol: dict[str, Any], cache: Path) -> dict[str, float]:
+def affinity_time(how: dict[str, Any], cache: Path) -> dict[str, float]:
     """Seconds that GPTQ takes with and without affinity in its Hessians, by turns in one process: the least of each."""
-    how = protocol["agq_time"]
     file = cache / f"time-{digest(how, *numeric_code())}.json"
     if not file.exists():
         best: dict[str, float] = {}
         with tempfile.TemporaryDirectory() as scratch:
+            model, text = ROOT / how["model"], {name: TEXTS / f"{name}.calib.txt" for name in how.get("text", ())}
+            sizes = {}
+            if how["model"] == "random":
+                shape = Shape()
+                shape.write(Path(scratch))
+                model, text = Path(scratch) / "model", {"random": Path(scratch) / "tokens.jsonl"}
+                sizes = {"calibration.samples": shape.windows, "calibration.seq_len": shape.length}
             for number in range(how["rounds"] + 1):
                 for power in (0, 1):
                     began = time.perf_counter()
                     moebit.quantize(
-                        ROOT / how["model"], Path(scratch) / "out", recipe=how["recipe"], overwrite=True,
-                        text={name: TEXTS / f"{name}.calib.txt" for name in how["text"]}, overrides={"solver.affinity_power": power},
+                        model, Path(scratch) / "out", recipe=how["recipe"], overwrite=True, text=text,
+                        overrides={**sizes, "solver.affinity_power": power},
                     )  # fmt: skip
                     if number:  # the first round compiles and fills caches
                         best[str(power)] = min(best.get(str(power), math.inf), time.perf_counter() - began)
-        file.write_text(json.dumps(best))
+        file.write_text(json.dumps({**best, "threads": torch.get_num_threads()}))
     return dict(json.loads(file.read_text()))
 
 
 def _agq_time(protocol: dict[str, Any]) -> list[str]:
-    if "agq_time" not in protocol:
-        return []
-    took = affinity_time(protocol, ROOT / "runs" / "quality")
-    ratio, most = took["1"] / took["0"], protocol["agq_time"]["expected"]
-    word = "as expected" if ratio <= most else "missed"
-    return [
-        f"- affinity in the Hessians takes {ratio:.3f} times GPTQ's time on {protocol['agq_time']['model']} ({took['1']:.1f} s against "
-        f"{took['0']:.1f} s, the least of {protocol['agq_time']['rounds']} rounds by turns; at most {most} expected: {word})."
-    ]
+    lines = []
+    for how in protocol.get("agq_time", []):
+        took = affinity_time(how, ROOT / "runs" / "quality")
+        ratio, most = took["1"] / took["0"], how["expected"]
+        name = "bench-speed's random model" if how["model"] == "random" else how["model"]
+        lines.append(
+            f"- affinity in the Hessians takes {ratio:.3f} times GPTQ's time on {name} ({took['1']:.1f} s against {took['0']:.1f} s, the least "
+            f"of {how['rounds']} rounds by turns, {took.get('threads', 1)} threads; at most {most} expected: "
+            f"{'as expected' if ratio <= most else 'missed'})."
+        )
+    return lines
 
 
 def main() -> None:
