@@ -145,10 +145,10 @@ def _agq_time(protocol: dict[str, Any]) -> list[str]:
         took = affinity_time(how, ROOT / "runs" / "quality")
         ratio, most = took["1"] / took["0"], how["expected"]
         name = "bench-speed's random model" if how["model"] == "random" else how["model"]
+        word = "as expected" if ratio <= most else "missed"
         lines.append(
-            f"- affinity in the Hessians takes {ratio:.3f} times GPTQ's time on {name} ({took['1']:.1f} s against {took['0']:.1f} s, the least "
-            f"of {how['rounds']} rounds by turns, {took.get('threads', 1)} threads; at most {most} expected: "
-            f"{'as expected' if ratio <= most else 'missed'})."
+            f"- affinity in the Hessians takes {ratio:.3f} times GPTQ's time on {name} ({took['1']:.1f} s against {took['0']:.1f} s, the "
+            f"least of {how['rounds']} rounds by turns, {took.get('threads', 1)} threads; at most {most} expected: {word})."
         )
     return lines
 
