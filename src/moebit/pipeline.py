@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from moebit.calibration.sampling import Settings, check_fits, kept_windows, sampling_settings
-from moebit.calibration.text import calibration_windows, digest, load_tokenizer, parse_texts, tokenize
+from moebit.calibration.text import Texts, calibration_windows, digest, load_tokenizer, parse_texts, tokenize
 from moebit.documents import documents
 from moebit.errors import BadInputError
 from moebit.formats.activations import describe_activations
@@ -125,7 +125,7 @@ def quantize(
     out: str | Path,
     *,
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
-    text: Sequence[str] | Mapping[str, str | Path] = (),
+    text: Texts = (),
     overrides: Mapping[str, Any] | None = None,
     plan: str | Path | BitPlan | None = None,
     profile: str | Path | None = None,
@@ -252,14 +252,7 @@ class _Data:
     sets: dict[str, Tensor] | Profile | None
 
 
-def _data(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    text: Sequence[str] | Mapping[str, str | Path],
-    seed: int,
-    profile: str | Path | None,
-    bits: BitPlan | None,
-) -> _Data:
+def _data(checkpoint: Checkpoint, recipe: Recipe, text: Texts, seed: int, profile: str | Path | None, bits: BitPlan | None) -> _Data:
     return _Data(
         _calibration(checkpoint, recipe, text, seed),
         sampling_settings(recipe, bool(text), seed),
@@ -274,7 +267,7 @@ def _streamed(recipe: Recipe, data: _Data) -> int:
     return base * (2 if recipe.needs_reference else 1) + (data.pool.numel() if data.pool is not None else 0)
 
 
-def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: Sequence[str] | Mapping[str, str | Path], seed: int) -> Tensor | None:
+def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: Texts, seed: int) -> Tensor | None:
     """The windows of given text; None where there are none to be."""
     files = parse_texts(text)
     if not recipe.needs_calibration:
@@ -313,7 +306,7 @@ def _sampled(
     return windows if text is None else torch.cat([windows, text])
 
 
-def _pool(checkpoint: Checkpoint, recipe: Recipe, text: Sequence[str] | Mapping[str, str | Path], seed: int) -> Tensor | None:
+def _pool(checkpoint: Checkpoint, recipe: Recipe, text: Texts, seed: int) -> Tensor | None:
     """Further windows of the calibration texts, for experts that get too few tokens; None where the recipe does not balance."""
     chosen = recipe.calibration
     if chosen.balance == "none":
@@ -327,12 +320,7 @@ def _pool(checkpoint: Checkpoint, recipe: Recipe, text: Sequence[str] | Mapping[
 
 
 def _data_sets(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    text: Sequence[str] | Mapping[str, str | Path],
-    seed: int,
-    profile: str | Path | None,
-    bits: BitPlan | None,
+    checkpoint: Checkpoint, recipe: Recipe, text: Texts, seed: int, profile: str | Path | None, bits: BitPlan | None
 ) -> dict[str, Tensor] | Profile | None:
     """What widths and switchable channels are decided from: a profile, or windows of every text; None where nothing is to be decided."""
     if profile is not None:

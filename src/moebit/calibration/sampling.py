@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moebit.calibration.beam import Rules, ancestral, ebss
-from moebit.calibration.text import calibration_windows, load_tokenizer, parse_texts, tokenize
+from moebit.calibration.text import Texts, calibration_windows, load_tokenizer, parse_texts, tokenize
 from moebit.calibration.usage import Progress, balanced_subset, describe_windows
 from moebit.errors import BadInputError
 from moebit.model.budget import PROCESS_BYTES
@@ -174,10 +174,9 @@ def sample(
     checkpoint = open_hub_checkpoint(path, None)
     structure = find_structure(checkpoint.model)
     described = describe_windows(checkpoint, structure, windows, end_ids(checkpoint), memory, progress)
-    temperature = balancing_temperature(structure) if settings.temperature is None else settings.temperature
     result = {
         "model": str(model),
-        "settings": {**asdict(settings), "temperature": temperature},
+        "settings": {**asdict(settings), "temperature": _temperature(settings, structure)},
         **described,
         "seconds": round(seconds, 3),
         "tokens_per_second": round(fresh / seconds, 1) if fresh else None,
@@ -190,7 +189,7 @@ def sample(
 
 def describe_text(
     model: str | Path,
-    text: Sequence[str] | dict[str, str | Path],
+    text: Texts,
     *,
     sequences: int = 128,
     length: int = 512,
@@ -230,13 +229,16 @@ def write_windows(path: Path, settings: Settings, memory: int, partial: Partial,
     done = sum(len(tokens) for tokens, _ in partial.groups)
     fresh = (settings.drawn - done) * settings.length
     if fresh:
-        temperature = balancing_temperature(structure) if settings.temperature is None else settings.temperature
-        _write_groups(decoder, settings, temperature, memory, partial, progress or (lambda what, done, total: None))
+        _write_groups(decoder, settings, _temperature(settings, structure), memory, partial, progress or (lambda what, done, total: None))
     tokens = torch.cat([tokens for tokens, _ in partial.groups])
     if settings.kind == "self-balanced":
         usage = torch.cat([usage for _, usage in partial.groups])
         tokens = tokens[balanced_subset(usage, decoder.experts, settings.sequences)]
     return tokens, fresh
+
+
+def _temperature(settings: Settings, structure: Structure) -> float:
+    return balancing_temperature(structure) if settings.temperature is None else settings.temperature
 
 
 def balancing_temperature(structure: Structure) -> float:

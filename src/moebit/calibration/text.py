@@ -19,6 +19,8 @@ from torch import Tensor
 
 from moebit.errors import BadInputError
 
+Texts = Sequence[str] | Mapping[str, str | Path]  # `[NAME=]FILE` items, or files by name
+
 
 @dataclass(frozen=True)
 class TokenText:
@@ -46,7 +48,7 @@ class _Piece:
     starts: list[int] | None
 
 
-def parse_texts(items: Sequence[str] | Mapping[str, str | Path]) -> dict[str, Path]:
+def parse_texts(items: Texts) -> dict[str, Path]:
     """`[NAME=]FILE` items (or a mapping) to files by name; the name defaults to the file's.
 
     Raises:

@@ -9,7 +9,7 @@ original's before a number is taken from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from moebit.calibration.text import consecutive_windows, load_tokenizer, parse_texts, tokenize
+from moebit.calibration.text import Texts, consecutive_windows, load_tokenizer, parse_texts, tokenize
 from moebit.errors import BadInputError
 from moebit.evaluate.streaming import Progress, _Scores, add_scores, evaluate
 from moebit.formats.opening import open_checkpoint, quantized_modules
@@ -56,7 +56,7 @@ class Judgement:
 def judge(
     model: str | Path,
     reference: str | Path,
-    text: Sequence[str] | Mapping[str, str | Path],
+    text: Texts,
     *,
     window: int = 512,
     max_tokens: int | None = None,
@@ -163,7 +163,7 @@ def _judge_loaded(
     found: Judgement,
     path: Path,
     original: Checkpoint,
-    text: Sequence[str] | Mapping[str, str | Path],
+    text: Texts,
     window: int,
     max_tokens: int | None,
     unreadable: str,
@@ -244,9 +244,7 @@ def _values(held: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def _score(
-    model: Any, original: Checkpoint, path: Path, text: Sequence[str] | Mapping[str, str | Path], window: int, max_tokens: int | None
-) -> dict[str, dict[str, Any]]:
+def _score(model: Any, original: Checkpoint, path: Path, text: Texts, window: int, max_tokens: int | None) -> dict[str, dict[str, Any]]:
     """Perplexity, KL and top-1 agreement, one window at a time, with both models whole in memory."""
     with _quiet():
         reference: Any = AutoModelForCausalLM.from_pretrained(original.path, dtype=torch.float32).eval()

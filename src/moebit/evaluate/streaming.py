@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebit.calibration.text import TokenText, consecutive_windows, load_tokenizer, parse_texts, tokenize
+from moebit.calibration.text import Texts, TokenText, consecutive_windows, load_tokenizer, parse_texts, tokenize
 from moebit.errors import BadInputError
 from moebit.evaluate.tasks import check_tasks, run_tasks
 from moebit.formats.opening import average_bits, open_checkpoint, size_on_disk
@@ -52,7 +52,7 @@ def evaluate(
     model: str | Path,
     *,
     against: str | Path | None = None,
-    text: Sequence[str] | Mapping[str, str | Path] = (),
+    text: Texts = (),
     window: int = 512,
     max_tokens: int | None = None,
     memory: int = 4 * 2**30,

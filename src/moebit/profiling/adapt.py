@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebit.calibration.text import Texts
 from moebit.errors import BadInputError
 from moebit.formats.native import NativeWeights, pack_stack
 from moebit.formats.output import partial_of
@@ -69,7 +70,7 @@ class _Part:
 def adapt(
     out: str | Path,
     *,
-    text: Sequence[str] | Mapping[str, str | Path] = (),
+    text: Texts = (),
     to: str | Path | None = None,
     in_place: bool = False,
     keep: bool = False,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moebit.calibration.text import calibration_windows, digest, load_tokenizer, parse_texts, tokenize
+from moebit.calibration.text import Texts, calibration_windows, digest, load_tokenizer, parse_texts, tokenize
 from moebit.errors import BadInputError
 from moebit.formats.opening import open_checkpoint
 from moebit.formats.profile import Profile, ProfiledModule, set_file
@@ -29,7 +29,7 @@ def profile(
     model: str | Path,
     out: str | Path,
     *,
-    text: Sequence[str] | Mapping[str, str | Path] = (),
+    text: Texts = (),
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     overrides: Mapping[str, Any] | None = None,
     samples: int = SAMPLES,
@@ -69,9 +69,7 @@ def profile(
     return run_profile(checkpoint, structure, plan, sets, Path(out), _widths(widths), solver, errors, memory, report)
 
 
-def data_sets(
-    checkpoint: Checkpoint, text: Sequence[str] | Mapping[str, str | Path], samples: int, length: int, seed: int
-) -> dict[str, Tensor]:
+def data_sets(checkpoint: Checkpoint, text: Texts, samples: int, length: int, seed: int) -> dict[str, Tensor]:
     """int64 [samples, length] windows of every text.
 
     Raises:

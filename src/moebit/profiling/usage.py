@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebit.calibration.text import Texts
 from moebit.errors import BadInputError
 from moebit.formats.native import NativeWeights
 from moebit.formats.opening import open_checkpoint
@@ -48,7 +49,7 @@ class Observed:
 
 def observe(
     out: str | Path,
-    text: Sequence[str] | Mapping[str, str | Path],
+    text: Texts,
     samples: int,
     length: int,
     memory: int,
@@ -100,7 +101,7 @@ def _silent(what: str, done: int, total: int) -> None:
 def drift(
     out: str | Path,
     *,
-    text: Sequence[str] | Mapping[str, str | Path],
+    text: Texts,
     samples: int = 16,
     length: int = 512,
     memory: int = 4 * 2**30,

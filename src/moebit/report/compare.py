@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moebit.calibration.text import Texts
 from moebit.errors import BadInputError
 from moebit.evaluate import evaluate
 from moebit.evaluate.judging import Judgement, judge
@@ -26,7 +27,7 @@ def compare(
     models: Sequence[str | Path],
     output: str | Path | None = None,
     *,
-    text: Sequence[str] | Mapping[str, str | Path] = (),
+    text: Texts = (),
     window: int = 512,
     max_tokens: int | None = None,
     memory: int = 4 * 2**30,
