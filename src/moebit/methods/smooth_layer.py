@@ -182,7 +182,8 @@ class LayerSmoothing:
         router = self.stream.layer(self.sites.index).get_submodule(moe.router) if moe.router else None
         weight = getattr(router, "weight", None)
         if router is not None and isinstance(weight, Tensor) and weight.shape == (experts, moe.layout.hidden):
-            bias, pieces = router_bias(router, experts), [values.split(PIECE) for values in (routed.x, routed.ids, routed.weights)]
+            count = -(-len(routed.x) // PIECE)  # of equal pieces: a few tokens at the end would not tell score functions apart
+            bias, pieces = router_bias(router, experts), [v.tensor_split(count) for v in (routed.x, routed.ids, routed.weights)]
             found = (probabilities(x, weight, bias, ids, g) for x, ids, g in zip(*pieces, strict=True))
             sums = [p.sum(0) for p in found if p is not None]
             if len(sums) == len(pieces[0]):
