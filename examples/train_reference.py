@@ -1,12 +1,15 @@
 """Train a small Mixture-of-Experts language model with real routing, from any transformers MoE configuration.
 
-    python examples/train_reference.py examples/reference_olmoe.yaml \
-        --corpus runs/corpus --texts reference/text --out reference/olmoe --work runs/olmoe
+    python examples/train_reference.py examples/tiny-olmoe.yaml \
+        --corpus runs/corpus --texts reference/text --out reference/tiny-olmoe --work runs/tiny-olmoe
 
 The byte-level BPE tokenizer is trained on the corpus; data order is a function of (seed, step) and the state is
-saved every `--save-every` steps, so that a run that was interrupted goes on where it was. At the end the bits
-per byte on held-out text of every domain stand beside a unigram and an xz baseline, with the expert load, in
-`training.json`. `examples/reference_texts.py` makes the corpus and the texts.
+saved every `--save-every` steps, so that a run that was interrupted goes on where it was. Experts are used evenly,
+as in large models: by an auxiliary loss (`training.balance_loss`, Switch Transformer, 2101.03961, equation 4) or by
+the router's correction bias (`training.bias_rate`, 2408.15664: after each step the bias of an expert with more than
+its share of the tokens falls, that of one with less rises). At the end the bits per byte on held-out text of every
+domain stand beside a unigram and an xz baseline, with the expert load, in `training.json`.
+`examples/reference_texts.py` makes the corpus and the texts.
 """
 
 from __future__ import annotations
@@ -78,6 +81,41 @@ def learning_rate(step: int, training: dict[str, Any]) -> float:
     return training["learning_rate"] * min(1.0, (step + 1) / warmup, (steps - step) / decay)
 
 
+def has_bfloat16(device: str) -> bool:
+    """Whether bfloat16 products are faster than float32 ones there."""
+    return device != "cpu" or "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+
+
+class ExpertLoad:
+    """How many routed slots each expert got since the last `take`, by the name of its experts module."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.counts: dict[str, torch.Tensor] = {}
+        for name, module in model.named_modules():
+            if name.endswith(".experts"):
+                module.register_forward_pre_hook(self._counter(name, int(module.num_experts)))
+
+    def _counter(self, name: str, experts: int) -> Any:
+        def count(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            slots = torch.bincount(args[1].detach().flatten(), minlength=experts)
+            self.counts[name] = self.counts[name] + slots if name in self.counts else slots
+
+        return count
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """Counts [E] by module, from here on counted anew."""
+        counts, self.counts = self.counts, {}
+        return counts
+
+
+@torch.no_grad()
+def move_biases(model: torch.nn.Module, load: dict[str, torch.Tensor], rate: float) -> None:
+    """Loss-free balancing: the correction bias of every expert moves by `rate` towards an even load."""
+    for name, counts in load.items():
+        bias = model.get_submodule(name.rpartition(".")[0] + ".gate").e_score_correction_bias
+        bias += rate * torch.sign(counts.float().mean() - counts.float())
+
+
 def make_optimizer(model: torch.nn.Module, training: dict[str, Any]) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -87,6 +125,8 @@ def make_optimizer(model: torch.nn.Module, training: dict[str, Any]) -> torch.op
 
 def save_state(path: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.AdamW) -> None:
     tensors = {}
+    for name, buffer in model.named_buffers():
+        tensors[f"buffer.{name}"] = buffer.detach().clone()
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach().contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -100,6 +140,8 @@ def load_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.AdamW)
 
     tensors = load_file(path)
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(tensors[f"buffer.{name}"])
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
             optimizer.state[parameter] = {
@@ -109,12 +151,12 @@ def load_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.AdamW)
         return int(f.metadata()["step"])
 
 
-def loss_on(model: torch.nn.Module, ids: torch.Tensor, amp: bool, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(next-token cross entropy in nats, router balance loss) of [B, L + 1] ids."""
+def loss_on(model: torch.nn.Module, ids: torch.Tensor, amp: bool, device: str, balanced: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(next-token cross entropy in nats, router balance loss or 0) of [B, L + 1] ids."""
     with torch.autocast(device, torch.bfloat16, enabled=amp):
-        out = model(input_ids=ids[:, :-1], use_cache=False, output_router_logits=True, labels=None)
+        out = model(input_ids=ids[:, :-1], use_cache=False, **({"output_router_logits": True} if balanced else {}))
     loss = torch.nn.functional.cross_entropy(out.logits.float().flatten(0, 1), ids[:, 1:].flatten())
-    return loss, balance_loss(out.router_logits, model.config)
+    return loss, balance_loss(out.router_logits, model.config) if balanced else torch.zeros(())
 
 
 def balance_loss(router_logits: tuple[torch.Tensor, ...], config: Any) -> torch.Tensor:
@@ -129,29 +171,28 @@ def balance_loss(router_logits: tuple[torch.Tensor, ...], config: Any) -> torch.
 
 
 @torch.no_grad()
-def held_out(model: torch.nn.Module, tokenizer: Tokenizer, domain: str, text: str, train_counts: np.ndarray, device: str) -> dict[str, Any]:
+def held_out(
+    model: torch.nn.Module, load: ExpertLoad, tokenizer: Tokenizer, domain: str, text: str, train_counts: np.ndarray, device: str
+) -> dict[str, Any]:
     """Bits per byte of the model, of a unigram model of the training tokens and of xz; expert load [layers, E]."""
     ids = torch.from_numpy(encode(tokenizer, domain, text).astype(np.int64))
     window = 256
     ids = ids[: (len(ids) - 1) // window * window + 1]
-    nats, load = 0.0, None
+    nats, _ = 0.0, load.take()
     for start in range(0, len(ids) - 1, window * 16):
         piece = ids[start : start + window * 16 + 1]
         rows = torch.stack([piece[i : i + window + 1] for i in range(0, len(piece) - 1, window)]).to(device)
-        out = model(input_ids=rows[:, :-1], use_cache=False, output_router_logits=True)
+        out = model(input_ids=rows[:, :-1], use_cache=False)
         nats += float(torch.nn.functional.cross_entropy(out.logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"))
-        k = model.config.num_experts_per_tok
-        counts = torch.stack([torch.bincount(z.topk(k, -1).indices.flatten(), minlength=z.shape[-1]) for z in out.router_logits])
-        load = counts if load is None else load + counts
     size = len(tokenizer.decode(ids[1:].tolist(), skip_special_tokens=True).encode())
     unigram = -np.log2(train_counts / train_counts.sum())
-    assert load is not None
+    counts = torch.stack(list(load.take().values()))
     return {
         "bytes": size,
         "bits_per_byte": nats / math.log(2) / size,
         "unigram_bits_per_byte": float(unigram[ids[1:].numpy()].sum()) / size,
         "xz_bits_per_byte": 8 * len(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME)) / len(text.encode()),
-        "expert_load": (load / load.sum(1, keepdim=True)).round(decimals=5).tolist(),
+        "expert_load": (counts / counts.sum(1, keepdim=True)).round(decimals=5).tolist(),
     }
 
 
@@ -190,6 +231,7 @@ def main() -> None:
     config = AutoConfig.for_model(model_type, **settings["model"])
     model = AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm").float().to(args.device)
     print(f"{model_type}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    load, coefficient, bias_rate = ExpertLoad(model), training.get("balance_loss", 0.0), training.get("bias_rate", 0.0)
     optimizer = make_optimizer(model, training)
     state = args.work / "state.safetensors"
     first = load_state(state, model, optimizer) if state.exists() else 0
@@ -198,16 +240,22 @@ def main() -> None:
     for step in range(first, training["steps"]):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, training)
-        loss, balance = loss_on(model, batch_at(step, tokens, training).to(args.device), amp=True, device=args.device)
-        (loss + config.router_aux_loss_coef * balance).backward()
+        batch = batch_at(step, tokens, training).to(args.device)
+        loss, balance = loss_on(model, batch, has_bfloat16(args.device), args.device, bool(coefficient))
+        (loss + coefficient * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        counts = load.take()
+        if bias_rate:
+            move_biases(model, counts, bias_rate * min(1.0, 4 * (training["steps"] - step) / training["steps"]))
         loss_sum += float(loss.detach())
         if (step + 1) % log_every == 0:
             rate = (step + 1 - first) * training["batch"] * training["length"] / (time.time() - began)
+            busiest = max(float(c.max() / c.float().mean()) for c in counts.values())
             print(
-                f"step {step + 1}/{training['steps']} loss {loss_sum / log_every:.4f} balance {float(balance):.3f} {rate:.0f} tokens/s",
+                f"step {step + 1}/{training['steps']} loss {loss_sum / log_every:.4f} balance {float(balance):.3f} "
+                f"busiest expert {busiest:.2f} of the mean {rate:.0f} tokens/s",
                 flush=True,
             )
             loss_sum = 0.0
@@ -223,7 +271,9 @@ def main() -> None:
     counts = sum(np.bincount(tokens[n][:3_000_000], minlength=config.vocab_size) for n in tokens) + 1.0
     texts = sorted(args.texts.glob("*.eval.txt"))
     results = {
-        file.name.split(".")[0]: held_out(model, tokenizer, file.name.split(".")[0], file.read_text(encoding="utf-8"), counts, args.device)
+        file.name.split(".")[0]: held_out(
+            model, load, tokenizer, file.name.split(".")[0], file.read_text(encoding="utf-8"), counts, args.device
+        )
         for file in texts
     }
     record = {"steps": training["steps"], "tokens": training["steps"] * training["batch"] * training["length"], "domains": results}
