@@ -3,7 +3,8 @@
     make architectures                                              # all of them, into docs/architectures.md
     .venv/bin/python -m benchmarks.architectures mixtral llama4     # these, on the screen
 
-Types are found by scanning transformers' modelling files; tests/architectures.py has a small configuration for each, tests/in_full.py says
+Types are found by scanning transformers' modelling files; tests/support/architectures.py has a small configuration for each,
+tests/support/in_full.py says
 what "works" means. Types that fail don't stop the others.
 """
 
@@ -30,9 +31,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from moebit.errors import BadInputError
-from tests.architectures import TINY, UNTRIED
-from tests.in_full import Outcome, run
-from tests.models import quiet
+from tests.support.architectures import TINY, UNTRIED
+from tests.support.in_full import Outcome, run
+from tests.support.models import quiet
 
 TABLE = Path("docs/architectures.md")
 MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
@@ -104,7 +105,7 @@ def attempt(module: Module, model_type: str) -> Row:
     began = time.perf_counter()
     verdict, why, outcome = "no", "", None
     if model_type not in TINY:
-        why = UNTRIED.get(model_type, "tests/architectures.py has no configuration for it")
+        why = UNTRIED.get(model_type, "tests/support/architectures.py has no configuration for it")
         return Row(module, model_type, "not tried", why, None, 0.0)
     with tempfile.TemporaryDirectory() as directory:
         try:

@@ -147,7 +147,7 @@ def main() -> None:
     sampling = protocol["sampling"]
     sampling["seeds"] = sampling["seeds"][: args.seeds]
     args.cache.mkdir(parents=True, exist_ok=True)
-    code = digest(Path(moebit.__file__).parent / "calibration", Path(moebit.__file__).parent / "model")
+    code = digest(*(Path(moebit.__file__).parent / room for room in ("calibration", "model", "streaming", "storage")))
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for model in (m for m in protocol["models"] if args.model in (None, m)):
         for name, row in sampling["rows"].items():

@@ -2,9 +2,11 @@
 
     make formats        (or: .venv/bin/python -m benchmarks.formats [ARCHITECTURE ...])
 
-Every architecture of tests/models.py, tiny and random, is quantized into every format. What transformers is said to run is run, packed
+Every architecture of tests/support/models.py, tiny and random, is quantized into every format. What transformers is said to run is
+run, packed
 formats of others in a process without moebit, and compared with the original architecture holding the weights that the compressed-tensors
-library (or the naive reader of tests/outputs.py) finds in the files. vLLM's column is what moebit's rules say; what of it was executed is
+library (or the naive reader of tests/support/outputs.py) finds in the files. vLLM's column is what moebit's rules say;
+what of it was executed is
 in vllm-cpu.md. The command fails when something that is said to run does not, or computes something else.
 """
 
@@ -23,8 +25,8 @@ from transformers import AutoModelForCausalLM
 
 import moebit
 from tests.formats.library import plain_transformers, reference_logits
-from tests.models import ARCHITECTURES, Architecture, quiet, random_model, save, windows
-from tests.outputs import with_weights
+from tests.support.models import ARCHITECTURES, Architecture, quiet, random_model, save, windows
+from tests.support.outputs import with_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "formats.md"

@@ -21,7 +21,7 @@ import yaml
 
 import moebit
 from benchmarks.quality import ROOT, TEXTS, digest, markdown_row, numeric_code
-from moebit.planning import BitPlan
+from moebit.plan.plan import BitPlan
 
 Cell = dict[str, Any]
 
@@ -251,7 +251,7 @@ def main() -> None:
     args = parser.parse_args()
     protocol = yaml.safe_load(args.protocol.read_text())
     args.cache.mkdir(parents=True, exist_ok=True)
-    code = digest(*numeric_code(), Path(moebit.__file__).parent / "recipes")
+    code = digest(*numeric_code(), Path(moebit.__file__).parent / "recipe" / "presets")
     todo = [cell for cell in cells(protocol) if args.model in (None, cell["model"])]
     results = []
     for number, cell in enumerate(todo, 1):

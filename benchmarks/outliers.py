@@ -27,9 +27,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moebit.formats.opening import open_checkpoint
-from moebit.model.edits import Edits, apply_edits
-from moebit.model.sites import find_scales, scale_behind_norm, scale_down
+from moebit.model.proof.sites import find_scales, scale_behind_norm, scale_down
 from moebit.model.structure import find_structure
+from moebit.storage.edits import Edits, apply_edits
 
 CHANNELS, NEURONS, LEAST, MOST = 4, 2, 8.0, 64.0
 ALLOWED = 1e-4  # of the logits' norm

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ROOT / "reference" / "text"
 Measure = Callable[[Path, Path, dict[str, Any]], dict[str, Any]]  # (output, model, the protocol's texts) -> numbers, for JSON
 NEUTRAL = (
-    "__main__.py", "cli.py", "documents.py", "report", "formats/verify.py", "runtime/generate.py", "evaluate/judging.py",
+    "__main__.py", "cli", "quantize/documents.py", "report", "formats/verify.py", "runtime/generate.py", "evaluate/judging.py",
     "evaluate/tasks.py", "evaluate/task_data.py",
 )  # fmt: skip
 
@@ -148,14 +148,23 @@ def calibration_texts(source: Any, calibration: dict[str, Any], cell: dict[str, 
         return {}
     if not isinstance(source, dict):
         return {name: TEXTS / f"{name}.calib.txt" for name in source}
-    return {"sample": written(ROOT / cell["model"], source, calibration["samples"], calibration["seq_len"], cell["seed"], cache)[0]}
+    return {
+        "sample": written(
+            ROOT / cell["model"],
+            source,
+            calibration["samples"],
+            calibration["seq_len"],
+            cell["seed"],
+            cache,
+        )[0]
+    }
 
 
 def written(model: Path, how: dict[str, Any], sequences: int, length: int, seed: int, cache: Path) -> tuple[Path, dict[str, Any]]:
     """(file, report) of text that a model wrote itself, kept for whoever asks for the same."""
     sizes = {"sequences": sequences, "length": length, "seed": seed}
     package = Path(moebit.__file__).parent
-    code = [package / "calibration", package / "model"]
+    code = [package / "calibration", package / "model", package / "streaming", package / "storage"]
     key = digest(how, sizes, *code, model / "config.json", model / "model.safetensors")
     file, report = cache / f"sample-{key}.jsonl", cache / f"sample-{key}.json"
     if not report.exists():

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from moebit.calibration.text import consecutive_windows, load_tokenizer, tokenize
 from moebit.formats.opening import open_checkpoint
-from moebit.model.activations import ActivationStore
-from moebit.model.stream import Stream
 from moebit.model.structure import find_structure
+from moebit.streaming.store import ActivationStore
+from moebit.streaming.stream import Stream
 
 Result = dict[str, Any]
 

@@ -13,8 +13,11 @@ import torch
 if not torch.cuda.is_available():  # Triton's kernels are interpreted, which it decides when it is first imported, maybe by transformers
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tests.models import Checkpoints
-from tests.outputs import Outputs
+from moebit.model.structure import find_structure
+from moebit.storage.checkpoint import HubWeights, open_hub_checkpoint
+from tests.support.models import ARCHITECTURES, Architecture, Checkpoints
+from tests.support.opened import Opened
+from tests.support.outputs import Outputs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,11 +27,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    """The tiny checkpoints of tests/models.py, each built once for the whole session."""
+    """The tiny checkpoints of tests/support/models.py, each built once for the whole session."""
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="session")
 def outputs(tmp_path_factory: pytest.TempPathFactory, checkpoints: Checkpoints) -> Outputs:
-    """The same, quantized (tests/outputs.py)."""
+    """The same, quantized (tests/support/outputs.py)."""
     return Outputs(tmp_path_factory.mktemp("outputs"), checkpoints)
+
+
+_opened: dict[str, Opened] = {}
+
+
+@pytest.fixture(params=ARCHITECTURES.values(), ids=str)
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def opened(architecture: Architecture, checkpoints: Checkpoints) -> Opened:
+    """Opened once in the session: every test leaves the skeleton as it was."""
+    if architecture.name not in _opened:
+        checkpoint = open_hub_checkpoint(checkpoints.path(architecture))
+        assert isinstance(checkpoint.weights, HubWeights)
+        reference = checkpoints.reference(architecture)
+        _opened[architecture.name] = Opened(architecture, reference, checkpoint, checkpoint.weights, find_structure(checkpoint.model))
+    return _opened[architecture.name]

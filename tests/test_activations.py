@@ -17,13 +17,13 @@ import moebit
 from moebit.errors import BadInputError
 from moebit.evaluate.streaming import evaluate
 from moebit.formats.opening import open_checkpoint
-from moebit.model.stream import Stream
 from moebit.model.structure import find_structure
-from moebit.pipeline import Result
-from moebit.planning import Plan
-from tests.models import ARCHITECTURES, Architecture, Checkpoints, quiet, random_model, save, windows
-from tests.outputs import file_bytes, quantization, read_config, small_recipe, stored_tensors, token_file
-from tests.rounded import oracle
+from moebit.plan.plan import Plan
+from moebit.quantize.run import Result
+from moebit.streaming.stream import Stream
+from tests.support.models import ARCHITECTURES, Architecture, Checkpoints, quiet, random_model, save, windows
+from tests.support.outputs import file_bytes, quantization, read_config, small_recipe, stored_tensors, token_file
+from tests.support.rounded import oracle
 
 A4 = {"bits": 4, "symmetric": False, "clip": 0.9, "qkv_bits": 4}
 A8 = {"bits": 8, "symmetric": True, "clip": 1.0, "qkv_bits": 16}

@@ -1,4 +1,4 @@
-"""Model types from end to end (tests/in_full.py says what is compared), and what happens where moebit does not understand a part."""
+"""Model types from end to end (tests/support/in_full.py says what is compared), and parts that moebit does not understand."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import moebit
 from benchmarks.architectures import modules
 from moebit.cli import app
 from moebit.errors import BadInputError
-from moebit.planning import Plan
-from tests.architectures import ALWAYS, PARTLY, REFUSED, TINY, UNTRIED
-from tests.in_full import build, difference, load, logits_of, run
-from tests.models import quiet
-from tests.outputs import file_bytes, small_recipe, stored_tensors, token_file
+from moebit.plan.plan import Plan
+from tests.support.architectures import ALWAYS, PARTLY, REFUSED, TINY, UNTRIED
+from tests.support.in_full import build, difference, load, logits_of, run
+from tests.support.models import quiet
+from tests.support.outputs import file_bytes, small_recipe, stored_tensors, token_file
 
 REST = [name for name in TINY if name not in {*ALWAYS, *PARTLY, *REFUSED}]
 

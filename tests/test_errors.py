@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import moebit
 from moebit.errors import BadInputError, MoebitError
-from tests.models import ARCHITECTURES, Checkpoints, quiet, random_model, save
-from tests.outputs import Outputs, file_bytes, small_recipe, token_file
+from tests.support.models import ARCHITECTURES, Checkpoints, quiet, random_model, save
+from tests.support.outputs import Outputs, file_bytes, small_recipe, token_file
 
 MIXTRAL = ARCHITECTURES["mixtral"]
 GPTQ, RTN = small_recipe("gptq"), small_recipe("rtn")

@@ -1,6 +1,6 @@
 """Whatever stops a run, at whatever moment: nothing half done passes for done, and --resume ends with an undisturbed run's bytes.
 
-The runs are processes of the command line (tests/victims.py) on a model with a dense layer between two with experts.
+The runs are processes of the command line (tests/support/victims.py) on a model with a dense layer between two with experts.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import yaml
 
 import moebit
 from moebit.errors import BadInputError, InterruptedWorkError
-from tests.models import ARCHITECTURES, HIDDEN, random_model, save
-from tests.outputs import byte_tokenizer, file_bytes, small_recipe, token_file
-from tests.victims import Fate, Moment, Victims
+from tests.support.models import ARCHITECTURES, HIDDEN, random_model, save
+from tests.support.outputs import byte_tokenizer, file_bytes, small_recipe, token_file
+from tests.support.victims import Fate, Moment, Victims
 
 SAMPLES, LENGTH, LAYERS = 6, 24, 3
 SETTINGS = {

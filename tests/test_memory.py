@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 import moebit
-from moebit.model import checkpoint as checkpoint_module
-from moebit.model.budget import PROCESS_BYTES, make_budget
-from moebit.model.checkpoint import fast_compute_type, open_hub_checkpoint
-from moebit.model.files import TensorEntry
-from moebit.model.stream import Stream
 from moebit.model.structure import find_structure
-from moebit.planning import Plan
-from tests.models import ARCHITECTURES, VOCABULARY, Checkpoints, random_model, save, windows
-from tests.outputs import dequantized, small_recipe, stored_tensors, token_file
+from moebit.plan.plan import Plan
+from moebit.storage import checkpoint as checkpoint_module
+from moebit.storage.checkpoint import fast_compute_type, open_hub_checkpoint
+from moebit.storage.files import TensorEntry
+from moebit.streaming.budget import PROCESS_BYTES, make_budget
+from moebit.streaming.stream import Stream
+from tests.support.models import ARCHITECTURES, VOCABULARY, Checkpoints, random_model, save, windows
+from tests.support.outputs import dequantized, small_recipe, stored_tensors, token_file
 
 SIZES = (2**20, 2**26, 2**31, 2**33)
 DEEPSEEK, QWEN3 = ARCHITECTURES["deepseek_v3"], ARCHITECTURES["qwen3_moe"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import pages
-from tests.pages import FOLLOWED, ROOT, commands, run_as_typed, run_here, steps
+from tests.support import pages
+from tests.support.pages import FOLLOWED, ROOT, commands, run_as_typed, run_here, steps
 
 README = pages.README.read_text(encoding="utf-8")
 

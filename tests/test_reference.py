@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from tests import reference
-from tests.reference import Grid
+from tests.support import reference
+from tests.support.reference import Grid
 
 
 def correlated(rng: np.random.Generator, rows: int, columns: int, tokens: int = 400) -> tuple[np.ndarray, np.ndarray]:

@@ -21,8 +21,8 @@ from pathlib import Path
 CLONE = Path(__file__).resolve().parents[1]
 PROSE = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs, said the judge.\n" * 40
 MUST_HOLD = (
-    "moebit/recipes/rtn-w4.yaml",
-    "moebit/recipes/gptq-w4.yaml",
+    "moebit/recipe/presets/rtn-w4.yaml",
+    "moebit/recipe/presets/gptq-w4.yaml",
     "moebit/report/templates/report.html",
     "licenses/LICENSE",
     "licenses/NOTICE",

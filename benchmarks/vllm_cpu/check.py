@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import moebit
-from moebit.planning import BitPlan
+from moebit.plan.plan import BitPlan
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

@@ -11,11 +11,11 @@ from moebit.calibration.sampling import sample
 from moebit.errors import BadInputError, InterruptedWorkError, MoebitError
 from moebit.evaluate import evaluate
 from moebit.formats.verify import verify
-from moebit.pipeline import Result, inspect, quantize
 from moebit.profiling.adapt import Adaptation, adapt
 from moebit.profiling.allocate import Allocation, allocate
 from moebit.profiling.profile import profile
 from moebit.profiling.usage import drift
+from moebit.quantize.run import Result, inspect, quantize
 from moebit.recipe import Recipe, load_recipe, presets
 from moebit.report import compare, report
 from moebit.report.heatmaps import heatmaps

@@ -14,12 +14,12 @@ import moebit
 from moebit.calibration.beam import Rules, ancestral, ebss
 from moebit.calibration.sampling import Settings, balancing_temperature, describe_text, end_ids, kept_windows
 from moebit.errors import BadInputError
-from moebit.model.checkpoint import open_hub_checkpoint
 from moebit.model.decoder import Decoder
 from moebit.model.structure import find_structure
+from moebit.storage.checkpoint import open_hub_checkpoint
 from tests.calibration.naive import naive_ebss
-from tests.models import ARCHITECTURES, EXPERTS, VOCABULARY, Architecture, Checkpoints, quiet
-from tests.outputs import file_bytes, small_recipe, token_file
+from tests.support.models import ARCHITECTURES, EXPERTS, VOCABULARY, Architecture, Checkpoints, quiet
+from tests.support.outputs import file_bytes, small_recipe, token_file
 
 GIB = 2**30
 ROWS, LENGTH = 6, 14  # longer than the tiny models' sliding windows

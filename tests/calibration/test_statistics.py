@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from moebit.calibration.statistics import LAYER_SAMPLE, ExpertMoments, down_layer_hessians, layer_sample, output_sensitivity
 from moebit.model.experts import ExpertWeights, layout_of
-from tests import reference
-from tests.models import ARCHITECTURES, Checkpoints
+from tests.support import reference
+from tests.support.models import ARCHITECTURES, Checkpoints
 
 N, BOUNDS = 6, [0, 9, 9, 10, 40]  # four experts with 9, 0, 1 and 30 tokens
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moebit.calibration.text import TokenText, calibration_windows, consecutive_windows, digest, load_tokenizer, parse_texts, tokenize
 from moebit.errors import BadInputError
-from tests.outputs import byte_tokenizer
+from tests.support.outputs import byte_tokenizer
 
 VOCABULARY = 257  # of the byte tokenizer: 0 is the end, n + 1 stands for the n-th letter of its alphabet
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import moebit
 from moebit.errors import BadInputError
-from tests.models import ARCHITECTURES, VOCABULARY, Architecture, Checkpoints, Reference, load_reference, random_model, save
-from tests.outputs import Outputs, byte_tokenizer, dequantized, quantization, stored_tensors, token_file, with_weights
+from tests.support.models import ARCHITECTURES, VOCABULARY, Architecture, Checkpoints, Reference, load_reference, random_model, save
+from tests.support.outputs import Outputs, byte_tokenizer, dequantized, quantization, stored_tensors, token_file, with_weights
 
 WINDOW = 16
 ALWAYS = {"tokens", "perplexity", "bits_per_byte"}

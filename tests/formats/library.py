@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.models import quiet, windows
-from tests.outputs import read_config, stored_tensors
-from tests.rounded import ORACLE, rounded
+from tests.support.models import quiet, windows
+from tests.support.outputs import read_config, stored_tensors
+from tests.support.rounded import ORACLE, rounded
 
 
 def by_the_library(output: Path) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ from torch import nn
 from moebit.errors import BadInputError
 from moebit.formats.native import NativeWeights, PackedSpec, average_bits, packed_specs, put, quantization_config
 from moebit.model.experts import ExpertsLayout
-from moebit.model.files import ShardFile, read_header
+from moebit.storage.files import ShardFile, read_header
 from moebit.tensor import QTensor, QuantScheme
-from tests.outputs import read_stack, row_bytes
+from tests.support.outputs import read_stack, row_bytes
 
 EXPERTS, OUT, IN, GROUP = 6, 5, 12, 4  # neither 5 x 12 nor 5 x 3 is a multiple of 8: rows end in padding
 WIDTHS = (2, 3, 4, 5, 6, 8)

@@ -23,10 +23,10 @@ import moebit
 from moebit import cli
 from moebit.errors import BadInputError
 from moebit.formats import consistency
-from moebit.model.files import TensorEntry, read_header
-from moebit.planning import BitPlan
-from tests.models import ARCHITECTURES, Architecture, random_model, save
-from tests.outputs import Outputs, byte_tokenizer, small_recipe
+from moebit.plan.plan import BitPlan
+from moebit.storage.files import TensorEntry, read_header
+from tests.support.models import ARCHITECTURES, Architecture, random_model, save
+from tests.support.outputs import Outputs, byte_tokenizer, small_recipe
 
 MIXTRAL = ARCHITECTURES["mixtral"]
 INDEX, FIRST, SECOND, REST = "model.safetensors.index.json", *(f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))

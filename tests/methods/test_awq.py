@@ -16,14 +16,14 @@ import moebit
 from moebit.formats.opening import open_checkpoint
 from moebit.methods.awq import RATIOS, SAMPLE, best, candidates, losses, magnitudes, representable, sampled_slots
 from moebit.methods.awq_layer import LayerAWQ, Rounding
-from moebit.model.edits import apply_edits
-from moebit.model.sites import find_scales
-from moebit.model.stream import Stream
+from moebit.model.proof.sites import find_scales
 from moebit.model.structure import find_structure
+from moebit.storage.edits import apply_edits
+from moebit.streaming.stream import Stream
 from moebit.tensor import QuantScheme
-from tests.models import ARCHITECTURES, Checkpoints, quiet, windows
-from tests.outputs import file_bytes, small_recipe, token_file
-from tests.reference import Grid, decode, encode, group_slices, matrix_grid
+from tests.support.models import ARCHITECTURES, Checkpoints, quiet, windows
+from tests.support.outputs import file_bytes, small_recipe, token_file
+from tests.support.reference import Grid, decode, encode, group_slices, matrix_grid
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -14,17 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import moebit
-from moebit import pipeline
 from moebit.calibration.text import TokenText, calibration_windows
-from moebit.layer_inputs import ExpertInputs, PoolInputs
 from moebit.methods.balance import further_windows
-from moebit.model.activations import ActivationStore
-from moebit.model.checkpoint import skeleton
 from moebit.model.experts import ExpertsLayout, RoutedTokens, dispatch
-from moebit.model.routing import not_linear
 from moebit.model.structure import find_structure
-from tests.models import ARCHITECTURES, EXPERTS, TOP_K, Architecture, Checkpoints, load_reference
-from tests.outputs import file_bytes, small_recipe, stored_tensors, token_file, with_weights
+from moebit.quantize import run as pipeline
+from moebit.quantize.layer_inputs import ExpertInputs, PoolInputs
+from moebit.storage.checkpoint import skeleton
+from moebit.streaming.routing import not_linear
+from moebit.streaming.store import ActivationStore
+from tests.support.models import ARCHITECTURES, EXPERTS, TOP_K, Architecture, Checkpoints, load_reference
+from tests.support.outputs import file_bytes, small_recipe, stored_tensors, token_file, with_weights
 
 SAMPLES, LENGTH, MANY = 8, 24, 80
 MIXTRAL, QWEN2, DEEPSEEK, GPT_OSS = (ARCHITECTURES[name] for name in ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"))

@@ -16,8 +16,8 @@ from moebit.errors import BadInputError
 from moebit.formats.opening import open_checkpoint
 from moebit.methods.rotation import RotationPlan, plan_rotation
 from moebit.model.structure import find_structure
-from tests.models import ARCHITECTURES, Architecture, Checkpoints, quiet, random_model, save, windows
-from tests.outputs import read_config, small_recipe, stored_tensors
+from tests.support.models import ARCHITECTURES, Architecture, Checkpoints, quiet, random_model, save, windows
+from tests.support.outputs import read_config, small_recipe, stored_tensors
 
 # What each model allows, as a reader of its modelling code knows it.
 REFUSED_R1 = {"phimoe": "input_layernorm subtracts the mean", "minimax": "stands behind its block"}

@@ -13,18 +13,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moebit
-from moebit import pipeline
 from moebit.formats.opening import open_checkpoint
 from moebit.methods.smooth_layer import LayerSmoothing
-from moebit.model.checkpoint import Checkpoint, HubWeights
-from moebit.model.edits import EditedWeights
-from moebit.model.sites import LayerScales, find_scales
-from moebit.model.stream import Stream
+from moebit.model.proof.sites import LayerScales, find_scales
 from moebit.model.structure import Structure, find_structure
+from moebit.quantize import run as pipeline
 from moebit.recipe import SmoothingSection
+from moebit.storage.checkpoint import Checkpoint, HubWeights
+from moebit.storage.edits import EditedWeights
+from moebit.streaming.stream import Stream
 from tests.methods.test_smoothing import naive_factors
-from tests.models import ARCHITECTURES, EXPERTS, Architecture, Checkpoints, load_reference, quiet, random_model, save, windows
-from tests.outputs import file_bytes, small_recipe, stored_tensors, token_file
+from tests.support.models import ARCHITECTURES, EXPERTS, Architecture, Checkpoints, load_reference, quiet, random_model, save, windows
+from tests.support.outputs import file_bytes, small_recipe, stored_tensors, token_file
 
 NAMED = [ARCHITECTURES[name] for name in ("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3")]
 OTHERS = [pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES.values() if a not in NAMED]

@@ -16,9 +16,9 @@ from moebit.errors import BadInputError
 from moebit.formats.opening import open_checkpoint
 from moebit.model.attention import PREFIX, AttentionStep, find_attention, round_attention
 from moebit.model.structure import find_structure
-from moebit.tensor.activations import Rounding
-from tests.models import ARCHITECTURES, Architecture, Checkpoints, windows
-from tests.reference import naive_round_row
+from moebit.tensor.row_rounding import Rounding
+from tests.support.models import ARCHITECTURES, Architecture, Checkpoints, windows
+from tests.support.reference import naive_round_row
 
 QUICK = [ARCHITECTURES[name] for name in ("olmoe", "gpt_oss", "deepseek_v3", "qwen3_next", "jamba")]
 OTHERS = [architecture for architecture in ARCHITECTURES.values() if architecture not in QUICK]

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from moebit.errors import BadInputError
-from moebit.model.checkpoint import skeleton
 from moebit.model.experts import ExpertsLayout
 from moebit.model.structure import LayerSites, find_structure
-from tests.model.conftest import Opened
-from tests.models import EXPERTS, INTERMEDIATE, TOP_K, WINDOWS
+from moebit.storage.checkpoint import skeleton
+from tests.support.models import EXPERTS, INTERMEDIATE, TOP_K, WINDOWS
+from tests.support.opened import Opened
 
 
 def linears(module: nn.Module, under: str = "") -> set[str]:

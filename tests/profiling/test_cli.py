@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import ARCHITECTURES, Checkpoints
-from tests.outputs import token_file
-from tests.test_cli import Moebit, moebit  # noqa: F401 - the fixture
+from tests.cli.test_cli import Moebit, moebit  # noqa: F401 - the fixture
+from tests.support.models import ARCHITECTURES, Checkpoints
+from tests.support.outputs import token_file
 
 LENGTH = 24
 

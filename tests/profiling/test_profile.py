@@ -15,9 +15,9 @@ import moebit
 from moebit.errors import BadInputError
 from moebit.formats.profile import Profile
 from moebit.profiling import profile as verb
-from tests import reference
-from tests.models import ARCHITECTURES, EXPERTS, HIDDEN, INTERMEDIATE, LENGTH, WINDOWS, Checkpoints, windows
-from tests.outputs import Outputs, stored_tensors, token_file
+from tests.support import reference
+from tests.support.models import ARCHITECTURES, EXPERTS, HIDDEN, INTERMEDIATE, LENGTH, WINDOWS, Checkpoints, windows
+from tests.support.outputs import Outputs, stored_tensors, token_file
 
 MIXTRAL, QWEN3 = ARCHITECTURES["mixtral"], ARCHITECTURES["qwen3_moe"]
 QWEN3_RECIPE = {"weights": {"bits": 3, "group_size": -1}, "solver": {"method": "rtn"}}

@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import moebit
-from moebit import pipeline
 from moebit.errors import BadInputError
 from moebit.formats.opening import open_checkpoint
 from moebit.profiling import prepare
 from moebit.profiling import profile as profiling
+from moebit.quantize import run as pipeline
 from moebit.runtime import use
-from tests.models import ARCHITECTURES, EXPERTS, INTERMEDIATE, Architecture, Checkpoints, Reference, quiet, windows
-from tests.outputs import file_bytes, quantization, read_stack, stored_tensors
+from tests.support.models import ARCHITECTURES, EXPERTS, INTERMEDIATE, Architecture, Checkpoints, Reference, quiet, windows
+from tests.support.outputs import file_bytes, quantization, read_stack, stored_tensors
 
 MIXTRAL, GPT_OSS, NEMOTRON = ARCHITECTURES["mixtral"], ARCHITECTURES["gpt_oss"], ARCHITECTURES["nemotron_h"]
 SAMPLES, LENGTH = 8, 24
@@ -250,7 +250,7 @@ def test_channels_are_the_originals_at_the_new_width(keep: bool, mine: Path, tex
 
 def replaced(reference: Reference, base: Path, adapted: Path, architecture: Architecture) -> dict[str, Tensor]:
     """The experts' weights of the base with the channels of the overlay in place, as transformers stores them."""
-    from tests.outputs import as_parameters, dequantized
+    from tests.support.outputs import as_parameters, dequantized
 
     matrices = dequantized(base)
     for key, part in overlay_of(adapted, architecture).items():
@@ -278,7 +278,7 @@ def test_every_reader_puts_the_channels_in_their_place(
     architecture: Architecture, keep: bool, checkpoints: Checkpoints, texts: dict[str, Path], tmp_path: Path
 ) -> None:
     """Streaming, and from_pretrained on every path, compute what transformers does with the replaced weights."""
-    from tests.outputs import replace_weights
+    from tests.support.outputs import replace_weights
 
     path = checkpoints.path(architecture)
     recipe = {**RECIPE, "solver": {"method": "rtn"}, "weights": {"bits": 3, "group_size": -1}, "allocation": {"kind": "uniform"}}

@@ -20,9 +20,9 @@ import moebit
 from moebit.errors import BadInputError
 from moebit.evaluate.judging import judge
 from moebit.report.compare import compare_page, labels
-from tests.models import ARCHITECTURES, Checkpoints, load_reference
-from tests.outputs import Outputs, read_config, token_file
 from tests.report.test_page import Page
+from tests.support.models import ARCHITECTURES, Checkpoints, load_reference
+from tests.support.outputs import Outputs, read_config, token_file
 
 MIXTRAL = ARCHITECTURES["mixtral"]
 WINDOW = 16

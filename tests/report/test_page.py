@@ -17,9 +17,9 @@ from moebit.errors import BadInputError
 from moebit.report import facts
 from moebit.report.command import python_call
 from moebit.report.page import report_page
-from tests.models import ARCHITECTURES
-from tests.outputs import Outputs
 from tests.report.made_up import documents, evaluation
+from tests.support.models import ARCHITECTURES
+from tests.support.outputs import Outputs
 
 VOID = {"meta", "link", "br", "img", "image"}
 MIXTRAL = ARCHITECTURES["mixtral"]

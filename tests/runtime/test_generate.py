@@ -12,9 +12,9 @@ import torch
 import moebit
 from moebit.errors import BadInputError
 from moebit.runtime.generate import _first_difference
-from tests.models import ARCHITECTURES, Checkpoints, quiet
-from tests.outputs import Outputs, byte_tokenizer
 from tests.runtime.test_load import load
+from tests.support.models import ARCHITECTURES, Checkpoints, quiet
+from tests.support.outputs import Outputs, byte_tokenizer
 
 OLMOE = ARCHITECTURES["olmoe"]
 # the tiny models know 128 tokens: letters of the byte tokenizer below that

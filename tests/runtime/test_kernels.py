@@ -20,10 +20,10 @@ from moebit.formats.native import PackedSpec
 from moebit.runtime import PATHS, PackedLinear, PackedMatrices, use, vectors
 from moebit.runtime import Path as Way
 from moebit.runtime.packed import PackedModule
-from tests.devices import INTERPRETED
-from tests.models import ARCHITECTURES, quiet
-from tests.outputs import Outputs, read_matrix, row_bytes
 from tests.runtime.test_load import load, logits
+from tests.support.devices import INTERPRETED
+from tests.support.models import ARCHITECTURES, quiet
+from tests.support.outputs import Outputs, read_matrix, row_bytes
 
 MIXED = (2, 3, 4, 5, 6, 8)
 INTEGERS = pytest.mark.skipif(not vectors.AVAILABLE, reason="this processor lacks the instructions")
@@ -217,7 +217,7 @@ def test_the_ways_agree_on_a_model(name: str, dtype: torch.dtype, outputs: Outpu
 
 
 def test_saved_again_byte_for_byte_after_every_way(outputs: Outputs, tmp_path: Path) -> None:
-    from tests.outputs import stored_tensors
+    from tests.support.outputs import stored_tensors
 
     output = outputs.rtn(ARCHITECTURES["olmoe"], symmetric=False, mixed=True)
     model = load(output, dtype=torch.bfloat16)

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moebit.runtime import PackedLinear, PackedMatrices
-from tests.models import ARCHITECTURES, Architecture, Checkpoints, quiet, windows
-from tests.outputs import WIDTHS, Outputs, dequantized, read_config, stored_tensors, with_weights
+from tests.support.models import ARCHITECTURES, Architecture, Checkpoints, quiet, windows
+from tests.support.outputs import WIDTHS, Outputs, dequantized, read_config, stored_tensors, with_weights
 
 NAMED = [ARCHITECTURES[name] for name in ("olmoe", "qwen2_moe", "mixtral", "gpt_oss", "deepseek_v3")]
 OTHERS = [architecture for architecture in ARCHITECTURES.values() if architecture not in NAMED]

@@ -20,8 +20,8 @@ from moebit.formats.native import PackedSpec
 from moebit.model.experts import dispatch
 from moebit.runtime import PackedLinear, PackedMatrices, multiplied, paths, use
 from moebit.runtime.packed import pack_experts, packed_experts_forward
-from tests.devices import INSTALLED, interpreter, on_devices
 from tests.runtime.test_kernels import MIXED, error, fill, linear_of
+from tests.support.devices import INSTALLED, interpreter, on_devices
 
 OUTPUTS = 20
 # (inputs, group, symmetric, type of the scales): several groups a row and one, groups and rows that end inside a unit of eight codes

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from moebit.tensor import QTensor, QuantScheme
-from tests import reference
-from tests.reference import Grid, ScaleDtype
+from tests.support import reference
+from tests.support.reference import Grid, ScaleDtype
 
 BITS = [2, 3, 4, 5, 6, 8]
 GROUP_SIZES = [-1, 32, 64, 128]

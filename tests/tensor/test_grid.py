@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moebit.tensor import QTensor, QuantScheme, minmax_grid, round_to_grid, search_grid, solve_rtn
-from tests import reference
+from tests.support import reference
 from tests.tensor.problems import BITS, GROUP_SIZES, KINDS, assert_identical, assert_same, grid_of, scheme_of, weights
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moebit.tensor import damp, factor_, second_moment, shrink
-from tests import reference
+from tests.support import reference
 from tests.tensor.problems import hessians
 
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-10}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebit.tensor import pack, unpack
-from tests import reference
+from tests.support import reference
 
 ALL_BITS = range(2, 9)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moebit.tensor import QTensor, QuantScheme, refit_scales, solve_gptq, solve_rtn
-from tests import reference
+from tests.support import reference
 from tests.tensor.problems import BITS, KINDS, assert_identical, grid_of, hessians, scheme_of, weights
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moebit.tensor import QTensor, QuantScheme, SolveInfo, kernels, minmax_grid, search_grid, solve_gptq, solve_rtn
 from moebit.tensor import grid as grid_module
-from tests import reference
+from tests.support import reference
 from tests.tensor.problems import (
     BITS,
     GROUP_SIZES,

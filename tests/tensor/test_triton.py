@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moebit.tensor import backend_of, kernels, minmax_grid, solve_gptq
 from moebit.tensor.solver import gptq_block
-from tests import reference
-from tests.devices import interpreter, on_devices
+from tests.support import reference
+from tests.support.devices import interpreter, on_devices
 from tests.tensor.problems import assert_same, grid_of, hessians, scheme_of, weights
 
 BITS = [2, 5, 8]

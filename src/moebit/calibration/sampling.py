@@ -24,12 +24,12 @@ from moebit.calibration.beam import Rules, ancestral, ebss
 from moebit.calibration.text import Texts, calibration_windows, load_tokenizer, parse_texts, tokenize
 from moebit.calibration.usage import Progress, balanced_subset, describe_windows
 from moebit.errors import BadInputError
-from moebit.model.budget import PROCESS_BYTES
-from moebit.model.checkpoint import Checkpoint, open_hub_checkpoint, resolve
 from moebit.model.decoder import Decoder, weight_bytes
-from moebit.model.stream import named_tokens
 from moebit.model.structure import Structure, find_structure
 from moebit.recipe import Recipe
+from moebit.storage.checkpoint import Checkpoint, open_hub_checkpoint, resolve
+from moebit.streaming.budget import PROCESS_BYTES
+from moebit.streaming.stream import named_tokens
 
 KINDS = ("ebss", "self", "self-balanced")
 SCOPES = ("set", "sequence")

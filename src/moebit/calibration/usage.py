@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebit.model.budget import make_budget
-from moebit.model.checkpoint import Checkpoint
-from moebit.model.stream import Stream
 from moebit.model.structure import Structure
+from moebit.storage.checkpoint import Checkpoint
+from moebit.streaming.budget import make_budget
+from moebit.streaming.stream import Stream
 
 Progress = Callable[[str, int, int], None]
 NGRAM = 4

@@ -24,9 +24,9 @@ from moebit.calibration.text import Texts, consecutive_windows, load_tokenizer, 
 from moebit.errors import BadInputError
 from moebit.evaluate.streaming import Progress, _Scores, add_scores, evaluate
 from moebit.formats.opening import open_checkpoint, quantized_modules
-from moebit.model.checkpoint import Checkpoint, read_config, resolve
 from moebit.model.seam import is_experts
-from moebit.model.shipped import shipped_config
+from moebit.storage.checkpoint import Checkpoint, read_config, resolve
+from moebit.storage.shipped import shipped_config
 
 SAME = 3e-6  # |dW|^2 / |W|^2 of a change of type alone (float32 to bfloat16 gives 1e-6, 8-bit integers 2e-5)
 OTHER = 0.5  # from here on the weights are not the original's: independent ones of the same size have 2

@@ -20,10 +20,10 @@ from moebit.calibration.text import Texts, TokenText, consecutive_windows, load_
 from moebit.errors import BadInputError
 from moebit.evaluate.tasks import check_tasks, run_tasks
 from moebit.formats.opening import average_bits, open_checkpoint, size_on_disk
-from moebit.model.budget import make_budget
-from moebit.model.checkpoint import Checkpoint
-from moebit.model.stream import Stream
 from moebit.model.structure import Structure, find_structure
+from moebit.storage.checkpoint import Checkpoint
+from moebit.streaming.budget import make_budget
+from moebit.streaming.stream import Stream
 
 Progress = Callable[[str, int, int], None]
 SCORED_LOGITS = 2**22  # so many at a time: scoring takes several copies

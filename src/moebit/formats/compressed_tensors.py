@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
-from moebit.model.checkpoint import HubWeights, Weights
 from moebit.model.experts import ExpertsLayout, layout_of
-from moebit.model.files import TensorEntry, TensorSpec
 from moebit.model.seam import is_experts
+from moebit.storage.checkpoint import HubWeights, Weights
+from moebit.storage.files import TensorEntry, TensorSpec
 from moebit.tensor import QTensor, pack, packed_row_bytes, unpack
-from moebit.tensor.activations import Rounding
 from moebit.tensor.grid import FLOAT8, dequantize
+from moebit.tensor.row_rounding import Rounding
 
 METHOD = "compressed-tensors"
 VERSION = "0.20.0"  # of the package whose packing this is; 0.18.0 and later have the same

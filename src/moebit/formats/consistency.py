@@ -14,16 +14,16 @@ from typing import Any
 import torch
 
 from moebit.errors import BadInputError
-from moebit.formats.activations import KEY as ACTIVATIONS
-from moebit.formats.activations import read_activations
 from moebit.formats.compressed_tensors import METHOD as COMPRESSED
 from moebit.formats.compressed_tensors import virtual_entries
+from moebit.formats.inputs_config import KEY as ACTIVATIONS
+from moebit.formats.inputs_config import read_activations
 from moebit.formats.native import FORMAT_VERSION, METHOD, WITH_ACTIVATIONS, PackedSpec, packed_specs
 from moebit.formats.opening import open_checkpoint
 from moebit.formats.overlay import overlay_specs
-from moebit.model.files import PIECE, TensorEntry, TensorSpec
 from moebit.model.inputs import DOWN, FIRST, LINEAR
 from moebit.recipe import BIT_WIDTHS
+from moebit.storage.files import PIECE, TensorEntry, TensorSpec
 from moebit.tensor import packed_row_bytes, unpack
 
 CONFIG = "config.json"

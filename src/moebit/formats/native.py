@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from moebit.errors import BadInputError
-from moebit.formats.activations import KEY as ACTIVATIONS
-from moebit.formats.activations import activations_config
-from moebit.model.checkpoint import Weights, tied_names
+from moebit.formats.inputs_config import KEY as ACTIVATIONS
+from moebit.formats.inputs_config import activations_config
 from moebit.model.experts import ExpertsLayout
-from moebit.model.files import ShardFile, TensorEntry, TensorSpec
 from moebit.model.inputs import Activations
+from moebit.storage.checkpoint import Weights, tied_names
+from moebit.storage.files import ShardFile, TensorEntry, TensorSpec
 from moebit.tensor import QTensor, QuantScheme, pack, packed_row_bytes, unpack
 from moebit.tensor.grid import dequantize
 

@@ -9,16 +9,16 @@ import torch
 
 from moebit.errors import BadInputError
 from moebit.formats import compressed_tensors, native
-from moebit.formats.activations import read_activations
 from moebit.formats.compressed_tensors import CompressedWeights
+from moebit.formats.inputs_config import read_activations
 from moebit.formats.native import METHOD, NativeWeights, PackedSpec, packed_specs
 from moebit.formats.overlay import OVERLAY_FILE, overlay_specs, read_overlays
 from moebit.formats.switch import SIDE_FILE
-from moebit.model.checkpoint import Checkpoint, load_config, open_hub_checkpoint, read_config, resolve, skeleton
 from moebit.model.experts import layout_of
-from moebit.model.files import read_index
 from moebit.model.inputs import Activations, attach
 from moebit.model.seam import is_experts
+from moebit.storage.checkpoint import Checkpoint, load_config, open_hub_checkpoint, read_config, resolve, skeleton
+from moebit.storage.files import read_index
 
 
 def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float32) -> Checkpoint:

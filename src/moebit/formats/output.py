@@ -17,7 +17,7 @@ from typing import Any
 
 from moebit.errors import BadInputError, InterruptedWorkError
 from moebit.formats.seal import SEALED, is_report, seal
-from moebit.model.files import INDEX, ShardFile, TensorSpec, read_header, sha256, sync_directory
+from moebit.storage.files import INDEX, ShardFile, TensorSpec, read_header, sha256, sync_directory
 
 JOURNAL = "journal.jsonl"
 SAMPLE = "calibration.jsonl"  # text that the model wrote for its own calibration; beginning with this name, what is finished of it

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moebit.formats.native import PackedSpec, unpack_matrices
-from moebit.model.files import TensorEntry, TensorSpec
+from moebit.storage.files import TensorEntry, TensorSpec
 
 OVERLAY_FILE = "overlay.safetensors"
 FULL = 16  # "bits" of channels that keep their full-precision values

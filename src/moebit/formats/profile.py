@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
-from moebit.model.files import ShardFile, TensorSpec, read_header, sync_directory
+from moebit.storage.files import ShardFile, TensorSpec, read_header, sync_directory
 
 VERSION = 1
 HEAD = "profile.json"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from moebit.formats import compressed_tensors, native
-from moebit.model.checkpoint import HubWeights
 from moebit.model.experts import ExpertsLayout
-from moebit.model.files import Entry, ShardFile, TensorSpec, pieces
 from moebit.model.inputs import Activations
+from moebit.storage.checkpoint import HubWeights
+from moebit.storage.files import Entry, ShardFile, TensorSpec, pieces
 from moebit.tensor import QTensor
 from moebit.tensor.blocks import BlockTransform
 

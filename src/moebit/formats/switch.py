@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from moebit.errors import BadInputError
-from moebit.model.checkpoint import HubWeights
 from moebit.model.experts import ExpertsLayout
-from moebit.model.files import ShardFile, TensorEntry, TensorSpec, read_header
-from moebit.model.stream import read_experts
+from moebit.storage.checkpoint import HubWeights
+from moebit.storage.files import ShardFile, TensorEntry, TensorSpec, read_header
+from moebit.streaming.stream import read_experts
 
 SIDE_FILE = "switch.safetensors"
 

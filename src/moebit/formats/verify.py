@@ -21,7 +21,7 @@ from moebit.formats.native import FORMAT_VERSION, average_bits
 from moebit.formats.output import JOURNAL, partial_of, read_journal
 from moebit.formats.seal import SEALED, is_intact, is_report
 from moebit.formats.switch import SIDE_FILE
-from moebit.model.files import INDEX, TensorEntry, read_header, sha256
+from moebit.storage.files import INDEX, TensorEntry, read_header, sha256
 
 Progress = Callable[[str, int, int], None]
 RECIPE, REPORT, PAGE = "recipe.yaml", "report.json", "report.html"

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from moebit.methods.realign import margin_weights, realign
 from moebit.methods.router import SCORES, align_router, kl_top, rounded, score_function
-from moebit.model.routing import Routing, capture_router, logits, router_bias
-from moebit.model.stream import Stream
 from moebit.model.structure import LayerSites
 from moebit.recipe import RouterSection
+from moebit.streaming.routing import Routing, capture_router, logits, router_bias
+from moebit.streaming.stream import Stream
 from moebit.tensor.grid import CLIP_RATIOS
 
 PIECE = 4096  # tokens at a time

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from moebit.methods.awq import RATIOS, best, candidates, losses, magnitudes, representable, sampled_slots
-from moebit.model.checkpoint import Weights
-from moebit.model.edits import Edit, joined
 from moebit.model.experts import ExpertsLayout, RoutedTokens, dispatch, intermediate
-from moebit.model.flow import NormSite
-from moebit.model.sites import LayerScales, PairSite, scale_behind_norm, scale_down, scale_pair
-from moebit.model.stream import Stream, read_experts
+from moebit.model.proof.flow import NormSite
+from moebit.model.proof.sites import LayerScales, PairSite, scale_behind_norm, scale_down, scale_pair
 from moebit.model.structure import LayerSites
+from moebit.storage.checkpoint import Weights
+from moebit.storage.edits import Edit, joined
+from moebit.streaming.stream import Stream, read_experts
 from moebit.tensor import QuantScheme
 
 TOKENS = 512  # that everything outside of the routed experts is judged on

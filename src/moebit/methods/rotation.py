@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from moebit.errors import BadInputError
-from moebit.model.checkpoint import Checkpoint, HubWeights, Weights, dematerialize, materialize, tied_names
-from moebit.model.edits import Constant, Edit, EditedWeights, Rotate, Scale, input_axis, joined, output_axis
 from moebit.model.experts import ExpertsLayout
-from moebit.model.flow import LayerFlow, NormSite, find_flow, gain_offset
-from moebit.model.rehearsal import InDouble, Rehearsal, difference
+from moebit.model.proof.flow import LayerFlow, NormSite, find_flow, gain_offset
+from moebit.model.proof.rehearsal import InDouble, Rehearsal, difference
+from moebit.model.proof.sites import TOLERANCE, HeadSite, find_heads, head_rotation
 from moebit.model.replay import outside
-from moebit.model.sites import TOLERANCE, HeadSite, find_heads, head_rotation
 from moebit.model.structure import Structure
+from moebit.storage.checkpoint import Checkpoint, HubWeights, Weights, dematerialize, materialize, tied_names
+from moebit.storage.edits import Constant, Edit, EditedWeights, Rotate, Scale, input_axis, joined, output_axis
 from moebit.tensor.rotation import randomised_hadamard
 
 # Operations on the way of attention's values that are no rearrangement: what they are called in messages.

@@ -17,15 +17,15 @@ from moebit.methods.awq import representable
 from moebit.methods.balance import draw
 from moebit.methods.router import probabilities
 from moebit.methods.smoothing import aggregated, centred, expert_extremes, outlier_factors, smooth
-from moebit.model.checkpoint import Weights
-from moebit.model.edits import Edit, joined
 from moebit.model.experts import ExpertsLayout, RoutedTokens
-from moebit.model.flow import NormSite
-from moebit.model.routing import router_bias
-from moebit.model.sites import LayerScales, PairSite, scale_behind_norm, scale_pair
-from moebit.model.stream import Stream, read_experts
+from moebit.model.proof.flow import NormSite
+from moebit.model.proof.sites import LayerScales, PairSite, scale_behind_norm, scale_pair
 from moebit.model.structure import LayerSites, MoESite
 from moebit.recipe import SmoothingSection
+from moebit.storage.checkpoint import Weights
+from moebit.storage.edits import Edit, joined
+from moebit.streaming.routing import router_bias
+from moebit.streaming.stream import Stream, read_experts
 
 PIECE = 4096  # tokens at a time
 NOTHING_ROUNDED = "nothing behind it is quantized"

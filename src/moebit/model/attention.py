@@ -26,8 +26,8 @@ from moebit.errors import BadInputError
 from moebit.model.replay import LayerCall, record, swapped, zeros_outside
 from moebit.model.seam import experts_handler
 from moebit.model.structure import LayerSites, Structure
-from moebit.tensor.activations import Rounding
 from moebit.tensor.blocks import block_size, hadamard, rotate_blocks
+from moebit.tensor.row_rounding import Rounding
 
 PREFIX = "moebit-"
 PLAIN = ("sdpa", "eager")

@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 
 from moebit.errors import BadInputError
-from moebit.model.checkpoint import Checkpoint
 from moebit.model.seam import is_experts
 from moebit.model.structure import Structure
+from moebit.storage.checkpoint import Checkpoint
 
 LARGEST_SHARE = 0.05
 STORED_EXPERT = re.compile(r"(^|\.)experts[.\d]")  # in stored names; `shared_experts.` is something else

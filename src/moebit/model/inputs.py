@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from moebit.model.attention import round_attention
-from moebit.model.files import TensorSpec
 from moebit.model.seam import is_experts
-from moebit.tensor.activations import Rounding
+from moebit.storage.files import TensorSpec
 from moebit.tensor.blocks import BlockTransform, block_size, hadamard
+from moebit.tensor.row_rounding import Rounding
 
 FIRST, DOWN, LINEAR = "first_transform", "down_transform", "transform"  # what transforms are called inside the modules that own them
 

@@ -27,11 +27,11 @@ from moebit.formats.seal import KEY, SEALED, seal
 from moebit.formats.switch import Kept, read_kept
 from moebit.methods.allocation import fuzzy_widths
 from moebit.methods.significance import baseline
-from moebit.model.files import INDEX, ShardFile, TensorSpec, sha256, sync_directory
 from moebit.profiling.passes import Progress
 from moebit.profiling.profile import LADDER
 from moebit.profiling.usage import Observed, observe
 from moebit.recipe import load_recipe
+from moebit.storage.files import INDEX, ShardFile, TensorSpec, sha256, sync_directory
 from moebit.tensor import QTensor, QuantScheme, solve_rtn
 
 BEFORE = "overlay.json"

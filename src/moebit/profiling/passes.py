@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from moebit.methods.significance import ExpertEvidence, coactivation, output_error
-from moebit.model.activations import ActivationStore
-from moebit.model.budget import Budget
-from moebit.model.checkpoint import Checkpoint
 from moebit.model.experts import RoutedTokens, dispatch, finish
-from moebit.model.stream import Stream, experts_names, read_experts
 from moebit.model.structure import LayerSites, Structure
+from moebit.storage.checkpoint import Checkpoint
+from moebit.streaming.budget import Budget
+from moebit.streaming.store import ActivationStore
+from moebit.streaming.stream import Stream, experts_names, read_experts
 from moebit.tensor import QuantScheme, solve_gptq, solve_rtn
 
 Progress = Callable[[str, int, int], None]

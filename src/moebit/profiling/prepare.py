@@ -19,12 +19,12 @@ from moebit.formats.profile import Profile
 from moebit.formats.switch import SIDE_FILE, Channels, Usage, side_specs, write_side_file
 from moebit.methods.significance import expert_shares
 from moebit.methods.switching import switchable
-from moebit.model.checkpoint import Checkpoint, HubWeights, checkpoint_fingerprint
-from moebit.planning import BitPlan, Plan
+from moebit.plan.plan import BitPlan, Plan
 from moebit.profiling.allocate import allocate
 from moebit.profiling.passes import Progress
 from moebit.profiling.profile import run_profile
 from moebit.recipe import Recipe
+from moebit.storage.checkpoint import Checkpoint, HubWeights, checkpoint_fingerprint
 
 PICTURED_LAYERS, PICTURED_EXPERTS = 8, 128  # of which the report shows what is chosen together
 

@@ -13,12 +13,12 @@ from moebit.calibration.text import Texts, calibration_windows, digest, load_tok
 from moebit.errors import BadInputError
 from moebit.formats.opening import open_checkpoint
 from moebit.formats.profile import Profile, ProfiledModule, set_file
-from moebit.model.budget import Budget, make_budget
-from moebit.model.checkpoint import Checkpoint, HubWeights, checkpoint_fingerprint
 from moebit.model.structure import Structure, find_structure
-from moebit.planning import Plan, make_plan
+from moebit.plan.plan import Plan, make_plan
 from moebit.profiling.passes import Measure, Progress, run_pass
 from moebit.recipe import BIT_WIDTHS, Recipe, load_recipe
+from moebit.storage.checkpoint import Checkpoint, HubWeights, checkpoint_fingerprint
+from moebit.streaming.budget import Budget, make_budget
 from moebit.tensor import QuantScheme
 
 LADDER = (2, 3, 4, 6, 8)

@@ -20,11 +20,11 @@ from moebit.formats.seal import SEALED
 from moebit.formats.switch import Usage, read_usage
 from moebit.methods.significance import expert_shares
 from moebit.methods.switching import usage_distance
-from moebit.model.budget import make_budget
-from moebit.model.checkpoint import Checkpoint
 from moebit.model.structure import find_structure
 from moebit.profiling.passes import Progress, run_pass
 from moebit.profiling.profile import data_sets
+from moebit.storage.checkpoint import Checkpoint
+from moebit.streaming.budget import make_budget
 
 DRIFTED = 1.5  # times the distance of a data set to the nearest other one, from which on a text counts as other data
 

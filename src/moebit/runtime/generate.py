@@ -15,10 +15,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from moebit.calibration.text import load_tokenizer
 from moebit.errors import BadInputError
-from moebit.model.activations import resident_bytes
-from moebit.model.checkpoint import load_config, resolve
 from moebit.runtime.packed import PackedModule, multiplied, use
 from moebit.runtime.paths import PATHS, Path
+from moebit.storage.checkpoint import load_config, resolve
+from moebit.streaming.store import resident_bytes
 
 WARM_UP_TOKENS = 2
 

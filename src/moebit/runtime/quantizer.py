@@ -11,15 +11,15 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moebit.formats.activations import KEY as ACTIVATIONS
-from moebit.formats.activations import read_activations
+from moebit.formats.inputs_config import KEY as ACTIVATIONS
+from moebit.formats.inputs_config import read_activations
 from moebit.formats.native import METHOD, packed_specs
 from moebit.formats.overlay import overlay_specs
 from moebit.model.adapters import adapt
-from moebit.model.checkpoint import INSIDE, without_wrapper
 from moebit.model.inputs import attach
 from moebit.model.seam import SEAM
 from moebit.runtime.packed import EXPERTS_IMPLEMENTATION, PackedLinear, pack_experts
+from moebit.storage.checkpoint import INSIDE, without_wrapper
 
 
 def _names_in(model: Any, names: Iterable[str]) -> dict[str, str]:

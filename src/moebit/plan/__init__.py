@@ -1,0 +1,1 @@
+"""What will be done, known before it starts."""

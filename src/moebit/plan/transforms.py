@@ -1,0 +1,91 @@
+"""Transforms of the weights that leave the function as it is: found, proved and, where known beforehand, applied to a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moebit.errors import BadInputError
+from moebit.methods.rotation import RotationPlan, plan_rotation
+from moebit.model.proof.sites import LayerScales, find_scales
+from moebit.model.structure import Structure
+from moebit.recipe import Recipe
+from moebit.storage.checkpoint import Checkpoint, HubWeights, tied_names
+from moebit.storage.edits import EditedWeights
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """What is done to the weights before they are quantized.
+
+    Attributes:
+        rotation: applied already, when the checkpoint was opened.
+        scales: by layer, where channels can be scaled when the layer is calibrated; empty where the recipe scales nothing.
+    """
+
+    rotation: RotationPlan | None = None
+    scales: tuple[LayerScales, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.rotation is not None or bool(self.scales)
+
+    def describe(self) -> dict[str, Any]:
+        """For JSON."""
+        result: dict[str, Any] = {}
+        if self.rotation is not None:
+            result["rotation"] = self.rotation.describe()
+        if self.scales:
+            result["scales"] = {
+                "norms": sum(len(layer.norms) for layer in self.scales),
+                "pairs": sum(len(layer.pairs) for layer in self.scales),
+                "experts": sum(layer.experts for layer in self.scales),
+                "skipped": {name: why for layer in self.scales for name, why in layer.skipped.items()},
+            }
+        return result
+
+
+NO_TRANSFORMS = Transforms()
+
+
+def transformed(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, seed: int) -> tuple[Checkpoint, Transforms]:
+    """The checkpoint with the recipe's rotation applied as it is read, ready for the scales that are found layer by layer.
+
+    Raises:
+        BadInputError: a rotation that the model does not allow, a format that cannot hold an edited parameter.
+    """
+    kind = recipe.rotation.absorbed
+    rotation, scales = None, tuple[LayerScales, ...]()
+    try:
+        if kind != "none":
+            rotation = plan_rotation(checkpoint, structure, kind)
+            checkpoint = rotation.applied(checkpoint, seed)
+        if recipe.scales_channels:
+            scales = find_scales(checkpoint, structure)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # a model's own code fails in any way
+        raise BadInputError(
+            f"{type(checkpoint.model).__name__}: a run on random values failed ({type(error).__name__}: {error}), nothing is proved "
+            "about its transforms; use a recipe without rotation.absorbed and channel scales"
+        ) from error
+    edited_later = bool(scales) or recipe.router.active  # a layer's own edits come when it is calibrated
+    if edited_later and isinstance(checkpoint.weights, HubWeights) and not isinstance(checkpoint.weights, EditedWeights):
+        checkpoint = replace(checkpoint, weights=EditedWeights(checkpoint.weights))
+    result = Transforms(rotation, scales)
+    if result and recipe.format != "native" and isinstance(checkpoint.weights, EditedWeights):
+        _check_stored(checkpoint.weights, recipe.format)
+    return checkpoint, result
+
+
+def _check_stored(weights: EditedWeights, form: str) -> None:
+    """Formats that write the checkpoint's own tensors need one for every parameter that may be edited."""
+    shared = weights.stored_together()
+    if shared:
+        raise BadInputError(
+            f"format {form}: {next(iter(shared))} is stored in one tensor with others, a transform cannot be written there; "
+            "write the native format instead"
+        )
+    if weights.untied and weights.stored_names(tied_names(weights.model)[weights.untied[0]]) != [
+        tied_names(weights.model)[weights.untied[0]]
+    ]:
+        raise BadInputError(
+            f"format {form}: no stored name is known for the untied head {weights.untied[0]}; write the native format instead"
+        )

@@ -1,0 +1,1 @@
+"""The main job: a checkpoint becomes a quantized checkpoint, one decoder layer at a time."""

@@ -1,0 +1,79 @@
+"""The documents beside the weights: moebit.json, report.json and its page, recipe.yaml and the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from moebit.formats import native
+from moebit.plan.plan import Plan
+from moebit.quantize.layer import LayerReport
+from moebit.report.facts import Documents
+from moebit.report.page import report_page
+from moebit.storage.checkpoint import Checkpoint
+
+
+def documents(
+    checkpoint: Checkpoint, plan: Plan, identity: Mapping[str, Any], reports: list[LayerReport], seconds: float, run: Mapping[str, Any]
+) -> dict[str, str]:
+    """Every document of an output, name -> text; what depends on time or place is in report.json and report.html alone.
+
+    Args:
+        run: facts of this run for the report: `output` (its directory's name), `size_after`, `command`, `peak_memory_bytes`, and by layer
+            `together`, the tokens that two experts both got.
+    """
+    described = {
+        "format_version": native.FORMAT_VERSION,
+        **identity,
+        "format": plan.recipe.format,
+        **({"shipped": checkpoint.shipped.describe()} if checkpoint.shipped else {}),
+        "plan": {k: v for k, v in plan.describe().items() if k != "seconds"},
+    }
+    report = {
+        "seconds": round(seconds, 2),
+        "size_before": checkpoint.size_bytes,
+        "size_after": run["size_after"],
+        "average_bits": plan.average_bits,
+        "peak_memory_bytes": run["peak_memory_bytes"],
+        "command": run["command"],
+        "layers": [asdict(r) | ({"coactivation": run["together"][r.layer]} if r.layer in run["together"] else {}) for r in reports],
+    }
+    recipe = f"# sha256 of the content: {plan.recipe.digest()}\n{plan.recipe.to_yaml()}"
+    return {
+        "moebit.json": json.dumps(described, indent=1) + "\n",
+        "report.json": json.dumps(report, indent=1) + "\n",
+        "report.html": report_page(Documents(run["output"], report, described, recipe)),
+        "recipe.yaml": recipe,
+        "README.md": _card(checkpoint, plan),
+    }
+
+
+def _inputs(plan: Plan) -> str:
+    """What happens to activations as the model runs."""
+    a, rotation = plan.recipe.activations, plan.recipe.rotation.online
+    said = [f"inputs are rotated ({rotation})"] if plan.activations.transforms else []
+    said += [f"inputs are rounded to {a.bits} bits per token"] if a.bits < 16 else []
+    said += [f"query, key and value to {a.qkv_bits}"] if plan.activations.attention_modules else []
+    return f"As it runs, {', '.join(said)}.\n" if said else ""
+
+
+def _card(checkpoint: Checkpoint, plan: Plan) -> str:
+    base = checkpoint.path.name
+    w, s = plan.recipe.weights, plan.recipe.solver
+    kind = plan.recipe.allocation.kind
+    width = f"{w.bits} bits" if kind == "uniform" else f"widths by {kind}"
+    shipped = (
+        f"The checkpoint itself is shipped quantized ({checkpoint.shipped.scheme}) and was read as it is.\n" if checkpoint.shipped else ""
+    )
+    registered = "import moebit  # registers the packed format with transformers\n" if plan.recipe.format == "native" else ""
+    load = f'{registered}from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("DIRECTORY")'
+    return (
+        f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [moebit, quantized, moe]\n---\n\n# {base}, quantized\n\n"
+        f"{base}, quantized by moebit: {s.method}, {width}, {'symmetric' if w.symmetric else 'asymmetric'}, "
+        f"{'per channel' if w.group_size == -1 else f'groups of {w.group_size}'}, scope {w.scope}; "
+        f"{plan.average_bits:.3f} bits per quantized weight on disk.\n{_inputs(plan)}{shipped}"
+        f"Runs in: {', '.join(name for name, verdict in plan.engines.items() if verdict.runs)}.\n"
+        f"`recipe.yaml` is the exact recipe, `report.json` says what happened in each layer.\n\n```python\n{load}\n```\n"
+    )

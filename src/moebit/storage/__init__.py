@@ -1,0 +1,1 @@
+"""Files: what is read, lazily, and what is written, durably."""

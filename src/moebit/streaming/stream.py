@@ -1,0 +1,442 @@
+"""Hidden states of token windows on their way through the decoder layers, one layer at a time.
+
+Only one layer's non-expert weights are in memory at a time, and its experts chunk by chunk: first the layer runs with experts that
+return zero and note what they were asked, then the experts are computed chunk by chunk over all noted tokens, then the layer runs
+again with their stored outputs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PretrainedConfig
+
+from moebit.errors import BadInputError
+from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slots, dispatch, finish, intermediate
+from moebit.model.replay import LayerCall, StopForward, head, record, same_arguments
+from moebit.model.seam import ExpertsHandler, experts_handler
+from moebit.model.structure import Structure
+from moebit.storage.checkpoint import Checkpoint, Weights, dematerialize, materialize
+from moebit.storage.files import Entry
+from moebit.streaming.shortcut import KeptInput, watched
+from moebit.streaming.store import ActivationStore
+
+BATCH_TOKENS = 4096
+SLOTS = 16384
+LOGIT_BYTES = 64 * 2**20
+InputHook = Callable[[Tensor], None]
+
+
+@dataclass
+class Stream:
+    """Windows of tokens between two decoder layers.
+
+    Attributes:
+        checkpoint, structure: the model the windows run through.
+        windows: int64 [N, L] token ids.
+        hidden: [N, L, ...] states before the next layer, in the type that the skeleton computes in.
+        store: where activations live.
+        batch_tokens: tokens that run through a layer at a time (at least one window).
+        slots: routed slots that run through experts at a time.
+    """
+
+    checkpoint: Checkpoint
+    structure: Structure
+    windows: Tensor
+    store: ActivationStore = field(default_factory=ActivationStore)
+    batch_tokens: int = BATCH_TOKENS
+    slots: int = SLOTS
+    hidden: Tensor = field(init=False)
+    _calls: list[list[LayerCall]] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        model = self.checkpoint.model
+        front, watch = [(name, model.get_submodule(name)) for name in self.structure.front], None
+        for name, module in front:
+            if module is model.get_input_embeddings():
+                watch = materialize_embeddings(module, name, self.checkpoint.weights, self.windows, named_tokens(self.checkpoint.config))
+            else:
+                materialize(module, name, self.checkpoint.weights, recurse=False)
+        for rows in self.batches():
+            first, calls = record(model, self.structure.list_name, self.structure.returns, input_ids=self.windows[rows])
+            if not rows.start:  # some models stream several states per token: [N, L, streams, H]
+                self.hidden = self.store.allocate((len(self.windows), *first.shape[1:]), self.dtype)
+            self.hidden[rows] = first
+            self._calls.append(self._shared(calls))
+            self.store.release()
+        if watch is not None:
+            watch.remove()
+        for _, module in front:
+            dematerialize(module, recurse=False)
+
+    def handed_on(self) -> dict[str, Tensor]:
+        """What layers handed on beside the hidden states and later ones still want; with the hidden states, all that going on needs."""
+        return {f"{b}.{name}": value for b, calls in enumerate(self._calls) for name, value in calls[0].carried.tensors().items()}
+
+    def take_up(self, state: Mapping[str, Entry]) -> None:
+        """Go on from a saved state, of which the hidden states are read a few windows at a time."""
+        for rows in self.batches():
+            self.hidden[rows] = state["hidden"].read(rows.start, rows.stop)
+            self.store.release()
+        for b, calls in enumerate(self._calls):
+            mine = {name.partition(".")[2]: entry.read() for name, entry in state.items() if name.startswith(f"{b}.")}
+            calls[0].carried.restore(mine)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What layers are computed in."""
+        dtype: torch.dtype = self.checkpoint.model.dtype
+        return dtype
+
+    def batches(self) -> Iterator[slice]:
+        step = max(1, self.batch_tokens // self.windows.shape[1])
+        for start in range(0, len(self.windows), step):
+            yield slice(start, min(start + step, len(self.windows)))
+
+    def _shared(self, calls: list[LayerCall]) -> list[LayerCall]:
+        """The same calls with tensors that equal the first batch's (masks, positions) stored once."""
+        if not self._calls:
+            return calls
+        return [same_arguments(mine, known, _same) for mine, known in zip(calls, self._calls[0], strict=True)]
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether layers hand on anything beside the hidden states."""
+        return any(call.hands_on for calls in self._calls for call in calls)
+
+    def call(self, index: int) -> LayerCall:
+        """How a layer is called for the first batch."""
+        return self._calls[0][index]
+
+    def layer(self, index: int) -> nn.Module:
+        return self.checkpoint.model.get_submodule(self.structure.layers[index].name)
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """One decoder layer with its non-expert weights in memory, freed afterwards."""
+        sites, layer = self.structure.layers[index], self.layer(index)
+        experts = [layer.get_submodule(sites.moe.experts)] if sites.moe else []
+        materialize(layer, sites.name, self.checkpoint.weights, skip=experts)
+        try:
+            yield layer
+        finally:
+            dematerialize(layer)
+
+    @torch.no_grad()
+    def run(
+        self,
+        index: int,
+        experts: Callable[[slice], ExpertsHandler] | None = None,
+        inputs: Mapping[str, InputHook] | None = None,
+        advance: bool = False,
+        outputs: Tensor | None = None,
+        done: int = 0,
+        stop: int | None = None,
+    ) -> None:
+        """Run one (loaded) layer over all windows.
+
+        Args:
+            experts: the experts' handler for the windows of a batch; needed where the run reaches experts.
+            inputs: what to do with the input of a submodule, by its name in the layer. If given without `advance`, each forward
+                stops as soon as all of them have been called.
+            advance: replace the hidden states by the layer's output.
+            outputs: [N, L, ...]: put the layer's output there instead.
+            done: batches to leave out, from the first. stop: the batch to stop before.
+        """
+        layer = self.layer(index)
+        for rows, calls in list(zip(self.batches(), self._calls, strict=True))[done:stop]:
+            with ExitStack() as stack:
+                _watch(stack, layer, inputs or {}, stop=bool(inputs) and not advance)
+                if experts is not None:
+                    stack.enter_context(experts_handler(experts(rows)))
+                try:
+                    output = calls[index].run(layer, self.hidden[rows], keep=advance)
+                except StopForward:
+                    self.store.release()
+                    continue
+            if advance:
+                self.hidden[rows] = output
+            elif outputs is not None:
+                outputs[rows] = output
+            self.store.release()
+
+    @torch.no_grad()
+    def capture_routing(self, index: int, outputs: Tensor | None = None, kept: KeptInput | None = None) -> RoutedTokens:
+        """What the layer's experts are asked, for every token, in the windows' order.
+
+        Args:
+            outputs: [N, L, ...], gets what the layer puts out where its experts put out nothing.
+            kept: what enters a linear (attention's last); where the layer can begin behind the module around it, that is not run again.
+        """
+        moe = self.structure.layers[index].moe
+        assert moe is not None
+        total = self.windows.numel()
+        x = self.store.allocate((total, moe.layout.hidden), self.dtype)
+        ids = torch.empty(total, moe.top_k, dtype=torch.int64)
+        weights = torch.empty(total, moe.top_k, dtype=torch.float32)
+
+        def note(rows: slice) -> ExpertsHandler:
+            span = self.token_span(rows)
+
+            def handler(module: nn.Module, states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+                x[span], ids[span], weights[span] = states, top_k_index, top_k_weights.float()
+                return torch.zeros_like(states)
+
+            return handler
+
+        if kept is None or len(self._calls) == 1 or any(calls[index].hands_on for calls in self._calls):
+            self.run(index, experts=note, outputs=outputs)
+        else:
+            self._run_behind(index, kept, note, [x, ids, weights], outputs)
+        return RoutedTokens(x, ids, weights)
+
+    def _run_behind(
+        self, index: int, kept: KeptInput, experts: Callable[[slice], ExpertsHandler], noted: list[Tensor], outputs: Tensor | None
+    ) -> None:
+        """`run` over all windows, from a linear on whose inputs were kept: where the first batch gives the same, bit for bit, either way.
+
+        Args:
+            noted: [T, ...] tensors that `experts` fills.
+        """
+        layer, first = self.layer(index), next(self.batches())
+
+        def inputs(rows: slice) -> Tensor:
+            return kept.values[self.token_span(rows)].unflatten(0, (-1, self.windows.shape[1]))
+
+        with watched(layer, kept) as seen:
+            self.run(index, experts=experts, outputs=outputs, stop=1)
+        short = seen.stand_in(layer, kept, inputs(first))
+        if short is None:
+            self.run(index, experts=experts, outputs=outputs, done=1)
+            return
+
+        def answered(rows: slice) -> ExpertsHandler:
+            short.values = inputs(rows)
+            return experts(rows)
+
+        results = [tensor[self.token_span(first)] for tensor in noted] + ([] if outputs is None else [outputs[first]])
+        wanted = [result.clone() for result in results]
+        with short.in_place(layer, kept.block):
+            self.run(index, experts=answered, outputs=outputs, stop=1)
+            same = all(map(torch.equal, results, wanted))
+            if same:
+                self.run(index, experts=answered, outputs=outputs, done=1)
+        if not same:
+            self.run(index, experts=experts, outputs=outputs)
+
+    def token_span(self, rows: slice) -> slice:
+        length = self.windows.shape[1]
+        return slice(rows.start * length, rows.stop * length)
+
+    def replay(self, outputs_TH: Tensor) -> Callable[[slice], ExpertsHandler]:
+        """Handlers that answer with stored expert outputs."""
+        return lambda rows: lambda module, states, ids, weights: outputs_TH[self.token_span(rows)].to(states.dtype)
+
+    @torch.no_grad()
+    def advance_by(self, index: int, outputs_TH: Tensor, without: Tensor | None) -> None:
+        """Advance through a layer whose experts put out `outputs_TH`.
+
+        Most layers end in `hidden + experts' outputs`. Where the first batch shows that this one does, the others are added up from what
+        `capture_routing` stored, and attention is spared a pass; else the layer runs again.
+
+        Args:
+            without: [N, L, ...] outputs of the layer as it is now, but with experts that put out nothing; None where there are none.
+        """
+        first = next(iter(self.batches()))
+        simple = not any(calls[index].hands_on for calls in self._calls)
+        if without is None or not simple or self.hidden[0, 0].numel() != outputs_TH.shape[1]:
+            self.run(index, experts=self.replay(outputs_TH), advance=True)
+            return
+
+        def added(rows: slice) -> Tensor:
+            return outputs_TH[self.token_span(rows)].view(without[rows].shape)
+
+        with experts_handler(self.replay(outputs_TH)(first)):
+            output = self._calls[0][index].run(self.layer(index), self.hidden[first])
+        self.hidden[first] = output
+        if not _adds_up(output, without[first], added(first)):
+            self.run(index, experts=self.replay(outputs_TH), advance=True, done=1)
+            return
+        for rows in list(self.batches())[1:]:
+            self.hidden[rows] = (without[rows].float() + added(rows)).to(self.dtype)
+            self.store.release()
+
+    def step(self, index: int, chunk: int) -> Tensor | None:
+        """Advance through one layer as it is, with at most `chunk` experts in memory; returns the chosen experts [T, k].
+
+        Where all of a layer's experts fit, one pass does; else the layer runs twice around the experts.
+        """
+        moe = self.structure.layers[index].moe
+        with self.loaded(index) as layer:
+            if moe is None:
+                self.run(index, advance=True)
+                return None
+            name, module = f"{self.structure.layers[index].name}.{moe.experts}", layer.get_submodule(moe.experts)
+            if chunk >= moe.layout.experts:
+                return self._step_at_once(index, read_experts(self.checkpoint.weights, name, moe.layout, 0, moe.layout.experts, self.dtype))
+            routed = self.capture_routing(index)
+            outputs = self.new_outputs(routed)
+            slots = dispatch(routed.ids, routed.weights, moe.layout.experts)
+            for start in range(0, moe.layout.experts, chunk):
+                stop = min(start + chunk, moe.layout.experts)
+                self.checkpoint.weights.expect(experts_names(name, moe.layout), stop, min(stop + chunk, moe.layout.experts))
+                weights = read_experts(self.checkpoint.weights, name, moe.layout, start, stop, self.dtype)
+                for piece in slots.pieces(start, stop, self.slots):
+                    add_outputs(module, routed.x, weights, piece, outputs)
+                    self.store.release()
+            self.run(index, experts=self.replay(outputs), advance=True)
+            return routed.ids
+
+    def new_outputs(self, routed: RoutedTokens) -> Tensor:
+        """[T, H] float32 zeros for the experts' outputs to be added to."""
+        outputs = self.store.allocate(tuple(routed.x.shape), torch.float32).zero_()
+        self.store.release()
+        return outputs
+
+    def _step_at_once(self, index: int, weights: ExpertWeights) -> Tensor:
+        experts = weights.down.shape[0]
+        chosen = []
+
+        def answer(module: nn.Module, states: Tensor, ids: Tensor, affinity: Tensor) -> Tensor:
+            chosen.append(ids)
+            outputs = torch.zeros(states.shape, dtype=torch.float32)
+            for piece in dispatch(ids, affinity, experts).pieces(0, experts, self.slots):
+                add_outputs(module, states, weights, piece, outputs)
+            return outputs.to(states.dtype)
+
+        self.run(index, experts=lambda rows: answer, advance=True)
+        return torch.cat(chosen)
+
+    @torch.no_grad()
+    def logits(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, logits [B, L, V] float32) after the last layer, a few windows at a time."""
+        model = self.checkpoint.model
+        layers, returns = self.structure.list_name, self.structure.returns
+        behind = [(name, model.get_submodule(name)) for name in self.structure.back]
+        vocabulary = int(self.checkpoint.config.get_text_config().vocab_size)
+        step = max(1, LOGIT_BYTES // (4 * vocabulary * self.windows.shape[1]))
+        try:
+            for name, module in behind:
+                materialize(module, name, self.checkpoint.weights, recurse=False)
+            for start in range(0, len(self.windows), step):
+                rows = slice(start, min(start + step, len(self.windows)))
+                yield rows, head(model, layers, self.hidden[rows], returns).float()
+        finally:
+            for _, module in behind:
+                dematerialize(module, recurse=False)
+
+
+def _adds_up(output: Tensor, without: Tensor, added: Tensor) -> bool:
+    """Whether `output` is `without + added`, up to the rounding of its type, with a factor of one before `added`."""
+    change, rounding = output.float() - without.float(), torch.finfo(output.dtype).eps * output.float().norm()
+    factor = float((change * added).sum() / added.square().sum().clamp(min=1e-30))
+    return abs(factor - 1) < 0.01 and bool((change - added).norm() <= rounding)
+
+
+def _same(value: object, known: object) -> object:
+    if isinstance(value, Tensor) and isinstance(known, Tensor):
+        return known if value.shape == known.shape and value.dtype == known.dtype and torch.equal(value, known) else value
+    if isinstance(value, tuple) and isinstance(known, tuple) and len(value) == len(known):
+        return tuple(_same(a, b) for a, b in zip(value, known, strict=True))
+    return value
+
+
+def _watch(stack: ExitStack, layer: nn.Module, inputs: Mapping[str, InputHook], stop: bool) -> None:
+    """Call every hook with its submodule's input; with `stop`, end the forward when the last of them was called."""
+    waiting = set(inputs)
+
+    def watch(name: str, hook: InputHook) -> None:
+        def on_call(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            hook(args[0])
+            waiting.discard(name)
+            if stop and not waiting:
+                raise StopForward
+
+        stack.callback(layer.get_submodule(name).register_forward_pre_hook(on_call).remove)
+
+    for name, hook in inputs.items():
+        watch(name, hook)
+
+
+def experts_names(name: str, layout: ExpertsLayout) -> list[str]:
+    """The parameters of the experts module called `name`."""
+    leaves = [layout.first, "down_proj"]
+    return [f"{name}.{leaf}" for leaf in leaves + ([f"{layout.first}_bias", "down_proj_bias"] if layout.bias else [])]
+
+
+def read_experts(
+    weights: Weights, name: str, layout: ExpertsLayout, start: int, stop: int, dtype: torch.dtype = torch.float32
+) -> ExpertWeights:
+    """Experts [start, stop) of the module called `name`, in `dtype`."""
+    first, down, *biases = (weights.expert_rows(full, start, stop).to(dtype) for full in experts_names(name, layout))
+    first_bias, down_bias = biases or (None, None)
+    return ExpertWeights(layout.stacked(first), layout.stacked(down), first_bias, down_bias, start)
+
+
+@torch.no_grad()
+def add_outputs(module: nn.Module, x_TH: Tensor, weights: ExpertWeights, slots: Slots, outputs_TH: Tensor) -> None:
+    """Add what some experts contribute to every token's output; `slots` are theirs, or a piece of them."""
+    h = intermediate(module, x_TH[slots.tokens], weights, slots.bounds)
+    y = finish(module, h, slots.affinity, weights, slots.bounds)
+    outputs_TH.index_add_(0, slots.tokens, y.to(outputs_TH.dtype))
+
+
+def materialize_embeddings(
+    module: nn.Module, name: str, weights: Weights, ids: Tensor, further: Iterable[int] = ()
+) -> RemovableHandle | None:
+    """Fill the input embeddings; of a plain table only the rows of tokens that occur.
+
+    The others are left untouched, and memory that is never touched is never taken: the tables of large vocabularies have gigabytes.
+
+    Args:
+        further: tokens that the model may look up beside those of the text (in place of a picture, say).
+
+    Returns:
+        What watches over that, to be removed with the table; None where the whole table was read.
+    """
+    if not isinstance(module, nn.Embedding) or len(module._parameters) > 1:
+        materialize(module, name, weights)
+        return None
+    used = torch.cat([ids.flatten(), torch.tensor([i for i in further if 0 <= i < len(module.weight)], dtype=torch.int64)]).unique()
+    table = torch.empty(module.weight.shape, dtype=module.weight.dtype)
+    for low, high in _runs(used.tolist()):
+        table[low:high] = weights.rows(f"{name}.weight", low, high).to(table.dtype)
+    module.weight = nn.Parameter(table, requires_grad=False)
+    read = torch.zeros(len(table), dtype=torch.bool)
+    read[used] = True
+    return module.register_forward_pre_hook(partial(_only_read, name, read))
+
+
+def _only_read(name: str, read: Tensor, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Rows that were not read hold nothing: a model that looks one up is told so, instead of going on with what lies there."""
+    if args and isinstance(args[0], Tensor) and not bool(read[args[0]].all()):
+        token = int(args[0][~read[args[0]]].flatten()[0])
+        raise BadInputError(f"{name}: the model looks up token {token}, which is not in the text; moebit does not understand this model")
+
+
+def named_tokens(config: Any) -> list[int]:
+    """Every token that a configuration, or one inside it, names: padding, ends, places for pictures."""
+    found = []
+    for key, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            found += named_tokens(value)
+        elif re.search(r"token_(id|index|ids)$", key):
+            found += [i for i in (value if isinstance(value, list | tuple) else [value]) if isinstance(i, int)]
+    return found
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Ranges [low, high) of consecutive numbers in a sorted list."""
+    start = 0
+    for position in range(1, len(numbers) + 1):
+        if position == len(numbers) or numbers[position] != numbers[position - 1] + 1:
+            yield numbers[start], numbers[position - 1] + 1
+            start = position
