@@ -69,7 +69,9 @@ def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
     assert '<a href="../../results/moequant/">A table like no other</a>' in (site / "methods" / "moequant" / "index.html").read_text()
     assert "../../methods/moequant/#affinity-guided-quantization" in (site / "results" / "moequant" / "index.html").read_text()
     documented = (site / "api" / "index.html").read_text()
-    assert all(f'id="moebit.{name}"' in documented for name in ("pipeline.quantize", "evaluate.streaming.evaluate", "errors.BadInputError"))
+    assert all(
+        f'id="moebit.{name}"' in documented for name in ("quantize.run.quantize", "evaluate.streaming.evaluate", "errors.BadInputError")
+    )
 
 
 def test_the_numbers_are_the_benchmarks() -> None:

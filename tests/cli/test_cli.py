@@ -16,7 +16,7 @@ from moebit import cli
 from moebit.cli import parse_size
 from moebit.errors import BadInputError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL, TEXTS = ROOT / "reference" / "olmoe", ROOT / "reference" / "text"
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import moebit
-import moebit.quantize.layer
 from moebit.calibration.text import TokenText, calibration_windows
 from moebit.methods.drift import MUS, DriftMoments, correct_drift
 from moebit.methods.realign import held_out_rows
+from moebit.quantize import layer as layer_room
 from moebit.quantize.run import Result
 from tests.support.models import ARCHITECTURES, EXPERTS, Checkpoints, load_reference
 from tests.support.outputs import file_bytes, mixed_plan, small_recipe, token_file, with_weights
@@ -84,13 +84,13 @@ class Solved:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.weights: list[Tensor] = []
-        solve = moebit.quantize.layer.solve
+        solve = layer_room.solve
 
         def noted(recipe: Any, w: Tensor, *args: Any) -> Any:
             self.weights.append(w.float().clone())
             return solve(recipe, w, *args)
 
-        monkeypatch.setattr(moebit.quantize.layer, "solve", noted)
+        monkeypatch.setattr(layer_room, "solve", noted)
 
 
 @torch.no_grad()

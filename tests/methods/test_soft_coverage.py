@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import moebit
-import moebit.quantize.layer
 from moebit.methods import soft_coverage as module
 from moebit.methods.soft_coverage import NO_SCORE, soft_coverage
 from moebit.model.experts import RoutedTokens
+from moebit.quantize import layer as layer_room
 from tests.support import reference
 from tests.support.models import ARCHITECTURES, EXPERTS, Checkpoints, windows
 from tests.support.outputs import file_bytes, small_recipe, token_file
@@ -33,13 +33,13 @@ def test_hessians_of_the_first_experts(checkpoints: Checkpoints, tmp_path: Path,
     architecture = ARCHITECTURES[name]
     path, found = checkpoints.path(architecture), checkpoints.reference(architecture)
     index, solved = architecture.first_moe, list[Tensor]()
-    solve = moebit.quantize.layer.solve
+    solve = layer_room.solve
 
     def noted(recipe: Any, w: Tensor, h: Tensor, *args: Any) -> Any:
         solved.append(h.clone())
         return solve(recipe, w, h, *args)
 
-    monkeypatch.setattr(moebit.quantize.layer, "solve", noted)
+    monkeypatch.setattr(layer_room, "solve", noted)
     text = tmp_path / "t.jsonl"
     text.write_text("".join(f'{{"input_ids": {row}}}\n' for row in windows().tolist()))
     experts = [f"{found.layers_name}.{n}.{architecture.block}.experts" for n, moe in enumerate(architecture.moe) if moe and n != index]
@@ -85,7 +85,7 @@ def test_a_router_that_says_more_than_its_logits_gets_the_layers(
     """The bytes are those of `layer`, and the result says why."""
     path, text = checkpoints.path(ARCHITECTURES["mixtral"]), token_file(tmp_path / "t.jsonl", 6 * 24)
     moebit.quantize(path, tmp_path / "plain", recipe=small_recipe(), text={"t": text})
-    monkeypatch.setattr(moebit.quantize.layer, "soft_coverage", lambda *args: None)
+    monkeypatch.setattr(layer_room, "soft_coverage", lambda *args: None)
     result = moebit.quantize(path, tmp_path / "out", recipe={**small_recipe(), **SOFT}, text={"t": text})
     assert result.skipped == {f"calibration.coverage: {NO_SCORE}": len(result.layers)}  # type: ignore[union-attr]
     weights = {name: data for name, data in file_bytes(tmp_path / "out").items() if name.endswith(".safetensors")}
