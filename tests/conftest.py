@@ -13,8 +13,9 @@ import torch
 if not torch.cuda.is_available():  # Triton's kernels are interpreted, which it decides when it is first imported, maybe by transformers
     os.environ["TRITON_INTERPRET"] = "1"
 
+from moebit.model.opening import open_hub_checkpoint
 from moebit.model.structure import find_structure
-from moebit.storage.checkpoint import HubWeights, open_hub_checkpoint
+from moebit.storage.hub import HubWeights
 from tests.support.models import ARCHITECTURES, Architecture, Checkpoints
 from tests.support.opened import Opened
 from tests.support.outputs import Outputs

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import moebit
+from moebit.model import opening
+from moebit.model.opening import fast_compute_type, open_hub_checkpoint
 from moebit.model.structure import find_structure
 from moebit.plan.plan import Plan
-from moebit.storage import checkpoint as checkpoint_module
-from moebit.storage.checkpoint import fast_compute_type, open_hub_checkpoint
 from moebit.storage.files import TensorEntry
 from moebit.streaming.budget import PROCESS_BYTES, make_budget
 from moebit.streaming.stream import Stream
@@ -86,7 +86,7 @@ def test_layers_in_bf16_give_nearly_the_same_codes(checkpoints: Checkpoints, mon
     recipe = small_recipe("gptq", weights={"bits": 3})
     outputs = []
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(checkpoint_module, "fast_compute_type", lambda config, entries, dtype=dtype: dtype)
+        monkeypatch.setattr(opening, "fast_compute_type", lambda config, entries, dtype=dtype: dtype)
         out = tmp_path / str(dtype)
         assert isinstance(moebit.quantize(checkpoints.path(DEEPSEEK), out, recipe=recipe, text={"t": text}), moebit.Result)
         assert json.loads((out / "moebit.json").read_text())["compute"] == str(dtype).removeprefix("torch.")

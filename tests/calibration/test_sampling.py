@@ -15,8 +15,8 @@ from moebit.calibration.beam import Rules, ancestral, ebss
 from moebit.calibration.sampling import Settings, balancing_temperature, describe_text, end_ids, kept_windows
 from moebit.errors import BadInputError
 from moebit.model.decoder import Decoder
+from moebit.model.opening import open_hub_checkpoint
 from moebit.model.structure import find_structure
-from moebit.storage.checkpoint import open_hub_checkpoint
 from tests.calibration.naive import naive_ebss
 from tests.support.models import ARCHITECTURES, EXPERTS, VOCABULARY, Architecture, Checkpoints, quiet
 from tests.support.outputs import file_bytes, small_recipe, token_file

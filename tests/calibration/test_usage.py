@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moebit.calibration.usage import add_usage, balanced_subset, describe_windows, distinct_ngrams, imbalance, no_usage, shares
+from moebit.model.opening import open_hub_checkpoint
 from moebit.model.structure import find_structure
-from moebit.storage.checkpoint import open_hub_checkpoint
 from tests.calibration.naive import naive_imbalance, naive_sigma
 from tests.support.models import ARCHITECTURES, EXPERTS, LENGTH, WINDOWS, Checkpoints, windows
 

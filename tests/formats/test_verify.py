@@ -433,7 +433,7 @@ def test_dense_damage(dense: Path, tmp_path: Path) -> None:
 
 
 def test_finite_goes_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(consistency, "PIECE", 100)
+    monkeypatch.setattr(consistency, "PIECE_BYTES", 100)
     read: list[int] = []
     whole_read = TensorEntry.read
 

@@ -51,7 +51,7 @@ def rotated(checkpoint: Path, kind: str) -> tuple[PreTrainedModel, PreTrainedMod
     """(the checkpoint in transformers, the same with every parameter as the edited weights read it)."""
     original, turned = in_double(checkpoint), in_double(checkpoint)
     opened = open_checkpoint(checkpoint)
-    edited = plan_rotation(opened, find_structure(opened.model), kind).applied(opened, seed=3).weights
+    edited = plan_rotation(opened, find_structure(opened.model), kind).applied(opened.weights, seed=3)
     head, table = turned.get_output_embeddings(), turned.get_input_embeddings()
     assert head is not None
     if head.weight is table.weight:
@@ -140,7 +140,7 @@ def test_outputs_are_plain_checkpoints(format: str, checkpoints: Checkpoints, tm
 def test_the_seed_decides(checkpoints: Checkpoints) -> None:
     opened = open_checkpoint(checkpoints.path(ARCHITECTURES["mixtral"]))
     plan = plan_rotation(opened, find_structure(opened.model), "r1")
-    first, again, other = (plan.applied(opened, seed).weights.parameter("model.embed_tokens.weight") for seed in (1, 1, 2))
+    first, again, other = (plan.applied(opened.weights, seed).parameter("model.embed_tokens.weight") for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 

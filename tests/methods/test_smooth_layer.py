@@ -19,8 +19,9 @@ from moebit.model.proof.sites import LayerScales, find_scales
 from moebit.model.structure import Structure, find_structure
 from moebit.quantize import run as pipeline
 from moebit.recipe import SmoothingSection
-from moebit.storage.checkpoint import Checkpoint, HubWeights
+from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.edits import EditedWeights
+from moebit.storage.hub import HubWeights
 from moebit.streaming.stream import Stream
 from tests.methods.test_smoothing import naive_factors
 from tests.support.models import ARCHITECTURES, EXPERTS, Architecture, Checkpoints, load_reference, quiet, random_model, save, windows

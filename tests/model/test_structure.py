@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 from moebit.errors import BadInputError
 from moebit.model.experts import ExpertsLayout
+from moebit.model.skeleton import skeleton
 from moebit.model.structure import LayerSites, find_structure
-from moebit.storage.checkpoint import skeleton
 from tests.support.models import EXPERTS, INTERMEDIATE, TOP_K, WINDOWS
 from tests.support.opened import Opened
 

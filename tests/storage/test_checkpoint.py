@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moebit.errors import BadInputError
+from moebit.model.opening import open_hub_checkpoint
+from moebit.model.skeleton import dematerialize, materialize, skeleton
 from moebit.model.structure import decoder_list
-from moebit.storage.checkpoint import HubWeights, dematerialize, load_config, materialize, open_hub_checkpoint, resolve, skeleton
+from moebit.storage.checkpoint import resolve
+from moebit.storage.config import load_config
 from moebit.storage.files import INDEX, TensorEntry
+from moebit.storage.hub import HubWeights
 from tests.support.models import ARCHITECTURES, EXPERTS, Architecture, Checkpoints, quiet, random_model, save
 from tests.support.opened import Opened
 

@@ -12,8 +12,8 @@ from moebit.formats.opening import open_checkpoint
 from moebit.model.experts import layout_of
 from moebit.model.proof.sites import scale_down
 from moebit.model.structure import find_structure
-from moebit.storage.checkpoint import HubWeights
 from moebit.storage.edits import Constant, Edit, EditedWeights, Rotate, RotateHeads, Scale, apply_edits, untied_config
+from moebit.storage.hub import HubWeights
 from moebit.tensor.rotation import Rotation, randomised_hadamard
 from tests.support.models import ARCHITECTURES, Checkpoints
 
@@ -34,7 +34,7 @@ def factors(*shape: int) -> Tensor:
 
 def pieces(weights: HubWeights, name: str) -> Tensor:
     """The parameter as a writer puts it together from pieces."""
-    spec = weights.specs[name]
+    spec = weights.spec(name)
     data = torch.zeros(spec.nbytes, dtype=torch.uint8)
     for begin, piece in weights.pieces(name):
         data[begin : begin + piece.nbytes] = piece.contiguous().flatten().view(torch.uint8)
@@ -101,19 +101,19 @@ def test_untied_everywhere() -> None:
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])
 def test_every_way_of_reading_sees_the_same(name: str, checkpoints: Checkpoints) -> None:
     plain = hub(checkpoints.path(ARCHITECTURES[name]))
-    experts = next(n for n in sorted(plain.available()) if n.endswith("down_proj") and len(plain.specs[n].shape) == 3)
+    experts = next(n for n in sorted(plain.available()) if n.endswith("down_proj") and len(plain.spec(n).shape) == 3)
     linear = next(n for n in sorted(plain.available()) if n.endswith("o_proj.weight"))
     table = next(n for n in plain.available() if "embed_tokens" in n)
     edits: dict[str, tuple[Edit, ...]] = {
-        experts: (Scale(factors(*plain.specs[experts].shape[:2]), -2), Rotate(rotation(plain.specs[experts].shape[2]))),
-        linear: (Rotate(rotation(plain.specs[linear].shape[0]), 0),),
-        table: (Rotate(rotation(plain.specs[table].shape[1])),),
+        experts: (Scale(factors(*plain.spec(experts).shape[:2]), -2), Rotate(rotation(plain.spec(experts).shape[2]))),
+        linear: (Rotate(rotation(plain.spec(linear).shape[0]), 0),),
+        table: (Rotate(rotation(plain.spec(table).shape[1])),),
     }
     edited = EditedWeights(plain, edits)
     for changed in edits:
         whole, expected = edited.parameter(changed), apply_edits(edits[changed], plain.parameter(changed))
         assert edited.edited(changed)
-        assert whole.dtype == plain.specs[changed].dtype
+        assert whole.dtype == plain.spec(changed).dtype
         assert torch.equal(whole, expected)
         assert not torch.equal(whole, plain.parameter(changed))
         assert torch.equal(pieces(edited, changed), whole)

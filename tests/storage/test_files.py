@@ -240,7 +240,7 @@ def test_a_file_that_cannot_be_laid_out_leaves_nothing(tmp_path: Path, monkeypat
 
 
 def test_sha256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "PIECE", 1000)
+    monkeypatch.setattr(files, "PIECE_BYTES", 1000)
     path = tmp_path / "x"
     for content in (b"", b"abc", bytes(range(256)) * 17):
         path.write_bytes(content)
@@ -383,7 +383,7 @@ def test_shards_without_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_check_finite_finds_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bad: float) -> None:
-    monkeypatch.setattr(files, "PIECE", 4096)  # the tensor spans many pieces
+    monkeypatch.setattr(files, "PIECE_BYTES", 4096)  # the tensor spans many pieces
     path = tmp_path / "a.safetensors"
     w = torch.randn(40, 30, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
     w[33, 7, 19] = w[36, 0, 0] = bad

@@ -26,11 +26,13 @@ import moebit
 from moebit.cli import app
 from moebit.errors import BadInputError
 from moebit.formats.opening import open_checkpoint
+from moebit.model.opening import open_hub_checkpoint
 from moebit.plan.plan import Plan
 from moebit.quantize.run import checkpoint_fingerprint
 from moebit.storage import shipped as shipped_module
-from moebit.storage.checkpoint import Checkpoint, HubWeights, open_hub_checkpoint
+from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.files import TensorEntry
+from moebit.storage.hub import HubWeights
 from tests.support.models import ARCHITECTURES, EXPERTS, HIDDEN, INTERMEDIATE, quiet, random_model, save
 from tests.support.outputs import REPORTS, file_bytes, read_config, small_recipe, stored_tensors, token_file
 
@@ -208,12 +210,12 @@ def test_reads_as_the_plain_checkpoint(pair: tuple[Path, Path]) -> None:
     assert weights.unused == other.unused == []
     for name in weights.available():
         assert torch.equal(weights.parameter(name), other.parameter(name)), name
-    assert checkpoint.plain_bytes == sum(tensor.nbytes for tensor in stored_tensors(pair[1]).values())
+    assert checkpoint.weights.plain_bytes == sum(tensor.nbytes for tensor in stored_tensors(pair[1]).values())
     assert checkpoint.size_bytes == sum(file.stat().st_size for file in pair[0].glob("*.safetensors"))
 
 
 def test_large_tensors_are_dequantized_piece_by_piece(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipped_module, "PIECE", 3 * 4 * UNEVEN["hidden_size"])
+    monkeypatch.setattr(shipped_module, "PIECE_BYTES", 3 * 4 * UNEVEN["hidden_size"])
     assert_reads_as(*pair)
 
 

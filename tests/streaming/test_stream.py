@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from moebit.model import replay
 from moebit.model.experts import ExpertWeights, Slots, dispatch, grouped_linear, row_blocks
+from moebit.model.opening import open_hub_checkpoint
 from moebit.model.seam import ExpertsHandler, experts_handler, is_experts
-from moebit.storage.checkpoint import open_hub_checkpoint
 from moebit.streaming import stream
 from moebit.streaming.shortcut import KeptInput
 from moebit.streaming.store import ActivationStore

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moebit.model.structure import Structure
-from moebit.storage.checkpoint import Checkpoint, HubWeights
+from moebit.storage.checkpoint import Checkpoint
+from moebit.storage.hub import HubWeights
 from tests.support.models import Architecture, Reference
 
 

@@ -25,7 +25,8 @@ from moebit.errors import BadInputError
 from moebit.evaluate.streaming import Progress, _Scores, add_scores, evaluate
 from moebit.formats.opening import open_checkpoint, quantized_modules
 from moebit.model.seam import is_experts
-from moebit.storage.checkpoint import Checkpoint, read_config, resolve
+from moebit.storage.checkpoint import Checkpoint, resolve
+from moebit.storage.config import read_config
 from moebit.storage.shipped import shipped_config
 
 SAME = 3e-6  # |dW|^2 / |W|^2 of a change of type alone (float32 to bfloat16 gives 1e-6, 8-bit integers 2e-5)
@@ -127,7 +128,7 @@ def _whole(share: float) -> str:
 
 def _parts(checkpoint: Checkpoint, name: str) -> list[Any]:
     """The stored tensors, under their plain names, that make up a parameter."""
-    weights: Any = checkpoint.weights
+    weights = checkpoint.weights
     return [weights.entries[stored] for stored in weights.stored_names(name)]
 
 

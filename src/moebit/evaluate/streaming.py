@@ -19,7 +19,7 @@ from torch import Tensor
 from moebit.calibration.text import Texts, TokenText, consecutive_windows, load_tokenizer, parse_texts, tokenize
 from moebit.errors import BadInputError
 from moebit.evaluate.tasks import check_tasks, run_tasks
-from moebit.formats.opening import average_bits, open_checkpoint, size_on_disk
+from moebit.formats.opening import average_bits, open_checkpoint
 from moebit.model.structure import Structure, find_structure
 from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.budget import make_budget
@@ -96,7 +96,7 @@ def evaluate(
     facts = {
         "model": str(model),
         "reference": str(against) if against else None,
-        "size_bytes": size_on_disk(candidate),
+        "size_bytes": candidate.size_bytes,
         "average_bits": _average_bits(candidate),
     }
     answered = {"tasks": run_tasks(model, tasks, against=against, data=task_data, limit=limit)} if tasks else {}

@@ -21,7 +21,8 @@ import yaml
 from moebit.calibration.text import load_tokenizer
 from moebit.errors import BadInputError
 from moebit.evaluate import task_data
-from moebit.storage.checkpoint import load_config, resolve
+from moebit.storage.checkpoint import resolve
+from moebit.storage.config import load_config
 
 CONFIDENCE = 1.959964  # standard normal quantile of a two-sided 95% interval
 BATCH = 8

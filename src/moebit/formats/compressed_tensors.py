@@ -26,8 +26,9 @@ from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
 from moebit.model.experts import ExpertsLayout, layout_of
 from moebit.model.seam import is_experts
-from moebit.storage.checkpoint import HubWeights, Weights
-from moebit.storage.files import TensorEntry, TensorSpec
+from moebit.storage.files import Entry, TensorEntry, TensorSpec
+from moebit.storage.hub import HubWeights
+from moebit.storage.weights import Weights
 from moebit.tensor import QTensor, pack, packed_row_bytes, unpack
 from moebit.tensor.grid import FLOAT8, dequantize
 from moebit.tensor.row_rounding import Rounding
@@ -103,7 +104,7 @@ def average_bits(modules: Modules) -> float:
     return 8 * (sum(map(nbytes, parts)) - shapes) / sum(spec.weights for spec in parts)
 
 
-def check(weights: HubWeights, modules: Modules) -> None:
+def check(weights: Weights, modules: Modules) -> None:
     """Refuse what cannot be written.
 
     Raises:
@@ -128,7 +129,7 @@ def check(weights: HubWeights, modules: Modules) -> None:
 # --- the checkpoint's names
 
 
-def stored_modules(weights: HubWeights, name: str) -> dict[str, list[str]]:
+def stored_modules(weights: Weights, name: str) -> dict[str, list[str]]:
     """The checkpoint's names of a linear's or an experts module's matrices: {"": [name]} or {projection: [name per expert]}.
 
     Raises:
@@ -138,9 +139,9 @@ def stored_modules(weights: HubWeights, name: str) -> dict[str, list[str]]:
     if not is_experts(module):
         parameter = f"{name}.weight"
         stored = weights.stored_names(parameter)
-        form = weights.stored_form(parameter, torch.empty(weights.specs[parameter].shape, device="meta"))
+        form = weights.stored_form(parameter, torch.empty(weights.spec(parameter).shape, device="meta"))
         shared = weights.stored_together().get(parameter, [])
-        if len(stored) != 1 or shared or form[stored[0]].shape != weights.specs[parameter].shape:
+        if len(stored) != 1 or shared or form[stored[0]].shape != weights.spec(parameter).shape:
             raise BadInputError(
                 f"format compressed-tensors: {name} is stored in another form than its module's ({', '.join(stored)}); "
                 "keep it in full precision with weights.ignore, or write the native format"
@@ -153,7 +154,7 @@ def stored_modules(weights: HubWeights, name: str) -> dict[str, list[str]]:
     return {projection: result[projection] for projection in layout.projections}
 
 
-def _expert_modules(weights: HubWeights, name: str, leaf: str, layout: ExpertsLayout) -> dict[str, list[str]]:
+def _expert_modules(weights: Weights, name: str, leaf: str, layout: ExpertsLayout) -> dict[str, list[str]]:
     """Names by projection, found by sending a first expert with marked rows back through the checkpoint's own conversion."""
     parameter = f"{name}.{leaf}"
     by_pattern = weights.stored_by_pattern(parameter)
@@ -187,7 +188,7 @@ def _module(stored: str) -> str:
 # --- config.json
 
 
-def quantization_config(weights: HubWeights, modules: Modules, names: Names) -> dict[str, Any]:
+def quantization_config(weights: Weights, modules: Modules, names: Names) -> dict[str, Any]:
     """The `quantization_config` of these modules.
 
     One kind of grid over linears and experts is said of all `Linear`s, and what stays in full precision is named in `ignore`: engines
@@ -247,7 +248,7 @@ def _group(spec: PackedSpec, bits: int, group_size: int, targets: list[str]) -> 
     }
 
 
-def ignored(weights: HubWeights, modules: Modules) -> list[str]:
+def ignored(weights: Weights, modules: Modules) -> list[str]:
     """Every matrix of the model that is not quantized, by its names in transformers and in the checkpoint.
 
     Routers and gates are among them whatever their class: what is a parameter in transformers is a linear elsewhere.
@@ -264,7 +265,7 @@ def ignored(weights: HubWeights, modules: Modules) -> list[str]:
     return list(dict.fromkeys(result)) + [f"re:{re.escape(layer)}.*" for layer in sorted(layers)]
 
 
-def _first_experts(weights: HubWeights, name: str) -> Iterator[str]:
+def _first_experts(weights: Weights, name: str) -> Iterator[str]:
     layout = layout_of(weights.model.get_submodule(name), name)
     for leaf in (layout.first, "down_proj"):
         for stored in weights.stored_by_pattern(f"{name}.{leaf}").values():
@@ -373,7 +374,8 @@ class CompressedWeights(Weights):
     def __init__(self, model: Any, entries: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> None:
         self._packed = virtual_entries(entries, config)
         self._inner = HubWeights(model, self._packed)
-        self.unused = self._inner.unused
+        self.model, self.unused = model, self._inner.unused
+        self.entries: Mapping[str, Entry] = self._inner.entries
 
     def parameter(self, name: str) -> Tensor:
         return self._inner.parameter(name)
@@ -389,6 +391,24 @@ class CompressedWeights(Weights):
 
     def available(self) -> set[str]:
         return self._inner.available()
+
+    def spec(self, name: str) -> TensorSpec:
+        return self._inner.spec(name)
+
+    def divisible(self, name: str) -> bool:
+        return self._inner.divisible(name)
+
+    def stored_names(self, name: str) -> list[str]:
+        return self._inner.stored_names(name)
+
+    def stored_by_pattern(self, name: str) -> dict[str, list[str]]:
+        return self._inner.stored_by_pattern(name)
+
+    def stored_form(self, name: str, tensor: Tensor, start: int = 0) -> dict[str, Tensor]:
+        return self._inner.stored_form(name, tensor, start)
+
+    def stored_together(self) -> dict[str, list[str]]:
+        return self._inner.stored_together()
 
     def merged(self) -> set[str]:
         return self._inner.merged()

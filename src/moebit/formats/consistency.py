@@ -23,7 +23,7 @@ from moebit.formats.opening import open_checkpoint
 from moebit.formats.overlay import overlay_specs
 from moebit.model.inputs import DOWN, FIRST, LINEAR
 from moebit.recipe import BIT_WIDTHS
-from moebit.storage.files import PIECE, TensorEntry, TensorSpec
+from moebit.storage.files import PIECE_BYTES, TensorEntry, TensorSpec
 from moebit.tensor import packed_row_bytes, unpack
 
 CONFIG = "config.json"
@@ -270,7 +270,7 @@ def finite(entry: TensorEntry) -> Finding | None:
     if not entry.dtype.is_floating_point:
         return None
     flat = _flat(entry)
-    step = PIECE // entry.dtype.itemsize
+    step = PIECE_BYTES // entry.dtype.itemsize
     for start in range(0, flat.shape[0], step):
         piece = flat.read(start, min(flat.shape[0], start + step)).float()
         if not bool(torch.isfinite(piece).all()):

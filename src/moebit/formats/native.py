@@ -6,7 +6,7 @@ A quantized linear NAME is stored as NAME.codes (+ .scale, .zero_point), an expe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,8 +18,9 @@ from moebit.formats.inputs_config import KEY as ACTIVATIONS
 from moebit.formats.inputs_config import activations_config
 from moebit.model.experts import ExpertsLayout
 from moebit.model.inputs import Activations
-from moebit.storage.checkpoint import Weights, tied_names
+from moebit.storage.conversion import tied_names
 from moebit.storage.files import ShardFile, TensorEntry, TensorSpec
+from moebit.storage.weights import OwnNames
 from moebit.tensor import QTensor, QuantScheme, pack, packed_row_bytes, unpack
 from moebit.tensor.grid import dequantize
 
@@ -224,7 +225,7 @@ class ChannelOverlay(Protocol):
     def put(self, projection: str, start: int, w_COI: Tensor) -> None: ...
 
 
-class NativeWeights(Weights):
+class NativeWeights(OwnNames):
     """The weights of a native output, dequantized as they are read."""
 
     def __init__(
@@ -235,7 +236,8 @@ class NativeWeights(Weights):
         layouts: Mapping[str, ExpertsLayout],
         overlays: Mapping[str, Mapping[str, ChannelOverlay]] | None = None,
     ) -> None:
-        self._model, self._entries, self._specs, self._layouts = model, dict(entries), specs, layouts
+        self.model, self._entries, self._modules, self._layouts = model, dict(entries), specs, layouts
+        self.entries = self._entries
         self._overlays = overlays or {}
         for name, parts in specs.items():
             for projection, spec in parts.items():
@@ -253,34 +255,67 @@ class NativeWeights(Weights):
             raise BadInputError(f"{len(missing)} tensors are missing, first {missing[0]!r}; the output is damaged")
 
     @property
-    def specs(self) -> Mapping[str, Mapping[str, PackedSpec]]:
+    def modules(self) -> Mapping[str, Mapping[str, PackedSpec]]:
         """What is quantized: {"": spec} for a linear, {projection: spec} for experts."""
-        return self._specs
+        return self._modules
 
     def available(self) -> set[str]:
         names = set(self._entries)
-        for name in self._specs:
+        for name in self._modules:
             if name in self._layouts:
                 names |= {f"{name}.{self._layouts[name].first}", f"{name}.down_proj"}
             else:
                 names.add(f"{name}.weight")
         return names
 
-    def parameter(self, name: str) -> Tensor:
-        if name not in self._entries and name in tied_names(self._model):
-            name = tied_names(self._model)[name]
+    def spec(self, name: str) -> TensorSpec:
+        name = self._kept(name)
+        if name in self._entries:
+            return self._entries[name].spec
         owner, _, leaf = name.rpartition(".")
-        if owner in self._specs and owner not in self._layouts and leaf == "weight":
-            spec = self._specs[owner][""]
-            zeros = None if spec.symmetric else self._entries[f"{owner}.zero_point"].read()
-            codes, scale = self._entries[f"{owner}.codes"].read(), self._entries[f"{owner}.scale"].read()
-            return unpack_matrices(codes.flatten(), scale.unsqueeze(0), zeros, list(spec.bits), spec.shape)[0]
-        return self._entries[name].read()
+        if owner not in self._layouts:
+            return TensorSpec(torch.float32, self._modules[owner][""].shape)
+        layout = self._layouts[owner]
+        out, inputs = layout.features(leaf if leaf == "down_proj" else "up_proj")
+        out = 2 * out if leaf != "down_proj" and layout.gated else out
+        return TensorSpec(torch.float32, (layout.experts, inputs, out) if layout.transposed else (layout.experts, out, inputs))
+
+    def _kept(self, name: str) -> str:
+        """The one of a tied parameter's two names under which it is stored."""
+        return name if name in self.available() else tied_names(self.model)[name]
+
+    def parameter(self, name: str) -> Tensor:
+        name = self._kept(name)
+        if name in self._entries:
+            return self._entries[name].read()
+        owner = name.rpartition(".")[0]
+        if owner in self._layouts:
+            return self.expert_rows(name, 0, self._layouts[owner].experts)
+        spec = self._modules[owner][""]
+        zeros = None if spec.symmetric else self._entries[f"{owner}.zero_point"].read()
+        codes, scale = self._entries[f"{owner}.codes"].read(), self._entries[f"{owner}.scale"].read()
+        return unpack_matrices(codes.flatten(), scale.unsqueeze(0), zeros, list(spec.bits), spec.shape)[0]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        if name not in self._entries and name in tied_names(self._model):
-            name = tied_names(self._model)[name]
-        return self._entries[name].read(start, stop) if name in self._entries else self.parameter(name)[start:stop]
+        name = self._kept(name)
+        return self.expert_rows(name, start, stop) if self.divisible(name) else self.parameter(name)[start:stop]
+
+    def divisible(self, name: str) -> bool:
+        name = self._kept(name)
+        return name in self._entries or name.rpartition(".")[0] in self._layouts
+
+    def expect(self, names: Iterable[str], start: int, stop: int) -> None:
+        """Nothing: packed experts are small, and reading them takes less time than unpacking them."""
+
+    def stored_names(self, name: str) -> list[str]:
+        if name in self._entries:
+            return [name]
+        owner, _, leaf = name.rpartition(".")
+        if owner not in self._layouts:
+            return list(self._modules[owner][""].specs(owner))
+        first = [projection for projection in self._modules[owner] if projection != "down_proj"]
+        projections = ["down_proj"] if leaf == "down_proj" else first
+        return [stored for p in projections for stored in self._modules[owner][p].specs(f"{owner}.{p}")]
 
     def expert_rows(self, name: str, start: int, stop: int) -> Tensor:
         owner, _, leaf = name.rpartition(".")
@@ -299,7 +334,7 @@ class NativeWeights(Weights):
 
     def _projection(self, owner: str, projection: str, start: int, stop: int) -> Tensor:
         """[stop - start, out, in] float32."""
-        spec, name = self._specs[owner][projection], f"{owner}.{projection}"
+        spec, name = self._modules[owner][projection], f"{owner}.{projection}"
         codes, zeros = spec.code_offsets(), spec.zero_offsets()
         stored_codes = self._entries[f"{name}.codes"].read(codes[start], codes[stop])
         stored_zeros = None if spec.symmetric else self._entries[f"{name}.zero_point"].read(zeros[start], zeros[stop])

@@ -16,8 +16,11 @@ from moebit.formats.overlay import OVERLAY_FILE, overlay_specs, read_overlays
 from moebit.formats.switch import SIDE_FILE
 from moebit.model.experts import layout_of
 from moebit.model.inputs import Activations, attach
+from moebit.model.opening import open_hub_checkpoint
 from moebit.model.seam import is_experts
-from moebit.storage.checkpoint import Checkpoint, load_config, open_hub_checkpoint, read_config, resolve, skeleton
+from moebit.model.skeleton import skeleton
+from moebit.storage.checkpoint import Checkpoint, resolve
+from moebit.storage.config import load_config, read_config
 from moebit.storage.files import read_index
 
 
@@ -37,10 +40,10 @@ def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float
     if compressed_tensors.is_output(path, quantization):
         config = load_config(path)
         model_of_it, stored = skeleton(config), read_index(path)
-        weights = CompressedWeights(model_of_it, stored, quantization)
-        for name, rounding in weights.inputs().items():
+        compressed = CompressedWeights(model_of_it, stored, quantization)
+        for name, rounding in compressed.inputs().items():
             attach(model_of_it, Activations(rounding), [name])
-        return Checkpoint(path, config, model_of_it, weights, stored)
+        return Checkpoint(path, config, model_of_it, compressed, stored)
     if quantization.get("quant_method") != METHOD:
         return open_hub_checkpoint(path, compute)
     import moebit.runtime  # noqa: F401 - registers the quantizer, so that transformers can read this configuration
@@ -51,17 +54,25 @@ def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float
     layouts = {name: layout_of(module, name) for name, module in skeleton_model.named_modules() if is_experts(module)}
     specs, overlays = packed_specs(quantization), read_overlays(overlay_specs(quantization), entries)
     attach(skeleton_model, read_activations(quantization), specs)
-    return Checkpoint(path, config, skeleton_model, NativeWeights(skeleton_model, entries, specs, layouts, overlays), entries)
+    weights = NativeWeights(skeleton_model, entries, specs, layouts, overlays)
+    beside = (path / SIDE_FILE,) if (path / SIDE_FILE).is_file() else ()
+    return Checkpoint(path, config, skeleton_model, weights, entries, beside=beside)
 
 
 def quantized_modules(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Mapping[str, PackedSpec]]] | None:
     """(format, what is quantized and how) of a packed output of moebit; None for a checkpoint with whole weights."""
     weights = checkpoint.weights
     if isinstance(weights, NativeWeights):
-        return "native", weights.specs
+        return "native", weights.modules
     if isinstance(weights, CompressedWeights):
         return compressed_tensors.METHOD, weights.modules()
     return None
+
+
+def native_modules(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, PackedSpec]]:
+    """What is quantized, and how, of an output in moebit's own format; nothing for any other checkpoint."""
+    weights = checkpoint.weights
+    return weights.modules if isinstance(weights, NativeWeights) else {}
 
 
 def activations_of(checkpoint: Checkpoint) -> Activations:
@@ -70,12 +81,6 @@ def activations_of(checkpoint: Checkpoint) -> Activations:
         return Activations(next(iter(checkpoint.weights.inputs().values()), None))
     quantization = read_config(checkpoint.path).get("quantization_config") or {}
     return read_activations(quantization) if quantization.get("quant_method") == METHOD else Activations()
-
-
-def size_on_disk(checkpoint: Checkpoint) -> int:
-    """Bytes of all safetensors of a model: those of its weights, and the side file of an output that has one."""
-    side = checkpoint.path / SIDE_FILE
-    return checkpoint.size_bytes + (side.stat().st_size if side.is_file() else 0)
 
 
 def average_bits(checkpoint: Checkpoint) -> float | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from moebit.formats import compressed_tensors, native
 from moebit.model.experts import ExpertsLayout
 from moebit.model.inputs import Activations
-from moebit.storage.checkpoint import HubWeights
+from moebit.storage.edits import EditedWeights
 from moebit.storage.files import Entry, ShardFile, TensorSpec, pieces
 from moebit.tensor import QTensor
 from moebit.tensor.blocks import BlockTransform
@@ -28,7 +28,7 @@ class Sink(ABC):
         activations: what happens to the inputs of that; only the native format has any.
     """
 
-    def __init__(self, weights: HubWeights, modules: Modules, activations: Activations | None = None) -> None:
+    def __init__(self, weights: EditedWeights, modules: Modules, activations: Activations | None = None) -> None:
         self.weights, self.modules, self.activations = weights, modules, activations or Activations()
 
     def parameters(self, prefix: str) -> list[str]:
@@ -76,7 +76,7 @@ class NativeSink(Sink):
     """Packed codes under the transformers module's own names (docs/format.md)."""
 
     def specs(self, names: list[str]) -> dict[str, TensorSpec]:
-        result = {name: self.weights.specs[name] for name in self.plain(names)}
+        result = {name: self.weights.spec(name) for name in self.plain(names)}
         owners = {name.rpartition(".")[0] for name in names}
         for name, parts in self.modules.items():
             if name in owners:
@@ -146,7 +146,7 @@ class DenseSink(Sink):
 class CompressedTensorsSink(Sink):
     """Packed matrices under the checkpoint's own names, for engines that know nothing of moebit (formats/compressed_tensors.py)."""
 
-    def __init__(self, weights: HubWeights, modules: Modules, activations: Activations | None = None) -> None:
+    def __init__(self, weights: EditedWeights, modules: Modules, activations: Activations | None = None) -> None:
         super().__init__(weights, modules, activations)
         self._names = {name: compressed_tensors.stored_modules(weights, name) for name in modules}
 
@@ -186,7 +186,7 @@ class CompressedTensorsSink(Sink):
         return {**config, "quantization_config": compressed_tensors.quantization_config(self.weights, self.modules, self._names)}
 
 
-def put_under_stored_names(shard: ShardFile, weights: HubWeights, name: str, tensor: Tensor, start: int = 0) -> None:
+def put_under_stored_names(shard: ShardFile, weights: EditedWeights, name: str, tensor: Tensor, start: int = 0) -> None:
     """Write a parameter, or its rows (experts) from `start` on, under the checkpoint's own names."""
     for stored, value in weights.stored_form(name, tensor, start).items():
         spec = shard.specs[stored]
@@ -194,13 +194,13 @@ def put_under_stored_names(shard: ShardFile, weights: HubWeights, name: str, ten
         shard.write(stored, value.to(spec.dtype), skip=start * (spec.nbytes // spec.shape[0]) if some else 0)
 
 
-def put_plain_as_stored(shard: ShardFile, weights: HubWeights, names: list[str]) -> None:
+def put_plain_as_stored(shard: ShardFile, weights: EditedWeights, names: list[str]) -> None:
     """Parameters that are not quantized, under the checkpoint's own names: copied, or written anew where they were edited."""
     copied = [name for name in names if not weights.edited(name)]
     for stored in dict.fromkeys(stored for name in copied for stored in weights.stored_names(name)):
         put_stored(shard, weights.entries[stored])
     for name in (name for name in names if weights.edited(name)):
-        spec = weights.specs[name]
+        spec = weights.spec(name)
         for begin, piece in weights.pieces(name):
             put_under_stored_names(shard, weights, name, piece, begin // (spec.nbytes // spec.shape[0]))
 

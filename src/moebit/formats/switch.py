@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moebit.errors import BadInputError
 from moebit.model.experts import ExpertsLayout
-from moebit.storage.checkpoint import HubWeights
 from moebit.storage.files import ShardFile, TensorEntry, TensorSpec, read_header
+from moebit.storage.weights import Weights
 from moebit.streaming.stream import read_experts
 
 SIDE_FILE = "switch.safetensors"
@@ -23,7 +23,7 @@ SIDE_FILE = "switch.safetensors"
 
 @dataclass(frozen=True)
 class Usage:
-    """How a layer's experts were used: tokens int64 [D, E], significance float32 [D, E] (S_exp, METHODS' Eq. 1)."""
+    """How a layer's experts were used: tokens int64 [D, E], significance float32 [D, E] (S_exp of MoQa, Eq. 1)."""
 
     tokens: Tensor
     significance: Tensor
@@ -55,7 +55,7 @@ class Kept:
 
 def write_side_file(
     shard: ShardFile,
-    weights: HubWeights,
+    weights: Weights,
     layouts: Mapping[str, ExpertsLayout],
     usage: Mapping[str, Usage],
     channels: Mapping[str, Channels],
@@ -67,7 +67,7 @@ def write_side_file(
         shard.write(f"{name}.usage.significance", used.significance)
     for name, chosen in channels.items():
         layout = layouts[name]
-        dtype = weights.specs[f"{name}.{layout.first}"].dtype
+        dtype = weights.spec(f"{name}.{layout.first}").dtype
         shard.write(f"{name}.switch.expert", chosen.expert)
         shard.write(f"{name}.switch.channel", chosen.channel)
         row = layout.hidden * dtype.itemsize
@@ -84,7 +84,7 @@ def write_side_file(
 
 
 def side_specs(
-    weights: HubWeights, layouts: Mapping[str, ExpertsLayout], usage: Mapping[str, Usage], channels: Mapping[str, Channels]
+    weights: Weights, layouts: Mapping[str, ExpertsLayout], usage: Mapping[str, Usage], channels: Mapping[str, Channels]
 ) -> dict[str, TensorSpec]:
     """The tensors of the side file."""
     specs: dict[str, TensorSpec] = {}
@@ -94,7 +94,7 @@ def side_specs(
     for name, chosen in channels.items():
         layout, count = layouts[name], len(chosen.expert)
         specs |= {f"{name}.switch.{leaf}": TensorSpec(torch.int32, (count,)) for leaf in ("expert", "channel")}
-        dtype = weights.specs[f"{name}.{layout.first}"].dtype
+        dtype = weights.spec(f"{name}.{layout.first}").dtype
         specs |= {f"{name}.switch.{_leaf(p)}": TensorSpec(dtype, (count, layout.hidden)) for p in layout.projections}
     return specs
 

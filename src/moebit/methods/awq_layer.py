@@ -20,8 +20,8 @@ from moebit.model.experts import ExpertsLayout, RoutedTokens, dispatch, intermed
 from moebit.model.proof.flow import NormSite
 from moebit.model.proof.sites import LayerScales, PairSite, scale_behind_norm, scale_down, scale_pair
 from moebit.model.structure import LayerSites
-from moebit.storage.checkpoint import Weights
 from moebit.storage.edits import Edit, joined
+from moebit.storage.weights import Weights
 from moebit.streaming.stream import Stream, read_experts
 from moebit.tensor import QuantScheme
 

@@ -24,9 +24,12 @@ from moebit.model.proof.flow import LayerFlow, NormSite, find_flow, gain_offset
 from moebit.model.proof.rehearsal import InDouble, Rehearsal, difference
 from moebit.model.proof.sites import TOLERANCE, HeadSite, find_heads, head_rotation
 from moebit.model.replay import outside
+from moebit.model.skeleton import dematerialize, materialize
 from moebit.model.structure import Structure
-from moebit.storage.checkpoint import Checkpoint, HubWeights, Weights, dematerialize, materialize, tied_names
-from moebit.storage.edits import Constant, Edit, EditedWeights, Rotate, Scale, input_axis, joined, output_axis
+from moebit.storage.checkpoint import Checkpoint
+from moebit.storage.conversion import tied_names
+from moebit.storage.edits import Constant, Edit, EditedWeights, Rotate, Scale, joined
+from moebit.storage.weights import Weights
 from moebit.tensor.rotation import randomised_hadamard
 
 # Operations on the way of attention's values that are no rearrangement: what they are called in messages.
@@ -73,7 +76,7 @@ class RotationPlan:
             edits[f"{reader}.weight"] = (Scale(gain), turn) if site.of_hidden else (Scale(gain),)
         if site.experts is not None:
             layout = self.layouts[site.experts]
-            axis = input_axis(layout)
+            axis = layout.input_axis
             edits[f"{site.experts}.{layout.first}"] = (Scale(gain, axis), *((replace(turn, axis=axis),) if site.of_hidden else ()))
         return edits
 
@@ -81,24 +84,21 @@ class RotationPlan:
         edits = [self._folded(site, weights, turn) for site in flow.norms]
         for name in flow.raw:
             layout = self.layouts.get(name)
-            edits.append({f"{name}.{layout.first}": (replace(turn, axis=input_axis(layout)),)} if layout else {f"{name}.weight": (turn,)})
+            edits.append({f"{name}.{layout.first}": (replace(turn, axis=layout.input_axis),)} if layout else {f"{name}.weight": (turn,)})
         for name in flow.writers:
             edits.append({f"{name}.weight": (replace(turn, axis=0),)})
             edits.append({f"{name}.bias": (turn,)} if name in self.biased else {})
         if flow.experts_write:
             name, layout = next((name, layout) for name, layout in self.layouts.items() if name.startswith(f"{flow.name}."))
-            edits.append({f"{name}.down_proj": (replace(turn, axis=output_axis(layout)),)})
+            edits.append({f"{name}.down_proj": (replace(turn, axis=layout.output_axis),)})
             edits.append({f"{name}.down_proj_bias": (turn,)} if layout.bias else {})
         return joined(*edits)
 
-    def applied(self, checkpoint: Checkpoint, seed: int) -> Checkpoint:
-        """The checkpoint as it is after the rotation."""
-        assert isinstance(checkpoint.weights, HubWeights)
+    def applied(self, weights: Weights, seed: int) -> EditedWeights:
+        """A checkpoint's weights as they are after the rotation."""
         tied = (*self.untie, f"{self.embeddings}.weight") if self.untie else ()  # one of the two is stored
-        own = [name for name in tied if name not in checkpoint.weights.available()]
-        edited = EditedWeights(checkpoint.weights, self.edits(checkpoint.weights, seed), own)
-        edited.untied = self.untie
-        return replace(checkpoint, weights=edited)
+        own = [name for name in tied if name not in weights.available()]
+        return EditedWeights(weights, self.edits(weights, seed), own, self.untie)
 
     def describe(self) -> dict[str, Any]:
         """For JSON."""
@@ -157,7 +157,7 @@ def _find(checkpoint: Checkpoint, structure: Structure, rehearsal: Rehearsal, ki
             heads[index] = find_heads(rehearsal, stream, index, flow)
             _check_heads(flow, heads[index])
         rehearsal.step(stream, index)
-    unused = list(getattr(checkpoint.weights, "unused", ()))
+    unused = checkpoint.weights.unused
     if unused:
         notes["as_stored"] = f"{len(unused)} stored tensors that the model class does not use are not rotated, first {unused[0]}"
     layer_names = [sites.name for sites in structure.layers]

@@ -22,8 +22,8 @@ from moebit.model.proof.flow import NormSite
 from moebit.model.proof.sites import LayerScales, PairSite, scale_behind_norm, scale_pair
 from moebit.model.structure import LayerSites, MoESite
 from moebit.recipe import SmoothingSection
-from moebit.storage.checkpoint import Weights
 from moebit.storage.edits import Edit, joined
+from moebit.storage.weights import Weights
 from moebit.streaming.routing import router_bias
 from moebit.streaming.stream import Stream, read_experts
 

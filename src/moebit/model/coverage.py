@@ -74,7 +74,7 @@ def expert_coverage(checkpoint: Checkpoint, structure: Structure) -> Coverage:
             if count:
                 why = f"{type(module).__name__} holds stacked matrices that do not go through the experts interface"
                 left[name] = (0 if "shared" in name else count, why)  # shared experts are kept, too, but are not routed ones
-    for stored in getattr(checkpoint.weights, "unused", []):
+    for stored in checkpoint.weights.unused:
         found = STORED_EXPERT.search(stored)
         if found:
             name = stored[: found.start()] + f"{found[1]}experts"

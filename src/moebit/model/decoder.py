@@ -20,8 +20,9 @@ from transformers.cache_utils import DynamicLayer
 from moebit.errors import BadInputError
 from moebit.model.experts import ExpertWeights, dispatch
 from moebit.model.seam import experts_handler
+from moebit.model.skeleton import dematerialize, materialize
 from moebit.model.structure import Structure
-from moebit.storage.checkpoint import Checkpoint, dematerialize, materialize
+from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.stream import SLOTS, add_outputs, experts_names
 
 TRIAL_TOKENS = 6

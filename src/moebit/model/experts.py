@@ -65,6 +65,16 @@ class ExpertsLayout:
         return stored.transpose(1, 2) if self.transposed else stored
 
     @property
+    def input_axis(self) -> int:
+        """Where the input channels lie in the parameters as they are stored, from the end."""
+        return -2 if self.transposed else -1
+
+    @property
+    def output_axis(self) -> int:
+        """Where the output channels lie in the parameters as they are stored, from the end."""
+        return -1 if self.transposed else -2
+
+    @property
     def slot_bytes(self) -> int:
         """Memory of one routed slot on its way through an expert, at most: input, weighted input, gate and up, down's input, output."""
         return 4 * (4 * self.hidden + 5 * self.intermediate)

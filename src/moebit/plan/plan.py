@@ -7,7 +7,7 @@ import fnmatch
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from moebit.model.structure import LayerSites, Structure
 from moebit.plan.inputs import ActivationPlan, plan_activations
 from moebit.plan.transforms import NO_TRANSFORMS, Transforms
 from moebit.recipe import BIT_WIDTHS, Recipe
-from moebit.storage.checkpoint import Checkpoint, HubWeights
+from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.budget import Budget, make_budget
 from moebit.streaming.routing import not_linear
 
@@ -261,11 +261,10 @@ def make_plan(
     if not linears and not experts:
         raise BadInputError("this recipe quantizes nothing in this model: everything is ignored")
     modules = {**{name: {"": spec} for name, spec in linears.items()}, **experts}
-    if recipe.format == compressed_tensors.METHOD and isinstance(checkpoint.weights, HubWeights):
+    if recipe.format == compressed_tensors.METHOD:
         compressed_tensors.check(checkpoint.weights, modules)
-    merged = checkpoint.weights.merged() if isinstance(checkpoint.weights, HubWeights) else ()
     inputs = plan_activations(checkpoint.model, structure, recipe, modules)
-    engines = verdicts(recipe.format, modules, structure, merged, inputs.activations)
+    engines = verdicts(recipe.format, modules, structure, checkpoint.weights.merged(), inputs.activations)
     check_engine(engine, engines)
     tokens = recipe.calibration.samples * recipe.calibration.seq_len if recipe.needs_calibration else 0
     tokens *= 1 + recipe.calibration.pool if recipe.calibration.balance != "none" else 1
@@ -290,7 +289,7 @@ def make_plan(
         _seconds(checkpoint, structure, recipe, tokens) + _search_seconds(inputs.activations),
         coverage,
         engines,
-        tuple(getattr(checkpoint.weights, "unused", ())),
+        tuple(checkpoint.weights.unused),
         transforms,
         _routers(checkpoint, structure) if recipe.router.active else {},
         inputs,
@@ -299,7 +298,7 @@ def make_plan(
 
 def _routers(checkpoint: Checkpoint, structure: Structure) -> dict[int, str | None]:
     """By layer with experts: why its router cannot be changed, or None."""
-    shared = checkpoint.weights.stored_together() if isinstance(checkpoint.weights, HubWeights) else {}
+    shared = checkpoint.weights.stored_together()
     result: dict[int, str | None] = {}
     for sites in structure.moe_layers:
         assert sites.moe is not None
@@ -321,7 +320,7 @@ def _check_names(bits: BitPlan, linears: Mapping[str, PackedSpec], experts: Mapp
 
 def _check_dense(checkpoint: Checkpoint, recipe: Recipe, names: list[str]) -> None:
     """`dense` writes the checkpoint's own tensors, so that each must stand for one parameter."""
-    shared = checkpoint.weights.stored_together() if recipe.format == "dense" and isinstance(checkpoint.weights, HubWeights) else {}
+    shared = checkpoint.weights.stored_together() if recipe.format == "dense" else {}
     for parameter, others in shared.items():
         if parameter.rpartition(".")[0] in names:
             raise BadInputError(
@@ -343,12 +342,11 @@ def _spec(recipe: Recipe, name: str, shape: tuple[int, int], bits: tuple[int, ..
 
 
 def _dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    specs = getattr(checkpoint.weights, "specs", {})
-    return specs[name].dtype if name in specs else torch.bfloat16
+    return checkpoint.weights.spec(name).dtype
 
 
 def _output_size(checkpoint: Checkpoint, linears: dict[str, PackedSpec], experts: dict[str, dict[str, PackedSpec]], recipe: Recipe) -> int:
-    total = checkpoint.plain_bytes
+    total = checkpoint.weights.plain_bytes
     if recipe.format == "dense":
         return total
     packed = compressed_tensors.nbytes if recipe.format == compressed_tensors.METHOD else _packed_bytes
@@ -400,6 +398,9 @@ def _solve_flops(recipe: Recipe, count: int, out: int, inputs: int) -> float:
     return float(count * (out * inputs**2 + 2 * inputs**3 + search + fits * (4 * out * inputs**2 + inputs**3 / 3)))
 
 
+NOT_IN_MODEL = "stored, but not in the model"
+
+
 def describe_structure(checkpoint: Checkpoint, structure: Structure) -> dict[str, Any]:
     """What the model is made of, for people and JSON: layers, experts, routers, parameters and bytes by part."""
     parts = _parts(checkpoint, structure)
@@ -421,7 +422,7 @@ def describe_structure(checkpoint: Checkpoint, structure: Structure) -> dict[str
         "parts": parts,
         "size_bytes": checkpoint.size_bytes,
         "shipped": checkpoint.shipped.describe() if checkpoint.shipped else None,
-        "not_in_model": (unused := list(getattr(checkpoint.weights, "unused", []))),
+        "not_in_model": (unused := list(checkpoint.weights.unused)),
         "not_in_model_bytes": sum(checkpoint.entries[stored].spec.nbytes for stored in unused),
         "per_layer": [_describe_layer(layer) for layer in structure.layers],
     }
@@ -436,6 +437,33 @@ def _describe_layer(layer: LayerSites) -> dict[str, Any]:
 
 
 def _parts(checkpoint: Checkpoint, structure: Structure) -> dict[str, dict[str, int]]:
+    """Parameters and bytes by part of the model; the bytes of all parts together are those of the safetensors files."""
+    label, weights = _labels(structure), checkpoint.weights
+    parts: dict[str, dict[str, int]] = {}
+
+    def add(part: str, parameters: int, count: int) -> None:
+        known = parts.setdefault(part, {"parameters": 0, "bytes": 0})
+        known["parameters"] += parameters
+        known["bytes"] += count
+
+    for name, parameter in checkpoint.model.named_parameters():
+        add(label(name), math.prod(parameter.shape), 0)
+    counted: set[str] = set()  # several parameters may lie in one stored tensor
+    for name in sorted(weights.available()):
+        for entry in weights.stored(name):
+            add(label(name), 0, 0 if entry.name in counted else entry.spec.nbytes)
+            counted.add(entry.name)
+    stored = {name: entry.spec.nbytes for name, entry in checkpoint.entries.items()}
+    if left := sum(count for name, count in stored.items() if name not in counted):
+        add(NOT_IN_MODEL, 0, left)
+    add("file headers", 0, checkpoint.size_bytes - sum(stored.values()) - checkpoint.beside_bytes)
+    if checkpoint.beside:
+        add(", ".join(file.name for file in checkpoint.beside), 0, checkpoint.beside_bytes)
+    return parts
+
+
+def _labels(structure: Structure) -> Callable[[str], str]:
+    """Which part of the model a parameter belongs to, by its name."""
     labels = {}
     for layer in structure.layers:
         if layer.moe:
@@ -443,14 +471,5 @@ def _parts(checkpoint: Checkpoint, structure: Structure) -> dict[str, dict[str, 
             if layer.moe.router:
                 labels[f"{layer.name}.{layer.moe.router}."] = "routers"
             labels |= {f"{layer.name}.{name}.": "shared experts" for name in layer.moe.shared}
-    prefixes = [layer.name + "." for layer in structure.layers]
-    specs = getattr(checkpoint.weights, "specs", {})
-    result: dict[str, dict[str, int]] = {}
-    for name, parameter in checkpoint.model.named_parameters():
-        label = next((text for prefix, text in labels.items() if name.startswith(prefix)), None)
-        if label is None:
-            label = "attention and other layers" if any(name.startswith(p) for p in prefixes) else "embeddings, norm and head"
-        part = result.setdefault(label, {"parameters": 0, "bytes": 0})
-        part["parameters"] += math.prod(parameter.shape)
-        part["bytes"] += specs[name].nbytes if name in specs else parameter.numel() * 2
-    return result
+    labels |= {f"{layer.name}.": "attention and other layers" for layer in structure.layers}
+    return lambda name: next((text for prefix, text in labels.items() if name.startswith(prefix)), "embeddings, norm and head")

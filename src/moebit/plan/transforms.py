@@ -10,7 +10,8 @@ from moebit.methods.rotation import RotationPlan, plan_rotation
 from moebit.model.proof.sites import LayerScales, find_scales
 from moebit.model.structure import Structure
 from moebit.recipe import Recipe
-from moebit.storage.checkpoint import Checkpoint, HubWeights, tied_names
+from moebit.storage.checkpoint import Checkpoint
+from moebit.storage.conversion import tied_names
 from moebit.storage.edits import EditedWeights
 
 
@@ -47,18 +48,21 @@ class Transforms:
 NO_TRANSFORMS = Transforms()
 
 
-def transformed(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, seed: int) -> tuple[Checkpoint, Transforms]:
-    """The checkpoint with the recipe's rotation applied as it is read, ready for the scales that are found layer by layer.
+def transformed(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, seed: int) -> tuple[Checkpoint, EditedWeights, Transforms]:
+    """The checkpoint with the recipe's rotation applied as it is read.
+
+    Returns:
+        The checkpoint; its weights, to which the edits that are found layer by layer are added; and what is done to them.
 
     Raises:
         BadInputError: a rotation that the model does not allow, a format that cannot hold an edited parameter.
     """
     kind = recipe.rotation.absorbed
-    rotation, scales = None, tuple[LayerScales, ...]()
+    rotation, scales, weights = None, tuple[LayerScales, ...](), EditedWeights(checkpoint.weights)
     try:
         if kind != "none":
             rotation = plan_rotation(checkpoint, structure, kind)
-            checkpoint = rotation.applied(checkpoint, seed)
+            weights = rotation.applied(checkpoint.weights, seed)
         if recipe.scales_channels:
             scales = find_scales(checkpoint, structure)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # a model's own code fails in any way
@@ -66,13 +70,10 @@ def transformed(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, se
             f"{type(checkpoint.model).__name__}: a run on random values failed ({type(error).__name__}: {error}), nothing is proved "
             "about its transforms; use a recipe without rotation.absorbed and channel scales"
         ) from error
-    edited_later = bool(scales) or recipe.router.active  # a layer's own edits come when it is calibrated
-    if edited_later and isinstance(checkpoint.weights, HubWeights) and not isinstance(checkpoint.weights, EditedWeights):
-        checkpoint = replace(checkpoint, weights=EditedWeights(checkpoint.weights))
     result = Transforms(rotation, scales)
-    if result and recipe.format != "native" and isinstance(checkpoint.weights, EditedWeights):
-        _check_stored(checkpoint.weights, recipe.format)
-    return checkpoint, result
+    if result and recipe.format != "native":
+        _check_stored(weights, recipe.format)
+    return replace(checkpoint, weights=weights), weights, result
 
 
 def _check_stored(weights: EditedWeights, form: str) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from moebit.calibration.text import Texts
 from moebit.errors import BadInputError
-from moebit.formats.native import NativeWeights, pack_stack
+from moebit.formats.native import pack_stack
+from moebit.formats.opening import native_modules
 from moebit.formats.output import partial_of
 from moebit.formats.overlay import FULL, OVERLAY_FILE, OverlaySpec, overlay_specs
 from moebit.formats.seal import KEY, SEALED, seal
@@ -134,11 +135,11 @@ def new_widths(seen: Observed) -> dict[str, Tensor]:
 
     Fuzzy clusters (methods/allocation.py), whatever chose the widths at first: other methods want full-precision weights.
     """
-    assert isinstance(seen.checkpoint.weights, NativeWeights)
+    modules = native_modules(seen.checkpoint)
     ladder = tuple((seen.manifest["profile"].get("allocation") or {}).get("ladder", LADDER))
     j, sizes, weights, budget = [], [], [], 0
     for name, usage in seen.new.items():
-        specs = seen.checkpoint.weights.specs[name]
+        specs = modules[name]
         count = len(specs["down_proj"].bits)
         j.append(baseline(usage.significance.double()))
         one = [sum(_at(spec, width) for spec in specs.values()) for width in ladder]
@@ -158,10 +159,9 @@ def _at(spec: Any, width: int) -> int:
 
 def _parts(seen: Observed, name: str, kept: Kept, widths_E: Tensor) -> dict[str, _Part]:
     """Projection -> its kept channels in experts whose width rises there."""
-    assert isinstance(seen.checkpoint.weights, NativeWeights)
-    found = {}
+    found, modules = {}, native_modules(seen.checkpoint)
     for projection, values in kept.vectors.items():
-        present = torch.tensor(seen.checkpoint.weights.specs[name][projection].bits)
+        present = torch.tensor(modules[name][projection].bits)
         e = kept.channels.expert.long()
         own = (widths_E[e] > present[e]).nonzero()[:, 0]
         if len(own):

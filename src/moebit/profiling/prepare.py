@@ -24,7 +24,7 @@ from moebit.profiling.allocate import allocate
 from moebit.profiling.passes import Progress
 from moebit.profiling.profile import run_profile
 from moebit.recipe import Recipe
-from moebit.storage.checkpoint import Checkpoint, HubWeights, checkpoint_fingerprint
+from moebit.storage.checkpoint import Checkpoint, checkpoint_fingerprint
 
 PICTURED_LAYERS, PICTURED_EXPERTS = 8, 128  # of which the report shows what is chosen together
 
@@ -96,7 +96,6 @@ def _profile(
 
 def _record(output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, bits: BitPlan | None, profile: Profile) -> None:
     """Decide, write the side file, and note both."""
-    assert isinstance(checkpoint.weights, HubWeights)
     recipe, made = plan.recipe, None
     section = recipe.allocation
     if bits is None and section.kind != "uniform":

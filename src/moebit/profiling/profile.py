@@ -11,13 +11,13 @@ from torch import Tensor
 
 from moebit.calibration.text import Texts, calibration_windows, digest, load_tokenizer, parse_texts, tokenize
 from moebit.errors import BadInputError
-from moebit.formats.opening import open_checkpoint
+from moebit.formats.opening import open_checkpoint, quantized_modules
 from moebit.formats.profile import Profile, ProfiledModule, set_file
 from moebit.model.structure import Structure, find_structure
 from moebit.plan.plan import Plan, make_plan
 from moebit.profiling.passes import Measure, Progress, run_pass
 from moebit.recipe import BIT_WIDTHS, Recipe, load_recipe
-from moebit.storage.checkpoint import Checkpoint, HubWeights, checkpoint_fingerprint
+from moebit.storage.checkpoint import Checkpoint, checkpoint_fingerprint
 from moebit.streaming.budget import Budget, make_budget
 from moebit.tensor import QuantScheme
 
@@ -59,7 +59,7 @@ def profile(
     report = progress or (lambda what, done, total: None)
     chosen = load_recipe(recipe, overrides)
     checkpoint = open_checkpoint(model, compute=None)
-    if not isinstance(checkpoint.weights, HubWeights):
+    if quantized_modules(checkpoint) is not None:
         raise BadInputError(f"{model} is already quantized; profile the full-precision checkpoint (`moebit drift` looks at outputs)")
     if Path(out).is_dir() and (Path(out) / "config.json").exists():
         raise BadInputError(f"-o {out}: this is a checkpoint; choose another directory for the profile")

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from moebit.calibration.text import Texts
 from moebit.errors import BadInputError
-from moebit.formats.native import NativeWeights
-from moebit.formats.opening import open_checkpoint
+from moebit.formats.opening import native_modules, open_checkpoint
 from moebit.formats.seal import SEALED
 from moebit.formats.switch import Usage, read_usage
 from moebit.methods.significance import expert_shares
@@ -67,7 +66,7 @@ def observe(
     known = read_usage(path)
     manifest = json.loads((path / SEALED).read_text(encoding="utf-8"))
     checkpoint = open_checkpoint(path)
-    if not isinstance(checkpoint.weights, NativeWeights):
+    if not native_modules(checkpoint):
         raise BadInputError(f"{out}: not in the native format, the only one whose channels can be looked at one by one")
     structure, new, halves = find_structure(checkpoint.model), [], []
     sets = data_sets(checkpoint, text, samples, length, seed)

@@ -27,7 +27,6 @@ from moebit.model.structure import LayerSites, LinearGroup
 from moebit.plan.plan import Plan
 from moebit.quantize.layer_inputs import SAMPLED_SLOTS, ExpertInputs, PoolInputs, Statistics
 from moebit.recipe import Recipe
-from moebit.storage.edits import EditedWeights
 from moebit.storage.files import ShardFile
 from moebit.streaming.routing import Replace, Routing, not_linear, router_bias, router_inputs
 from moebit.streaming.shortcut import KeptInput
@@ -209,7 +208,6 @@ class LayerJob:
         if recipe.kind == "none" or self.stream is None or self.layer is None:
             return
         weights, balance = self.sink.weights, plan.recipe.calibration.balance
-        assert isinstance(weights, EditedWeights)
         smoothed = LayerSmoothing(
             self.stream, self.sites, plan.transforms.scales[self.sites.index], recipe, weights, frozenset((*plan.linears, *plan.experts)),
             plan.chunk.get(self.sites.index, 1), self.pool, 0.0 if balance == "none" else float(balance),
@@ -254,7 +252,6 @@ class LayerJob:
     def _replace(self, name: str, value: Tensor) -> None:
         """Another value for a parameter, in the layer and in what is written."""
         weights = self.sink.weights
-        assert isinstance(weights, EditedWeights)
         weights.add({name: (Replace(value),)})
         if self.layer is not None:
             weights.refresh(self.layer, self.sites.name, [name])
@@ -262,7 +259,6 @@ class LayerJob:
     def _scale(self, stream: Stream) -> None:
         """Scale channels up where that spares the large ones some rounding (methods/awq.py), in the loaded layer and what is written."""
         weights, name, plan = self.sink.weights, self.sites.name, self.plan
-        assert isinstance(weights, EditedWeights)
         assert self.layer is not None
 
         def rounding(spec: PackedSpec) -> Rounding:
@@ -665,7 +661,7 @@ class LayerJob:
 
     def _stored_dtype(self, name: str, layout: ExpertsLayout) -> torch.dtype:
         """Experts are solved from the values that are stored, not from what they are rounded to for computing."""
-        return self.sink.weights.specs[f"{name}.{layout.first}"].dtype
+        return self.sink.weights.spec(f"{name}.{layout.first}").dtype
 
     def _solve_first(
         self,

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from moebit.calibration.sampling import Settings, check_fits, kept_windows, sampling_settings
 from moebit.calibration.text import Texts, calibration_windows, digest, load_tokenizer, parse_texts, tokenize
 from moebit.errors import BadInputError
-from moebit.formats.compressed_tensors import CompressedWeights
 from moebit.formats.engines import ANY, verdicts
 from moebit.formats.inputs_config import describe_activations
 from moebit.formats.opening import activations_of, average_bits, open_checkpoint, quantized_modules
@@ -42,7 +41,7 @@ from moebit.quantize.documents import documents
 from moebit.quantize.layer import LayerJob, LayerReport, Progress, drifting
 from moebit.recipe import Recipe, load_recipe
 from moebit.report.command import python_call
-from moebit.storage.checkpoint import Checkpoint, HubWeights, checkpoint_fingerprint
+from moebit.storage.checkpoint import Checkpoint, checkpoint_fingerprint
 from moebit.storage.edits import EditedWeights, untied_config
 from moebit.storage.files import TensorSpec, check_finite, read_header
 from moebit.storage.shipped import check_shipped, plain_config
@@ -103,8 +102,7 @@ def inspect(
     result = describe_structure(checkpoint, structure)
     packed = quantized_modules(checkpoint)
     if packed is not None:
-        merged = checkpoint.weights.merged() if isinstance(checkpoint.weights, CompressedWeights) else ()
-        activations = activations_of(checkpoint)
+        activations, merged = activations_of(checkpoint), checkpoint.weights.merged()
         result["quantized"] = {
             "average_bits": average_bits(checkpoint),
             "format": packed[0],
@@ -115,7 +113,7 @@ def inspect(
             raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
     elif recipe is not None:
         chosen = load_recipe(recipe, {"format": format} if format else {})
-        checkpoint, transforms = transformed(checkpoint, structure, chosen, 0)
+        checkpoint, _, transforms = transformed(checkpoint, structure, chosen, 0)
         result["plan"] = make_plan(checkpoint, structure, chosen, memory, engine=engine, transforms=transforms).describe()
     return result
 
@@ -177,12 +175,12 @@ def quantize(
         raise BadInputError(f"--seed {seed}: a number from 0 to 2^63 - 1")
     checkpoint = open_checkpoint(model, compute=None)
     seen = _changed(checkpoint)
-    if not isinstance(weights := checkpoint.weights, HubWeights):
+    if quantized_modules(checkpoint) is not None:
         raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
     _check_output(out, checkpoint.path)
     structure = find_structure(checkpoint.model)
     bits = load_bit_plan(plan) if isinstance(plan, str | Path) else plan
-    checkpoint, transforms = transformed(checkpoint, structure, chosen, seed)
+    checkpoint, weights, transforms = transformed(checkpoint, structure, chosen, seed)
     decided = make_plan(checkpoint, structure, chosen, memory, bits, engine, transforms)
     decided.coverage.check(accept_unquantized)
     data = _data(checkpoint, chosen, text, seed, profile, bits)
@@ -211,8 +209,7 @@ def quantize(
                 prepared = prepare(output, checkpoint, decided, bits, data.sets, report)
                 decided = make_plan(checkpoint, structure, chosen, memory, prepared.bits, engine, transforms)
                 identity["profile"], together = prepared.facts, prepared.together
-            assert isinstance(checkpoint.weights, HubWeights)
-            sink = SINKS[chosen.format](checkpoint.weights, decided.modules, decided.activations)
+            sink = SINKS[chosen.format](weights, decided.modules, decided.activations)
             reports = _Work(checkpoint, decided, output, sink, device, report, seed).run(windows, data.pool)
             size = sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
             run = {
@@ -224,7 +221,7 @@ def quantize(
             }
             written = documents(checkpoint, decided, identity, reports, time.perf_counter() - began, run)
             _check_unchanged(checkpoint, seen)
-            output.finish(checkpoint.path, sink.config(_config(checkpoint)), written)
+            output.finish(checkpoint.path, sink.config(_config(checkpoint, weights)), written)
     except OSError as error:
         raise disk_error(error, partial_of(out)) from error
     return Result(out, decided, checkpoint.size_bytes, size, reports, time.perf_counter() - began)
@@ -482,10 +479,10 @@ def _stream_file(index: int) -> str:
     return f"stream-{index:05d}.safetensors"
 
 
-def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, weights: EditedWeights) -> dict[str, Any]:
     """config.json without what it says about how the checkpoint was shipped: the output is no longer stored like that.
 
     Nor does it say that the head is tied to the embeddings, where it is its own now.
     """
     config = plain_config(json.loads((checkpoint.path / "config.json").read_text()))
-    return untied_config(config) if isinstance(checkpoint.weights, EditedWeights) and checkpoint.weights.untied else config
+    return untied_config(config) if weights.untied else config

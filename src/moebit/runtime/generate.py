@@ -17,7 +17,8 @@ from moebit.calibration.text import load_tokenizer
 from moebit.errors import BadInputError
 from moebit.runtime.packed import PackedModule, multiplied, use
 from moebit.runtime.paths import PATHS, Path
-from moebit.storage.checkpoint import load_config, resolve
+from moebit.storage.checkpoint import resolve
+from moebit.storage.config import load_config
 from moebit.streaming.store import resident_bytes
 
 WARM_UP_TOKENS = 2

@@ -19,7 +19,7 @@ from moebit.model.adapters import adapt
 from moebit.model.inputs import attach
 from moebit.model.seam import SEAM
 from moebit.runtime.packed import EXPERTS_IMPLEMENTATION, PackedLinear, pack_experts
-from moebit.storage.checkpoint import INSIDE, without_wrapper
+from moebit.storage.conversion import INSIDE, without_wrapper
 
 
 def _names_in(model: Any, names: Iterable[str]) -> dict[str, str]:

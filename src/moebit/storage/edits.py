@@ -9,16 +9,16 @@ type that is stored.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moebit.model.experts import ExpertsLayout
-from moebit.storage.checkpoint import HubWeights
-from moebit.storage.files import PIECE
+from moebit.storage.conversion import tied_names
+from moebit.storage.files import Entry, TensorSpec
+from moebit.storage.weights import Weights
 from moebit.tensor.rotation import Rotation
 
 SLAB_BYTES = 32 * 2**20  # of a parameter in the type that edits are computed in
@@ -132,16 +132,6 @@ def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def input_axis(layout: ExpertsLayout) -> int:
-    """Where the input channels of stacked experts lie as they are stored."""
-    return -2 if layout.transposed else -1
-
-
-def output_axis(layout: ExpertsLayout) -> int:
-    """Where the output channels of stacked experts lie as they are stored."""
-    return -1 if layout.transposed else -2
-
-
 def apply_edits(edits: Iterable[Edit], tensor: Tensor, start: int = 0) -> Tensor:
     """Rows [start, ...) of a parameter after its edits, in the type it came in; a limited number of rows at a time.
 
@@ -166,21 +156,28 @@ def _chain(edits: Iterable[Edit], tensor: Tensor, start: int) -> Tensor:
     return tensor
 
 
-class EditedWeights(HubWeights):
-    """A checkpoint as it is after some edits: whoever reads a parameter, or writes one to a file, gets the edited one.
+class EditedWeights(Weights):
+    """Other weights as they are after some edits: who reads a parameter, or writes one to a file, gets the edited one.
+
+    Args:
+        edits: by parameter, in the order in which they are applied.
+        own: parameters that are tied to another one and become a copy of it, which is edited apart.
+        untied: those of the model's tied parameters that the output has to declare as untied; `own` where nothing is given.
 
     Attributes:
-        untied: parameters that were tied to another one and have become their own.
+        untied: as given.
     """
 
-    def __init__(self, weights: HubWeights, edits: Edits | None = None, untie: Iterable[str] = ()) -> None:
-        plain = weights
-        for name in untie:
-            plain = plain.with_own(name)
-        self._plain = plain
-        self.model, self.entries, self.unused, self.specs = plain.model, plain.entries, plain.unused, plain.specs
-        self._sources, self._of = plain._sources, plain._of
-        self.untied = tuple(untie)
+    def __init__(self, weights: Weights, edits: Edits | None = None, own: Iterable[str] = (), untied: Iterable[str] | None = None) -> None:
+        self._plain = weights
+        self.model, self.unused = weights.model, weights.unused
+        self._copied = {name: tied_names(weights.model)[name] for name in own}
+        copies = {
+            name: replace(weights.entries[weights.stored_names(other)[0]], name=name)  # type: ignore[type-var]
+            for name, other in self._copied.items()
+        }
+        self.entries: Mapping[str, Entry] = {**weights.entries, **copies}
+        self.untied = tuple(self._copied if untied is None else untied)
         self._edits: dict[str, tuple[Edit, ...]] = {}
         self.add(edits or {})
 
@@ -190,11 +187,13 @@ class EditedWeights(HubWeights):
         Raises:
             KeyError: a parameter that the checkpoint does not have.
         """
-        for name in edits:
-            self._plain.specs[name]
+        unknown = [name for name in edits if name not in self.available()]
+        if unknown:
+            raise KeyError(unknown[0])
         self._edits = joined(self._edits, edits)
 
     def edited(self, name: str) -> bool:
+        """Whether a parameter differs from what is stored."""
         return bool(self._edits.get(name))
 
     def refresh(self, layer: nn.Module, prefix: str, names: Iterable[str]) -> None:
@@ -210,33 +209,47 @@ class EditedWeights(HubWeights):
             if known.device.type != "meta":
                 owner._parameters[leaf] = nn.Parameter(self.parameter(name).to(known.dtype), requires_grad=False)
 
+    def available(self) -> set[str]:
+        return self._plain.available() | self._copied.keys()
+
+    def spec(self, name: str) -> TensorSpec:
+        return self._plain.spec(self._source(name))
+
     def parameter(self, name: str) -> Tensor:
-        return apply_edits(self._edits.get(name, ()), self._plain.parameter(name))
+        return apply_edits(self._edits.get(name, ()), self._plain.parameter(self._source(name)))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         if self._needs_all(name):
             return self.parameter(name)[start:stop]
-        return apply_edits(self._edits.get(name, ()), self._plain.rows(name, start, stop), start)
+        return apply_edits(self._edits.get(name, ()), self._plain.rows(self._source(name), start, stop), start)
 
     def expert_rows(self, name: str, start: int, stop: int) -> Tensor:
         return apply_edits(self._edits.get(name, ()), self._plain.expert_rows(name, start, stop), start)
 
-    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        if not self.edited(name):
-            yield from self._plain.pieces(name)
-            return
-        spec, source = self.specs[name], self._of[name]
-        as_it_is = source.converter is None or source.unchanged
-        by_expert = len(spec.shape) == 3 and self._by_expert(name)
-        if self._needs_all(name) or not (as_it_is or by_expert) or len(spec.shape) < 2:
-            yield 0, self.parameter(name).contiguous()
-            return
-        row = spec.nbytes // spec.shape[0]
-        step = max(1, PIECE // row)
-        for start in range(0, spec.shape[0], step):
-            stop = min(start + step, spec.shape[0])
-            part = self.expert_rows(name, start, stop) if by_expert else self.rows(name, start, stop)
-            yield start * row, part.contiguous()
+    def expect(self, names: Iterable[str], start: int, stop: int) -> None:
+        self._plain.expect(names, start, stop)
+
+    def divisible(self, name: str) -> bool:
+        return self._plain.divisible(self._source(name)) and not self._needs_all(name)
+
+    def stored_names(self, name: str) -> list[str]:
+        return [name] if name in self._copied else self._plain.stored_names(name)
+
+    def stored_by_pattern(self, name: str) -> dict[str, list[str]]:
+        return {name: [name]} if name in self._copied else self._plain.stored_by_pattern(name)
+
+    def stored_form(self, name: str, tensor: Tensor, start: int = 0) -> dict[str, Tensor]:
+        return {name: tensor} if name in self._copied else self._plain.stored_form(name, tensor, start)
+
+    def stored_together(self) -> dict[str, list[str]]:
+        return self._plain.stored_together()
+
+    def merged(self) -> set[str]:
+        return self._plain.merged()
+
+    def _source(self, name: str) -> str:
+        """The parameter from which the values come."""
+        return self._copied.get(name, name)
 
     def _needs_all(self, name: str) -> bool:
-        return any(edit.needs_all(len(self.specs[name].shape)) for edit in self._edits.get(name, ()))
+        return any(edit.needs_all(len(self.spec(name).shape)) for edit in self._edits.get(name, ()))

@@ -39,7 +39,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
-PIECE = 64 * 2**20
+PIECE_BYTES = 64 * 2**20  # of a tensor that is read, looked at or copied at a time
 # 8-bit floats that are no finite numbers: code & mask == value
 NOT_FINITE = {torch.float8_e4m3fn: (0x7F, 0x7F), torch.float8_e5m2: (0x7C, 0x7C), torch.float8_e8m0fnu: (0xFF, 0xFF)}
 
@@ -133,10 +133,10 @@ class TensorEntry:
 def pieces(entry: Entry) -> Iterator[tuple[int, Tensor]]:
     """(byte at which it begins, tensor) of some rows of a stored tensor after the other."""
     row = max(1, math.prod(entry.shape[1:]) * entry.dtype.itemsize)
-    if not entry.shape or row * entry.shape[0] <= PIECE:
+    if not entry.shape or row * entry.shape[0] <= PIECE_BYTES:
         yield 0, entry.read()
         return
-    step = max(1, PIECE // row)
+    step = max(1, PIECE_BYTES // row)
     for start in range(0, entry.shape[0], step):
         yield start * row, entry.read(start, min(start + step, entry.shape[0]))
 

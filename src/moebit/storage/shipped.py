@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moebit.errors import BadInputError
-from moebit.storage.files import PIECE, Entry, TensorEntry, TensorSpec
+from moebit.storage.files import PIECE_BYTES, Entry, TensorEntry, TensorSpec
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WORD = 32  # bits of the int32 words that packed codes lie in
@@ -122,7 +122,7 @@ class ShippedEntry:
             raise IndexError(f"{self.name}: rows {start} to {stop} of {self.shape[0]}")
         matrices = (self.shape[2], self.shape[1]) if self.transposed else self.shape[1:]
         result = torch.empty(stop - start, *matrices, dtype=self.dtype)
-        step = max(1, PIECE // (4 * max(1, math.prod(matrices))))
+        step = max(1, PIECE_BYTES // (4 * max(1, math.prod(matrices))))
         for low in range(start, stop, step):
             high = min(low + step, stop)
             result[low - start : high - start] = self._rows(low, high)

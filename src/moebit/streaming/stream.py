@@ -23,9 +23,11 @@ from moebit.errors import BadInputError
 from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slots, dispatch, finish, intermediate
 from moebit.model.replay import LayerCall, StopForward, head, record, same_arguments
 from moebit.model.seam import ExpertsHandler, experts_handler
+from moebit.model.skeleton import dematerialize, materialize
 from moebit.model.structure import Structure
-from moebit.storage.checkpoint import Checkpoint, Weights, dematerialize, materialize
+from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.files import Entry
+from moebit.storage.weights import Weights
 from moebit.streaming.shortcut import KeptInput, watched
 from moebit.streaming.store import ActivationStore
 

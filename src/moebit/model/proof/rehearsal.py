@@ -8,7 +8,7 @@ every kind is run, or all of them where layers hand something on beside the hidd
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +19,13 @@ from transformers import PreTrainedModel
 
 from moebit.model.experts import ExpertsLayout, dispatch
 from moebit.model.seam import ExpertsHandler
+from moebit.model.skeleton import skeleton
 from moebit.model.structure import Structure
-from moebit.storage.checkpoint import Checkpoint, Weights, skeleton, tied_names
+from moebit.storage.checkpoint import Checkpoint
+from moebit.storage.conversion import tied_names
 from moebit.storage.edits import Edit, Edits, apply_edits
+from moebit.storage.files import TensorSpec
+from moebit.storage.weights import OwnNames
 from moebit.streaming.stream import Stream, add_outputs, read_experts
 
 INTERMEDIATE, VOCABULARY = 2, 256
@@ -47,13 +51,14 @@ def _names_type(args: Any) -> bool:
     return any(isinstance(value, torch.dtype) for value in args)
 
 
-class RandomWeights(Weights):
+class RandomWeights(OwnNames):
     """Random values for every parameter of a skeleton, the same whenever they are read, after `edits`.
 
     Tied parameters have the same values, until edits tell them apart.
     """
 
     def __init__(self, model: PreTrainedModel, layouts: Mapping[str, ExpertsLayout], edits: Edits | None = None) -> None:
+        self.model, self.entries = model, {}
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         for experts, layout in layouts.items():
             self._shapes |= {f"{experts}.{leaf}": shape for leaf, shape in _small_shapes(layout).items()}
@@ -65,6 +70,18 @@ class RandomWeights(Weights):
 
     def available(self) -> set[str]:
         return set(self._shapes)
+
+    def spec(self, name: str) -> TensorSpec:
+        return TensorSpec(self._types[name], self._shapes[name])
+
+    def divisible(self, name: str) -> bool:
+        return True
+
+    def expect(self, names: Iterable[str], start: int, stop: int) -> None:
+        """Nothing: there are no files."""
+
+    def stored_names(self, name: str) -> list[str]:
+        return []
 
     def parameter(self, name: str) -> Tensor:
         return apply_edits(self._edits.get(name, ()), self._plain(name))

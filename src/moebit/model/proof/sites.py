@@ -16,7 +16,7 @@ from moebit.model.proof.flow import LayerFlow, NormSite, find_flow
 from moebit.model.proof.rehearsal import Rehearsal, difference
 from moebit.model.structure import LayerSites, Structure
 from moebit.storage.checkpoint import Checkpoint
-from moebit.storage.edits import Edit, Edits, RotateHeads, Scale, input_axis, joined, output_axis
+from moebit.storage.edits import Edit, Edits, RotateHeads, Scale, joined
 from moebit.streaming.stream import Stream
 from moebit.tensor.rotation import Rotation, randomised_hadamard
 
@@ -118,7 +118,7 @@ def scale_behind_norm(site: NormSite, s: Tensor, layouts: Mapping[str, ExpertsLa
     edits |= {f"{reader}.weight": (Scale(s),) for reader in site.readers}
     if site.experts is not None:
         layout = layouts[site.experts]
-        edits[f"{site.experts}.{layout.first}"] = (Scale(s, input_axis(layout)),)
+        edits[f"{site.experts}.{layout.first}"] = (Scale(s, layout.input_axis),)
     return edits
 
 
@@ -133,8 +133,8 @@ def scale_down(experts: str, layout: ExpertsLayout, s_EI: Tensor) -> dict[str, t
     rows = torch.ones(len(s_EI), layout.intermediate * (2 if layout.gated else 1), dtype=s_EI.dtype)
     rows[:, layout.rows("up_proj")] = 1 / s_EI
     edits: dict[str, tuple[Edit, ...]] = {
-        f"{experts}.{layout.first}": (Scale(rows, output_axis(layout)),),
-        f"{experts}.down_proj": (Scale(s_EI, input_axis(layout)),),
+        f"{experts}.{layout.first}": (Scale(rows, layout.output_axis),),
+        f"{experts}.down_proj": (Scale(s_EI, layout.input_axis),),
     }
     return edits | ({f"{experts}.{layout.first}_bias": (Scale(rows),)} if layout.bias else {})
 
