@@ -8,14 +8,14 @@ behind a linear the one that takes its output.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moebit.methods.awq import RATIOS, best, candidates, losses, magnitudes, representable, sampled_slots
+from moebit.model.capture import Call, observed
 from moebit.model.experts import ExpertsLayout, RoutedTokens, dispatch, intermediate
 from moebit.model.proof.flow import NormSite
 from moebit.model.proof.sites import LayerScales, PairSite, scale_behind_norm, scale_down, scale_pair
@@ -93,19 +93,13 @@ class LayerAWQ:
         kept: dict[str, list[Tensor]] = {name: [] for name in names}
         seen = dict.fromkeys(names, 0)
 
-        def watch(name: str) -> Any:
-            def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-                rows = x.reshape(-1, x.shape[-1])
-                here = wanted[(wanted >= seen[name]) & (wanted < seen[name] + len(rows))] - seen[name]
-                kept[name].append(rows[here].float())
-                seen[name] += len(rows)
+        def note(call: Call) -> None:
+            name, rows = call.name, call.rows
+            here = wanted[(wanted >= seen[name]) & (wanted < seen[name] + len(rows))] - seen[name]
+            kept[name].append(rows[here].float())
+            seen[name] += len(rows)
 
-            return layer.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(on_call, with_kwargs=True)
-
-        with ExitStack() as stack:
-            for name in names:
-                stack.callback(watch(name).remove)
+        with observed({name: layer.get_submodule(name.removeprefix(prefix)) for name in names}, note):
             if self.sites.moe is not None:
                 routed = self.stream.capture_routing(self.sites.index)
             else:

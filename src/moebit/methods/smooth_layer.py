@@ -6,17 +6,17 @@ The scales are those of `smoothing.py`; where they may stand is what `model/site
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moebit.methods.awq import representable
 from moebit.methods.balance import draw
 from moebit.methods.router import probabilities
 from moebit.methods.smoothing import aggregated, centred, expert_extremes, outlier_factors, smooth
+from moebit.model.capture import Call, observed
 from moebit.model.experts import ExpertsLayout, RoutedTokens
 from moebit.model.proof.flow import NormSite
 from moebit.model.proof.sites import LayerScales, PairSite, scale_behind_norm, scale_pair
@@ -120,17 +120,12 @@ class LayerSmoothing:
         extremes: dict[str, Tensor] = {}
         layer, prefix = self.stream.layer(self.sites.index), self.sites.name + "."
 
-        def watch(name: str) -> Any:
-            def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-                found = _extremes(x.reshape(-1, x.shape[-1]))
-                extremes[name] = _joined([extremes[name], found]) if name in extremes else found
+        def note(call: Call) -> None:
+            found = _extremes(call.rows)
+            extremes[call.name] = _joined([extremes[call.name], found]) if call.name in extremes else found
 
-            return layer.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(on_call, with_kwargs=True)
-
-        with ExitStack() as stack:
-            for name in {*(site.readers[0] for site in norms if site.readers), *(pair.second for pair in pairs)}:
-                stack.callback(watch(name).remove)
+        names = {*(site.readers[0] for site in norms if site.readers), *(pair.second for pair in pairs)}
+        with observed({name: layer.get_submodule(name.removeprefix(prefix)) for name in names}, note):
             if self.sites.moe is None:
                 outputs = self.stream.store.allocate(tuple(self.stream.hidden.shape), self.stream.dtype)
                 self.stream.run(self.sites.index, outputs=outputs)

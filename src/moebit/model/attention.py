@@ -23,6 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moebit.errors import BadInputError
+from moebit.model.capture import put_in_front
 from moebit.model.replay import LayerCall, record, swapped, zeros_outside
 from moebit.model.seam import experts_handler
 from moebit.model.structure import LayerSites, Structure
@@ -82,7 +83,7 @@ def round_attention(module: Any, rounding: Rounding | None) -> None:
     if not str(module.config._attn_implementation).startswith(PREFIX):
         _check_plain(module.config._attn_implementation)
         module.config._attn_implementation_internal = PREFIX + module.config._attn_implementation
-    module.register_forward_pre_hook(_still_rounding)
+    put_in_front(module, _still_rounding)
 
 
 def _check_plain(implementation: str | None) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moebit.model.attention import round_attention
+from moebit.model.capture import put_in_front
 from moebit.model.seam import is_experts
 from moebit.storage.files import TensorSpec
 from moebit.tensor.blocks import BlockTransform, block_size, hadamard
@@ -156,6 +157,6 @@ def attach(model: nn.Module, activations: Activations, quantized: Iterable[str],
             module.moebit_inputs = ExpertSteps(InputStep(first, activations.inputs), InputStep(down, activations.inputs))
         else:
             module.moebit_inputs = InputStep(owned.get(activations.reads.get(name, "")), activations.inputs)
-            module.register_forward_pre_hook(module.moebit_inputs.before)
+            put_in_front(module, module.moebit_inputs.before)
     for name in activations.attention_modules:
         round_attention(model.get_submodule(place(name)), activations.attention)

@@ -19,6 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from transformers import PreTrainedModel
 
 from moebit.errors import BadInputError
+from moebit.model.capture import observed
 
 
 class StopForward(Exception):
@@ -460,12 +461,8 @@ def behind_layers(model: PreTrainedModel, list_name: str, returns: Sequence[Laye
 def _names_of_called(model: nn.Module, list_name: str) -> Iterator[list[str]]:
     """The modules outside the layers with tensors of their own, as they are called."""
     called: list[str] = []
-    hooks = [module.register_forward_pre_hook(lambda m, args, name=name: called.append(name)) for name, module in outside(model, list_name)]
-    try:
+    with observed(dict(outside(model, list_name)), lambda call: called.append(call.name)):
         yield called
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _MetaTwins:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moebit.errors import BadInputError
+from moebit.model.capture import Call, observed
 from moebit.model.experts import ExpertsLayout, layout_of
 from moebit.model.replay import LayerReturn, behind_layers, check_arguments, trial, zeros_outside
 from moebit.model.seam import experts_handler, is_experts
@@ -159,10 +160,10 @@ def find_structure(model: PreTrainedModel) -> Structure:
     routed: dict[str, tuple[Tensor, Tensor, int]] = {}
     names = {module: name for name, module in model.named_modules()}
 
-    def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if tensors:
-            calls.append(_Call(names[module], _identity(tensors[0]), len(calls), len(args) + len(kwargs) == 1, tensors[0]))
+    def on_call(call: Call) -> None:
+        if call.tensors:
+            x, alone = call.tensors[0], len(call.args) + len(call.kwargs) == 1
+            calls.append(_Call(call.name, _identity(x), len(calls), alone, x))
 
     def forget(index: int) -> None:
         prefix = f"{list_name}.{index}."
@@ -177,9 +178,8 @@ def find_structure(model: PreTrainedModel) -> Structure:
     tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)
     try:
         with ExitStack() as stack:
-            for module in layers.modules():
-                # In front of what an output does to inputs: linears that share one are called with the same tensor.
-                stack.callback(module.register_forward_pre_hook(on_call, with_kwargs=True, prepend=True).remove)
+            # In front of what an output does to inputs: linears that share one are called with the same tensor.
+            stack.enter_context(observed({names[module]: module for module in layers.modules()}, on_call, first=True))
             stack.enter_context(experts_handler(on_experts))
             returns, front = trial(model, list_name, tokens, forget)
         with zeros_outside(model, list_name):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moebit.methods.significance import ExpertEvidence, coactivation, output_error
+from moebit.model.capture import Call, observed
 from moebit.model.experts import RoutedTokens, dispatch, finish
 from moebit.model.structure import LayerSites, Structure
 from moebit.storage.checkpoint import Checkpoint
@@ -187,17 +188,13 @@ class _LayerPass:
             return total
         block = self.sites.moe.experts.rpartition(".")[0]
 
-        def on_block(module: nn.Module, args: object, result: Any) -> None:
-            y = result[0] if isinstance(result, Sequence) else result
+        def on_block(call: Call) -> None:
+            y = call.output[0] if isinstance(call.output, Sequence) else call.output
             total.add_(y.double().square().sum())
 
-        hook = self.layer.get_submodule(block).register_forward_hook(on_block) if block else None
-        try:
+        with observed({block: self.layer.get_submodule(block)} if block else {}, on_block, outputs=True):
             stream.run(index, experts=stream.replay(outputs), advance=True)
-        finally:
-            if hook is not None:
-                hook.remove()
-        if hook is None:
+        if not block:
             total += sum(float(piece.double().square().sum()) for piece in outputs.split(4096))
         return total
 

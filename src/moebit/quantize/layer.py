@@ -21,6 +21,7 @@ from moebit.methods.online import check_orthogonal, duquant_transform, hadamard_
 from moebit.methods.smooth_layer import LayerSmoothing
 from moebit.methods.smoothing import outlier_factors
 from moebit.methods.soft_coverage import NO_SCORE, NOT_ONCE, SoftCoverage, soft_coverage
+from moebit.model.capture import observed
 from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, dispatch, intermediate
 from moebit.model.inputs import DOWN, FIRST
 from moebit.model.structure import LayerSites, LinearGroup
@@ -396,18 +397,12 @@ class LayerJob:
         module = self.layer.get_submodule(group.replay)
         weights: Tensor | None = None
 
-        def on_call(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen_by.add(args[0].reshape(-1, args[0].shape[-1]), weights)
-
-        hook = self.layer.get_submodule(group.names[0]).register_forward_pre_hook(on_call)
-        try:
-            with torch.no_grad():
-                for piece in x_TN.split(self.stream.batch_tokens):
-                    weights = affinity(piece) if affinity else None
-                    module(piece.unsqueeze(0))
-                    self.stream.store.release()
-        finally:
-            hook.remove()
+        linear = self.layer.get_submodule(group.names[0])
+        with observed({group.names[0]: linear}, lambda call: seen_by.add(call.rows, weights)), torch.no_grad():
+            for piece in x_TN.split(self.stream.batch_tokens):
+                weights = affinity(piece) if affinity else None
+                module(piece.unsqueeze(0))
+                self.stream.store.release()
         return seen_by
 
     @property

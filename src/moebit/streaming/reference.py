@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from moebit.model.capture import Call, observed
 from moebit.streaming.stream import Stream
 
 
@@ -24,9 +24,8 @@ def captured_inputs(stream: Stream, index: int, names: Sequence[str]) -> Iterato
     """
     total, found, seen = stream.windows.numel(), dict[str, Tensor](), dict.fromkeys(names, 0)
 
-    def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        rows = rows.reshape(-1, rows.shape[-1])
+    def note(call: Call) -> None:
+        name, rows = call.name, call.rows
         if name not in found:
             found[name] = stream.store.allocate((total, rows.shape[1]), rows.dtype)
         begin = seen[name] % total
@@ -34,13 +33,7 @@ def captured_inputs(stream: Stream, index: int, names: Sequence[str]) -> Iterato
         found[name][begin : begin + len(kept)] = kept
         seen[name] += len(rows)
 
-    with ExitStack() as stack:
-        for name in names:
-
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-                note(name, args, kwargs)
-
-            stack.callback(stream.layer(index).get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)
+    with observed({name: stream.layer(index).get_submodule(name) for name in names}, note):
         yield found
     for name, count in seen.items():
         if not count or count % total:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from moebit.model.capture import Call, observed
 from moebit.model.experts import RoutedTokens
 from moebit.model.structure import LayerSites
 from moebit.storage.edits import Edit
@@ -125,21 +126,20 @@ def router_inputs(stream: Stream, sites: LayerSites) -> Iterator[list[Tensor]]:
     assert sites.moe.router is not None
     total, seen, kept = stream.windows.numel(), 0, list[Tensor]()
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(call: Call) -> None:
         nonlocal seen
-        rows = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        rows = rows.reshape(-1, rows.shape[-1])
+        rows = call.rows
         if not kept:
             kept.append(stream.store.allocate((total, rows.shape[1]), rows.dtype))
         if seen + len(rows) <= total:
             kept[0][seen : seen + len(rows)] = rows
         seen += len(rows)
 
-    hook = stream.layer(sites.index).get_submodule(sites.moe.router).register_forward_pre_hook(note, with_kwargs=True)
+    router = stream.layer(sites.index).get_submodule(sites.moe.router)
     try:
-        yield kept
+        with observed({sites.moe.router: router}, note):
+            yield kept
     finally:
-        hook.remove()
         if seen != total:
             kept.clear()
 
@@ -172,16 +172,12 @@ def reference_step(stream: Stream, index: int, chunk: int) -> Routing | None:
     weight = weights.parameter(f"{name}.weight").float()
     bias = weights.parameter(f"{name}.bias").float() if f"{name}.bias" in weights.available() else None
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        z = x.reshape(-1, x.shape[-1]).float() @ weight.T
+    def note(call: Call) -> None:
+        z = call.rows.float() @ weight.T
         said.append(z if bias is None or bias.shape != (experts,) else z + bias)
 
-    hook = stream.layer(index).get_submodule(sites.moe.router).register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with observed({name: stream.layer(index).get_submodule(sites.moe.router)}, note):
         ids = stream.step(index, chunk)
-    finally:
-        hook.remove()
     assert ids is not None
     seen = torch.cat(said)[: len(ids)] if said else None  # with the experts in chunks, the layer runs twice and says the same again
     return Routing(ids, seen if seen is not None and len(seen) == len(ids) else None)

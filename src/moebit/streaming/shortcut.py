@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from moebit.model.capture import Call, observed
 from moebit.model.replay import StandIn
 
 
@@ -90,17 +91,13 @@ def watched(layer: nn.Module, kept: KeptInput) -> Iterator[Watched]:
     """Watch the linear and the module around it inside this context."""
     seen = Watched()
 
-    def on_linear(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        seen.inputs.append(args[0])
-        seen.outputs.append((output, output.clone()))
+    def on_linear(call: Call) -> None:
+        seen.inputs.append(call.args[0])
+        seen.outputs.append((call.output, call.output.clone()))
 
-    def on_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.answers.append(output)
-
-    hooks = [layer.get_submodule(kept.linear).register_forward_hook(on_linear)]
-    hooks.append(layer.get_submodule(kept.block).register_forward_hook(on_block))
-    try:
+    linear, block = layer.get_submodule(kept.linear), layer.get_submodule(kept.block)
+    with (
+        observed({kept.linear: linear}, on_linear, outputs=True),
+        observed({kept.block: block}, lambda call: seen.answers.append(call.output), outputs=True),
+    ):
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig
 
 from moebit.errors import BadInputError
+from moebit.model.capture import Call, observed, put_in_front
 from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slots, dispatch, finish, intermediate
 from moebit.model.replay import LayerCall, StopForward, head, record, same_arguments
 from moebit.model.seam import ExpertsHandler, experts_handler
@@ -355,17 +356,13 @@ def _watch(stack: ExitStack, layer: nn.Module, inputs: Mapping[str, InputHook], 
     """Call every hook with its submodule's input; with `stop`, end the forward when the last of them was called."""
     waiting = set(inputs)
 
-    def watch(name: str, hook: InputHook) -> None:
-        def on_call(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            hook(args[0])
-            waiting.discard(name)
-            if stop and not waiting:
-                raise StopForward
+    def note(call: Call) -> None:
+        inputs[call.name](call.args[0])
+        waiting.discard(call.name)
+        if stop and not waiting:
+            raise StopForward
 
-        stack.callback(layer.get_submodule(name).register_forward_pre_hook(on_call).remove)
-
-    for name, hook in inputs.items():
-        watch(name, hook)
+    stack.enter_context(observed({name: layer.get_submodule(name) for name in inputs}, note))
 
 
 def experts_names(name: str, layout: ExpertsLayout) -> list[str]:
@@ -414,7 +411,7 @@ def materialize_embeddings(
     module.weight = nn.Parameter(table, requires_grad=False)
     read = torch.zeros(len(table), dtype=torch.bool)
     read[used] = True
-    return module.register_forward_pre_hook(partial(_only_read, name, read))
+    return put_in_front(module, partial(_only_read, name, read))
 
 
 def _only_read(name: str, read: Tensor, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebit.model.capture import Call, observed
 from moebit.model.proof.rehearsal import InDouble, Rehearsal
 from moebit.model.seam import experts_handler
 from moebit.streaming.stream import Stream
@@ -131,14 +132,10 @@ def find_flow(rehearsal: Rehearsal, stream: Stream, index: int) -> LayerFlow:
     called: list[_Called] = []
     routed: list[tuple[Tensor, Tensor]] = []
 
-    def watch(name: str, module: nn.Module) -> Any:
-        def on_call(owner: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            if given:
-                first = out if isinstance(out, Tensor) else None
-                called.append(_Called(f"{sites.name}.{name}", owner, given[0], first, len(given) == 1))
-
-        return module.register_forward_hook(on_call, with_kwargs=True)
+    def on_call(call: Call) -> None:
+        if given := call.tensors:
+            out = call.output if isinstance(call.output, Tensor) else None
+            called.append(_Called(call.name, call.module, given[0], out, len(given) == 1))
 
     def on_experts(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = _leaf(torch.zeros_like(x))
@@ -147,9 +144,8 @@ def find_flow(rehearsal: Rehearsal, stream: Stream, index: int) -> LayerFlow:
 
     with ExitStack() as stack:
         layer = stack.enter_context(stream.loaded(index))
-        for name, module in layer.named_modules():
-            if isinstance(module._parameters.get("weight"), Tensor):
-                stack.callback(watch(name, module).remove)
+        weighted = {name: module for name, module in layer.named_modules() if isinstance(module._parameters.get("weight"), Tensor)}
+        stack.enter_context(observed({f"{sites.name}.{name}": module for name, module in weighted.items()}, on_call, outputs=True))
         stack.enter_context(experts_handler(on_experts))
         stack.enter_context(InDouble())
         stack.enter_context(torch.enable_grad())
