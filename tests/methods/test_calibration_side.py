@@ -17,11 +17,11 @@ import moebit
 from moebit.calibration.text import TokenText, calibration_windows
 from moebit.methods.balance import further_windows
 from moebit.model.experts import ExpertsLayout, RoutedTokens, dispatch
+from moebit.model.proof.router import not_linear
 from moebit.model.skeleton import skeleton
 from moebit.model.structure import find_structure
 from moebit.quantize import run as pipeline
 from moebit.quantize.layer_inputs import ExpertInputs, PoolInputs
-from moebit.streaming.routing import not_linear
 from moebit.streaming.store import ActivationStore
 from tests.support.models import ARCHITECTURES, EXPERTS, TOP_K, Architecture, Checkpoints, load_reference
 from tests.support.outputs import file_bytes, small_recipe, stored_tensors, token_file, with_weights

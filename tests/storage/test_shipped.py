@@ -29,10 +29,11 @@ from moebit.formats.opening import open_checkpoint
 from moebit.model.opening import open_hub_checkpoint
 from moebit.plan.plan import Plan
 from moebit.quantize.run import checkpoint_fingerprint
-from moebit.storage import shipped as shipped_module
 from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.files import TensorEntry
 from moebit.storage.hub import HubWeights
+from moebit.storage.shipped import entries as shipped_entries
+from moebit.storage.shipped import reading
 from tests.support.models import ARCHITECTURES, EXPERTS, HIDDEN, INTERMEDIATE, quiet, random_model, save
 from tests.support.outputs import REPORTS, file_bytes, read_config, small_recipe, stored_tensors, token_file
 
@@ -215,7 +216,7 @@ def test_reads_as_the_plain_checkpoint(pair: tuple[Path, Path]) -> None:
 
 
 def test_large_tensors_are_dequantized_piece_by_piece(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipped_module, "PIECE_BYTES", 3 * 4 * UNEVEN["hidden_size"])
+    monkeypatch.setattr(shipped_entries, "PIECE_BYTES", 3 * 4 * UNEVEN["hidden_size"])
     assert_reads_as(*pair)
 
 
@@ -632,9 +633,9 @@ def test_8_bit_floats_that_nothing_explains(blocks: tuple[Path, Path], tmp_path:
 def test_quantization_declared_for_the_text_part() -> None:
     inner = {"model_type": "x", "quantization_config": BLOCKS}
     config = {"model_type": "y", "text_config": inner}
-    assert shipped_module.shipped_config(config) == BLOCKS
-    assert shipped_module.plain_config(config) == {"model_type": "y", "text_config": {"model_type": "x"}}
-    assert shipped_module.shipped_config({"model_type": "y", "text_config": {}}) is None
+    assert reading.shipped_config(config) == BLOCKS
+    assert reading.plain_config(config) == {"model_type": "y", "text_config": {"model_type": "x"}}
+    assert reading.shipped_config({"model_type": "y", "text_config": {}}) is None
 
 
 def test_rows_out_of_range(blocks: tuple[Path, Path]) -> None:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from moebit.model import replay
-from moebit.model.experts import ExpertWeights, Slots, dispatch, grouped_linear, row_blocks
+from moebit.model.experts import ExpertWeights, Slots, add_outputs, dispatch, grouped_linear, read_experts, row_blocks
 from moebit.model.opening import open_hub_checkpoint
 from moebit.model.seam import ExpertsHandler, experts_handler, is_experts
 from moebit.streaming import stream
 from moebit.streaming.shortcut import KeptInput
 from moebit.streaming.store import ActivationStore
-from moebit.streaming.stream import Stream, add_outputs, read_experts
+from moebit.streaming.stream import Stream
 from tests.support.models import ARCHITECTURES, EXPERTS, HIDDEN, LENGTH, TOP_K, VOCABULARY, WINDOWS, Checkpoints, windows
 from tests.support.opened import Opened
 

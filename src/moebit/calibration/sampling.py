@@ -25,12 +25,12 @@ from moebit.calibration.text import Texts, calibration_windows, load_tokenizer, 
 from moebit.calibration.usage import Progress, balanced_subset, describe_windows
 from moebit.errors import BadInputError
 from moebit.model.decoder import Decoder, weight_bytes
+from moebit.model.embeddings import named_tokens
 from moebit.model.opening import open_hub_checkpoint
 from moebit.model.structure import Structure, find_structure
 from moebit.recipe import Recipe
 from moebit.storage.checkpoint import Checkpoint, resolve
 from moebit.streaming.budget import PROCESS_BYTES
-from moebit.streaming.stream import named_tokens
 
 KINDS = ("ebss", "self", "self-balanced")
 SCOPES = ("set", "sequence")

@@ -27,7 +27,7 @@ from moebit.formats.opening import open_checkpoint, quantized_modules
 from moebit.model.seam import is_experts
 from moebit.storage.checkpoint import Checkpoint, resolve
 from moebit.storage.config import read_config
-from moebit.storage.shipped import shipped_config
+from moebit.storage.shipped.reading import shipped_config
 
 SAME = 3e-6  # |dW|^2 / |W|^2 of a change of type alone (float32 to bfloat16 gives 1e-6, 8-bit integers 2e-5)
 OTHER = 0.5  # from here on the weights are not the original's: independent ones of the same size have 2

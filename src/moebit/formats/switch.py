@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from moebit.errors import BadInputError
-from moebit.model.experts import ExpertsLayout
+from moebit.model.experts import ExpertsLayout, read_experts
 from moebit.storage.files import ShardFile, TensorEntry, TensorSpec, read_header
 from moebit.storage.weights import Weights
-from moebit.streaming.stream import read_experts
 
 SIDE_FILE = "switch.safetensors"
 

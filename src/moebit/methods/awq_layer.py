@@ -16,13 +16,13 @@ from torch import Tensor
 
 from moebit.methods.awq import RATIOS, best, candidates, losses, magnitudes, representable, sampled_slots
 from moebit.model.capture import Call, observed
-from moebit.model.experts import ExpertsLayout, RoutedTokens, dispatch, intermediate
+from moebit.model.experts import ExpertsLayout, RoutedTokens, dispatch, intermediate, read_experts
 from moebit.model.proof.flow import NormSite
 from moebit.model.proof.sites import LayerScales, PairSite, scale_behind_norm, scale_down, scale_pair
 from moebit.model.structure import LayerSites
 from moebit.storage.edits import Edit, joined
 from moebit.storage.weights import Weights
-from moebit.streaming.stream import Stream, read_experts
+from moebit.streaming.stream import Stream
 from moebit.tensor import QuantScheme
 
 TOKENS = 512  # that everything outside of the routed experts is judged on

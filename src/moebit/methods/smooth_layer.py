@@ -17,7 +17,7 @@ from moebit.methods.balance import draw
 from moebit.methods.router import probabilities
 from moebit.methods.smoothing import aggregated, centred, expert_extremes, outlier_factors, smooth
 from moebit.model.capture import Call, observed
-from moebit.model.experts import ExpertsLayout, RoutedTokens
+from moebit.model.experts import ExpertsLayout, RoutedTokens, read_experts
 from moebit.model.proof.flow import NormSite
 from moebit.model.proof.sites import LayerScales, PairSite, scale_behind_norm, scale_pair
 from moebit.model.structure import LayerSites, MoESite
@@ -25,7 +25,7 @@ from moebit.recipe import SmoothingSection
 from moebit.storage.edits import Edit, joined
 from moebit.storage.weights import Weights
 from moebit.streaming.routing import router_bias
-from moebit.streaming.stream import Stream, read_experts
+from moebit.streaming.stream import Stream
 
 PIECE = 4096  # tokens at a time
 NOTHING_ROUNDED = "nothing behind it is quantized"

@@ -24,7 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moebit.errors import BadInputError
 from moebit.model.capture import put_in_front
-from moebit.model.replay import LayerCall, record, swapped, zeros_outside
+from moebit.model.layer_call import LayerCall, swapped
+from moebit.model.replay import record, zeros_outside
 from moebit.model.seam import experts_handler
 from moebit.model.structure import LayerSites, Structure
 from moebit.tensor.blocks import block_size, hadamard, rotate_blocks

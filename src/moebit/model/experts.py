@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moebit.errors import BadInputError
+from moebit.storage.weights import Weights
 
 LARGEST_BLOCK, OVERLAPPED_BLOCK, SMALLEST_BLOCK = 512, 256, 32  # rows of one product (`row_blocks`)
 
@@ -260,3 +261,26 @@ def finish(module: Any, h_SI: Tensor, affinity_S: Tensor, weights: ExpertWeights
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
     return y.float().mul_(affinity_S.unsqueeze(1))
+
+
+def experts_names(name: str, layout: ExpertsLayout) -> list[str]:
+    """The parameters of the experts module called `name`."""
+    leaves = [layout.first, "down_proj"]
+    return [f"{name}.{leaf}" for leaf in leaves + ([f"{layout.first}_bias", "down_proj_bias"] if layout.bias else [])]
+
+
+def read_experts(
+    weights: Weights, name: str, layout: ExpertsLayout, start: int, stop: int, dtype: torch.dtype = torch.float32
+) -> ExpertWeights:
+    """Experts [start, stop) of the module called `name`, in `dtype`."""
+    first, down, *biases = (weights.expert_rows(full, start, stop).to(dtype) for full in experts_names(name, layout))
+    first_bias, down_bias = biases or (None, None)
+    return ExpertWeights(layout.stacked(first), layout.stacked(down), first_bias, down_bias, start)
+
+
+@torch.no_grad()
+def add_outputs(module: nn.Module, x_TH: Tensor, weights: ExpertWeights, slots: Slots, outputs_TH: Tensor) -> None:
+    """Add what some experts contribute to every token's output; `slots` are theirs, or a piece of them."""
+    h = intermediate(module, x_TH[slots.tokens], weights, slots.bounds)
+    y = finish(module, h, slots.affinity, weights, slots.bounds)
+    outputs_TH.index_add_(0, slots.tokens, y.to(outputs_TH.dtype))

@@ -13,7 +13,7 @@ from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.config import load_config, read_config
 from moebit.storage.files import Entry, read_index
 from moebit.storage.hub import HubWeights
-from moebit.storage.shipped import check_plain, read_shipped, shipped_config
+from moebit.storage.shipped.reading import check_plain, read_shipped, shipped_config
 
 FAST_BF16_WIDTH = 512  # hidden size from which on bf16 products are faster than float32 ones on a CPU that has instructions for them
 
@@ -31,7 +31,7 @@ def fast_compute_type(config: Any, entries: Mapping[str, Entry]) -> torch.dtype:
 
 
 def open_hub_checkpoint(path: Path, dtype: torch.dtype | None = torch.float32) -> Checkpoint:
-    """A checkpoint directory in full precision, or shipped quantized in a way that moebit reads (model/shipped.py).
+    """A checkpoint directory in full precision, or shipped quantized in a way that moebit reads (storage/shipped).
 
     Args:
         dtype: what its layers are computed in; None takes `fast_compute_type`.

@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from moebit.errors import BadInputError
 from moebit.model.capture import Call, observed
 from moebit.model.experts import ExpertsLayout, layout_of
-from moebit.model.replay import LayerReturn, behind_layers, check_arguments, trial, zeros_outside
+from moebit.model.layer_call import LayerReturn
+from moebit.model.replay import zeros_outside
 from moebit.model.seam import experts_handler, is_experts
+from moebit.model.trial import behind_layers, check_arguments, trial
 
 PROBE_TOKENS = 8
 

@@ -25,13 +25,13 @@ from moebit.methods.drift import MUS
 from moebit.methods.online import search_flops
 from moebit.model.coverage import Coverage, expert_coverage
 from moebit.model.inputs import Activations
+from moebit.model.proof.router import not_linear
 from moebit.model.structure import LayerSites, Structure
 from moebit.plan.inputs import ActivationPlan, plan_activations
 from moebit.plan.transforms import NO_TRANSFORMS, Transforms
 from moebit.recipe import BIT_WIDTHS, Recipe
 from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.budget import Budget, make_budget
-from moebit.streaming.routing import not_linear
 
 FLOPS_PER_THREAD = 50e9  # float32 products on an AVX-512 core, cautiously; only for the time estimate
 

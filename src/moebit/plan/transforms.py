@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moebit.errors import BadInputError
-from moebit.methods.rotation import RotationPlan, plan_rotation
 from moebit.model.proof.sites import LayerScales, find_scales
 from moebit.model.structure import Structure
+from moebit.plan.rotation import RotationPlan, plan_rotation
 from moebit.recipe import Recipe
 from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.conversion import tied_names

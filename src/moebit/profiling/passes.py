@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from moebit.methods.significance import ExpertEvidence, coactivation, output_error
 from moebit.model.capture import Call, observed
-from moebit.model.experts import RoutedTokens, dispatch, finish
+from moebit.model.experts import RoutedTokens, dispatch, experts_names, finish, read_experts
 from moebit.model.structure import LayerSites, Structure
 from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.budget import Budget
 from moebit.streaming.store import ActivationStore
-from moebit.streaming.stream import Stream, experts_names, read_experts
+from moebit.streaming.stream import Stream
 from moebit.tensor import QuantScheme, solve_gptq, solve_rtn
 
 Progress = Callable[[str, int, int], None]

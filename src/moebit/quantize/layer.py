@@ -22,16 +22,18 @@ from moebit.methods.smooth_layer import LayerSmoothing
 from moebit.methods.smoothing import outlier_factors
 from moebit.methods.soft_coverage import NO_SCORE, NOT_ONCE, SoftCoverage, soft_coverage
 from moebit.model.capture import observed
-from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, dispatch, intermediate
+from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, dispatch, experts_names, intermediate, read_experts
 from moebit.model.inputs import DOWN, FIRST
+from moebit.model.proof.router import not_linear
 from moebit.model.structure import LayerSites, LinearGroup
 from moebit.plan.plan import Plan
 from moebit.quantize.layer_inputs import SAMPLED_SLOTS, ExpertInputs, PoolInputs, Statistics
 from moebit.recipe import Recipe
+from moebit.storage.edits import Replace
 from moebit.storage.files import ShardFile
-from moebit.streaming.routing import Replace, Routing, not_linear, router_bias, router_inputs
+from moebit.streaming.routing import Routing, router_bias, router_inputs
 from moebit.streaming.shortcut import KeptInput
-from moebit.streaming.stream import Stream, experts_names, read_experts
+from moebit.streaming.stream import Stream
 from moebit.tensor import QTensor, QuantScheme, SolveInfo, add_second_moment, mirror_, refit_scales, solve_gptq, solve_rtn
 from moebit.tensor.blocks import BlockTransform
 from moebit.tensor.linalg import filled_diagonal

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from moebit.calibration.statistics import ExpertMoments, down_layer_hessians, layer_sample, output_sensitivity, to_power
 from moebit.methods.drift import DriftMoments
 from moebit.methods.soft_coverage import SoftCoverage
-from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots, finish, intermediate
-from moebit.streaming.stream import Stream, add_outputs
+from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots, add_outputs, finish, intermediate
+from moebit.streaming.stream import Stream
 from moebit.tensor import add_second_moment, mirror_
 
 SAMPLED_SLOTS = 128  # of an expert's tokens, that a transform of its down projection is made from

@@ -44,7 +44,8 @@ from moebit.report.command import python_call
 from moebit.storage.checkpoint import Checkpoint, checkpoint_fingerprint
 from moebit.storage.edits import EditedWeights, untied_config
 from moebit.storage.files import TensorSpec, check_finite, read_header
-from moebit.storage.shipped import check_shipped, plain_config
+from moebit.storage.shipped.entries import check_shipped
+from moebit.storage.shipped.reading import plain_config
 from moebit.streaming.reference import captured_inputs
 from moebit.streaming.routing import Routing, reference_step
 from moebit.streaming.store import freed_memory_kept, peak_resident_bytes

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from moebit.errors import BadInputError
 from moebit.storage.files import TensorEntry, read_header
-from moebit.storage.shipped import Shipped
+from moebit.storage.shipped.entries import Shipped
 from moebit.storage.weights import Weights
 
 

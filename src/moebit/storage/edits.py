@@ -112,6 +112,16 @@ class RotateHeads(Edit):
         return self.axis % ndim == 0
 
 
+@dataclass(frozen=True)
+class Replace(Edit):
+    """Another value altogether, for a router that was corrected or rounded: the one edit that changes the model's function."""
+
+    value: Tensor
+
+    def apply(self, tensor: Tensor, start: int = 0) -> Tensor:
+        return self.value[start : start + len(tensor)].to(tensor)
+
+
 Edits = Mapping[str, tuple[Edit, ...]]
 
 

@@ -77,7 +77,7 @@ def test_values_are_shared_by_the_heads_of_a_group(checkpoints: Checkpoints) -> 
 def test_a_reader_that_is_left_out_shows(checkpoints: Checkpoints) -> None:
     checkpoint = open_checkpoint(checkpoints.path(ARCHITECTURES["qwen2_moe"]))
     rehearsal = Rehearsal(checkpoint, find_structure(checkpoint.model))
-    stream = rehearsal.stream()
+    stream = rehearsal.passage()
     site = next(site for site in find_flow(rehearsal, stream, 0).norms if site.experts is None)
     s = 0.5 + torch.rand(site.size, dtype=torch.float64)
     edits = {f"{site.norm}.weight": (Scale(1 / s),), **{f"{reader}.weight": (Scale(s),) for reader in site.readers}}

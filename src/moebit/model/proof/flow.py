@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from moebit.model.capture import Call, observed
+from moebit.model.proof.passage import Passage
 from moebit.model.proof.rehearsal import InDouble, Rehearsal
 from moebit.model.seam import experts_handler
-from moebit.streaming.stream import Stream
 
 # What a tensor goes through without its numbers changing, and what sums and scalings add to that.
 SAME = {"View", "ReshapeAlias", "UnsafeView", "Clone", "ToCopy", "Alias", "Unsqueeze", "Squeeze", "Contiguous"}
@@ -126,8 +126,8 @@ class _Called:
     alone: bool
 
 
-def find_flow(rehearsal: Rehearsal, stream: Stream, index: int) -> LayerFlow:
-    """Follow one layer, with the stream in front of it."""
+def find_flow(rehearsal: Rehearsal, passage: Passage, index: int) -> LayerFlow:
+    """Follow one layer, with a passage in front of it."""
     sites = rehearsal.structure.layers[index]
     called: list[_Called] = []
     routed: list[tuple[Tensor, Tensor]] = []
@@ -143,14 +143,14 @@ def find_flow(rehearsal: Rehearsal, stream: Stream, index: int) -> LayerFlow:
         return out
 
     with ExitStack() as stack:
-        layer = stack.enter_context(stream.loaded(index))
+        layer = stack.enter_context(passage.loaded(index))
         weighted = {name: module for name, module in layer.named_modules() if isinstance(module._parameters.get("weight"), Tensor)}
         stack.enter_context(observed({f"{sites.name}.{name}": module for name, module in weighted.items()}, on_call, outputs=True))
         stack.enter_context(experts_handler(on_experts))
         stack.enter_context(InDouble())
         stack.enter_context(torch.enable_grad())
-        root = _leaf(stream.hidden.clone())
-        out = stream.call(index).run(layer, root)
+        root = _leaf(passage.hidden.clone())
+        out = passage.call(index).run(layer, root)
         experts = f"{sites.name}.{sites.moe.experts}" if sites.moe else None
         return _flow(sites.name, root, out, called, routed, experts)
 

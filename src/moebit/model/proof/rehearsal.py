@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from moebit.model.experts import ExpertsLayout, dispatch
+from moebit.model.experts import ExpertsLayout, add_outputs, dispatch, read_experts
+from moebit.model.proof.passage import Passage
 from moebit.model.seam import ExpertsHandler
 from moebit.model.skeleton import skeleton
 from moebit.model.structure import Structure
@@ -25,8 +26,7 @@ from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.conversion import tied_names
 from moebit.storage.edits import Edit, Edits, apply_edits
 from moebit.storage.files import TensorSpec
-from moebit.storage.weights import OwnNames
-from moebit.streaming.stream import Stream, add_outputs, read_experts
+from moebit.storage.weights import OwnNames, Weights
 
 INTERMEDIATE, VOCABULARY = 2, 256
 WINDOWS, LENGTH = 2, 12
@@ -134,12 +134,11 @@ class Rehearsal:
         self.model, self.structure = model, structure
         self.layouts = {f"{s.name}.{s.moe.experts}": s.moe.layout for s in structure.layers if s.moe}
         self.weights = RandomWeights(model, self.layouts)
-        self._base = replace(checkpoint, model=model, weights=self.weights)
         signatures: dict[Any, int] = {}
         self.kinds = [signatures.setdefault(_signature(model.get_submodule(s.name)), s.index) for s in structure.layers]
         vocabulary = int(checkpoint.config.get_text_config().vocab_size)
         self._windows = torch.randint(0, vocabulary, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
-        if self.stream().hands_on:
+        if self.passage().hands_on:
             self.kinds = list(range(len(structure.layers)))
 
     @property
@@ -147,22 +146,31 @@ class Rehearsal:
         """Indices of the layers that have to be run."""
         return sorted(set(self.kinds))
 
-    def stream(self, edits: Edits | None = None) -> Stream:
-        """Hidden states in front of the layers, of the model after `edits`."""
-        weights = RandomWeights(self.model, self.layouts, edits) if edits else self.weights
+    def passage(self, edits: Edits | None = None) -> Passage:
+        """A few tokens in front of the layers, of the model after `edits`."""
         with InDouble():
-            return Stream(replace(self._base, weights=weights), self.structure, self._windows)
+            return Passage(self.model, self.structure, self._edited(edits), self._windows)
 
-    def step(self, stream: Stream, index: int) -> None:
-        """Advance a stream through one layer."""
-        with InDouble(), stream.loaded(index):
-            stream.run(index, experts=lambda rows: self._experts(stream, index), advance=True)
+    def _edited(self, edits: Edits | None) -> RandomWeights:
+        return RandomWeights(self.model, self.layouts, edits) if edits else self.weights
 
-    def logits(self, stream: Stream) -> Tensor:
+    def step(self, passage: Passage, index: int) -> None:
+        """Advance a passage through one layer."""
+        with InDouble(), passage.loaded(index) as layer:
+            passage.hidden = passage.output(index, layer, self._experts(passage.weights, index), keep=True)
+
+    def logits(self, passage: Passage) -> Tensor:
+        """[N, L, V] float64 behind the last layer."""
         with InDouble():
-            return torch.cat([logits for _, logits in stream.logits()])
+            return passage.logits()
 
-    def _experts(self, stream: Stream, index: int) -> ExpertsHandler:
+    def output(self, passage: Passage, index: int, edits: Edits | None = None) -> Tensor:
+        """What a layer puts out for a passage's hidden states, after edits inside the layer; the passage stays where it is."""
+        weights = self._edited(edits) if edits else passage.weights
+        with InDouble(), passage.loaded(index, weights) as layer:
+            return passage.output(index, layer, self._experts(weights, index))
+
+    def _experts(self, weights: Weights, index: int) -> ExpertsHandler:
         sites = self.structure.layers[index]
         if sites.moe is None:
             return lambda module, x, ids, affinity: torch.zeros_like(x)
@@ -170,24 +178,12 @@ class Rehearsal:
         small = replace(layout, intermediate=INTERMEDIATE)
 
         def handler(module: nn.Module, x: Tensor, ids: Tensor, affinity: Tensor) -> Tensor:
-            weights = read_experts(stream.checkpoint.weights, name, small, 0, layout.experts, torch.float64)
+            read = read_experts(weights, name, small, 0, layout.experts, torch.float64)
             outputs = torch.zeros(x.shape, dtype=torch.float64)
-            add_outputs(module, x, weights, dispatch(ids, affinity, layout.experts), outputs)
+            add_outputs(module, x, read, dispatch(ids, affinity, layout.experts), outputs)
             return outputs
 
         return handler
-
-    def output(self, stream: Stream, index: int, edits: Edits | None = None) -> Tensor:
-        """What a layer puts out for a stream's hidden states, after edits inside the layer; the stream stays where it is."""
-        own, result = stream.checkpoint, torch.empty_like(stream.hidden)
-        try:
-            if edits:
-                stream.checkpoint = replace(own, weights=RandomWeights(self.model, self.layouts, edits))
-            with InDouble(), stream.loaded(index):
-                stream.run(index, experts=lambda rows: self._experts(stream, index), outputs=result)
-        finally:
-            stream.checkpoint = own
-        return result
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from moebit.errors import BadInputError
 from moebit.model.experts import ExpertsLayout
 from moebit.model.proof.flow import LayerFlow, NormSite, find_flow
+from moebit.model.proof.passage import Passage
 from moebit.model.proof.rehearsal import Rehearsal, difference
 from moebit.model.structure import LayerSites, Structure
 from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.edits import Edit, Edits, RotateHeads, Scale, joined
-from moebit.streaming.stream import Stream
 from moebit.tensor.rotation import Rotation, randomised_hadamard
 
 TOLERANCE = 1e-9
@@ -142,11 +142,11 @@ def scale_down(experts: str, layout: ExpertsLayout, s_EI: Tensor) -> dict[str, t
 def find_scales(checkpoint: Checkpoint, structure: Structure) -> tuple[LayerScales, ...]:
     """The proved places of every layer. Layers of one kind are looked at once."""
     rehearsal = Rehearsal(checkpoint, structure)
-    stream, known, everything = rehearsal.stream(), {}, {}
+    passage, known, everything = rehearsal.passage(), {}, {}
     for index in rehearsal.representatives:
-        known[index] = _scales_of(rehearsal, stream, index)
+        known[index] = _scales_of(rehearsal, passage, index)
         everything[index] = _random_edits(rehearsal, known[index])
-        rehearsal.step(stream, index)
+        rehearsal.step(passage, index)
     _check_handed_on(rehearsal, joined(*everything.values()))
     names = [sites.name for sites in structure.layers]
     return tuple(_renamed(known[kind], names[kind], names[index]) for index, kind in enumerate(rehearsal.kinds))
@@ -163,7 +163,7 @@ def _renamed(scales: LayerScales, old: str, new: str) -> LayerScales:
 
 def _check_handed_on(rehearsal: Rehearsal, edits: Edits) -> None:
     """All at once, through all layers: something that a layer hands to a later one must not have been scaled."""
-    plain, edited = rehearsal.stream(), rehearsal.stream(edits)
+    plain, edited = rehearsal.passage(), rehearsal.passage(edits)
     for index in rehearsal.representatives:
         rehearsal.step(plain, index)
         rehearsal.step(edited, index)
@@ -175,12 +175,12 @@ def _check_handed_on(rehearsal: Rehearsal, edits: Edits) -> None:
             )
 
 
-def _scales_of(rehearsal: Rehearsal, stream: Stream, index: int) -> LayerScales:
-    flow, skipped = find_flow(rehearsal, stream, index), {}
-    plain = rehearsal.output(stream, index)
+def _scales_of(rehearsal: Rehearsal, passage: Passage, index: int) -> LayerScales:
+    flow, skipped = find_flow(rehearsal, passage, index), {}
+    plain = rehearsal.output(passage, index)
 
     def keeps(edits: Edits) -> bool:
-        return difference(plain, rehearsal.output(stream, index, edits)) <= TOLERANCE
+        return difference(plain, rehearsal.output(passage, index, edits)) <= TOLERANCE
 
     norms, pairs = [], []
     for site in flow.norms:
@@ -191,7 +191,7 @@ def _scales_of(rehearsal: Rehearsal, stream: Stream, index: int) -> LayerScales:
     for pair in plain_pairs(rehearsal, flow):
         if keeps(scale_pair(pair, _random_rows(pair))):
             pairs.append(pair)
-    heads = find_heads(rehearsal, stream, index, flow)
+    heads = find_heads(rehearsal, passage, index, flow)
     pairs += [site.as_pair() for site in heads]
     for output, _ in flow.attention:
         if all(site.output != output for site in heads):
@@ -225,13 +225,13 @@ def _has_bias(rehearsal: Rehearsal, name: str) -> bool:
     return isinstance(rehearsal.model.get_submodule(name)._parameters.get("bias"), Tensor)
 
 
-def find_heads(rehearsal: Rehearsal, stream: Stream, index: int, flow: LayerFlow) -> list[HeadSite]:
+def find_heads(rehearsal: Rehearsal, passage: Passage, index: int, flow: LayerFlow) -> list[HeadSite]:
     """Which rows of which linear are the values of an attention block: what can be rotated there, head by head, without a trace."""
-    plain, found = rehearsal.output(stream, index), []
+    plain, found = rehearsal.output(passage, index), []
     for output, _ in flow.attention:
         for site in _head_candidates(rehearsal, flow, output):
             edits = head_rotation(site, torch.Generator().manual_seed(0))
-            if difference(plain, rehearsal.output(stream, index, edits)) <= TOLERANCE:
+            if difference(plain, rehearsal.output(passage, index, edits)) <= TOLERANCE:
                 found.append(site)
                 break
     return found

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import moebit
 from moebit.errors import BadInputError
 from moebit.formats.opening import open_checkpoint
-from moebit.methods.rotation import RotationPlan, plan_rotation
 from moebit.model.structure import find_structure
+from moebit.plan.rotation import RotationPlan, plan_rotation
 from tests.support.models import ARCHITECTURES, Architecture, Checkpoints, quiet, random_model, save, windows
 from tests.support.outputs import read_config, small_recipe, stored_tensors
 

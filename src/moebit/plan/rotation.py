@@ -6,7 +6,7 @@ values of every attention head are rotated where they are made, and back where t
 R is a randomised Hadamard matrix of any size (`tensor/rotation.py`).
 
 Departures: gains of further norms with linear readers (the latents of MLA) are folded too; R2 has random signs per kv head; nothing is
-rotated online. Every model has to show that it allows all this, with random values in float64 (`model/rehearsal.py`).
+rotated online. Every model has to show that it allows all this, with random values in float64 (`model/proof/rehearsal.py`).
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _check_towers(checkpoint: Checkpoint, structure: Structure) -> None:
 
 
 def _find(checkpoint: Checkpoint, structure: Structure, rehearsal: Rehearsal, kind: str) -> RotationPlan:
-    model, stream = rehearsal.model, rehearsal.stream()
+    model, passage = rehearsal.model, rehearsal.passage()
     names = {id(module): name for name, module in model.named_modules()}
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embeddings, nn.Embedding) or not isinstance(head, nn.Linear):
@@ -151,24 +151,24 @@ def _find(checkpoint: Checkpoint, structure: Structure, rehearsal: Rehearsal, ki
     heads: dict[int, list[HeadSite]] = {}
     notes: dict[str, str] = {}
     for index in rehearsal.representatives:
-        flow = flows[index] = find_flow(rehearsal, stream, index)
+        flow = flows[index] = find_flow(rehearsal, passage, index)
         _check_flow(flow)
         if kind == "r1r2":
-            heads[index] = find_heads(rehearsal, stream, index, flow)
+            heads[index] = find_heads(rehearsal, passage, index, flow)
             _check_heads(flow, heads[index])
-        rehearsal.step(stream, index)
+        rehearsal.step(passage, index)
     unused = checkpoint.weights.unused
     if unused:
         notes["as_stored"] = f"{len(unused)} stored tensors that the model class does not use are not rotated, first {unused[0]}"
     layer_names = [sites.name for sites in structure.layers]
     weight = f"{names[id(head)]}.weight"
     return RotationPlan(
-        int(stream.hidden.shape[-1]),
+        int(passage.hidden.shape[-1]),
         tuple(flows[kind].renamed(layer_names[i]) for i, kind in enumerate(rehearsal.kinds)),
         tuple(s.renamed(layer_names[kind], layer_names[i]) for i, kind in enumerate(rehearsal.kinds) for s in heads.get(kind, ())),
         names[id(embeddings)],
         names[id(head)],
-        _final_norm(rehearsal, names[id(head)], int(stream.hidden.shape[-1])),
+        _final_norm(rehearsal, names[id(head)], int(passage.hidden.shape[-1])),
         (weight,) if weight in tied_names(checkpoint.model) else (),
         rehearsal.layouts,
         frozenset(name for name, module in model.named_modules() if isinstance(module._parameters.get("bias"), Tensor)),
@@ -225,7 +225,7 @@ def _prove(rehearsal: Rehearsal, plan: RotationPlan) -> None:
     """Run the model as it is and rotated, on random values: hidden states must be rotated and logits the same."""
     edits = plan.edits(rehearsal.weights, 0)
     rotation = randomised_hadamard(plan.size, torch.Generator().manual_seed(0))
-    plain, turned = rehearsal.stream(), rehearsal.stream(edits)
+    plain, turned = rehearsal.passage(), rehearsal.passage(edits)
     if (far := difference(rotation.apply(plain.hidden), turned.hidden)) > TOLERANCE:
         raise _refuse("r1", f"what enters the first layer is not the rotated embeddings alone (difference {far:.1e})")
     for index in rehearsal.representatives:

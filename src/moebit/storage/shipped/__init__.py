@@ -1,0 +1,1 @@
+"""Checkpoints that are shipped quantized, read as if they were stored plain: one adapter per format."""
