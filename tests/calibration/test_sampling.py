@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import moebit
 from moebit.calibration.beam import Rules, ancestral, ebss
-from moebit.calibration.sampling import Settings, balancing_temperature, describe_text, end_ids, kept_windows
+from moebit.calibration.sampling import describe_text, end_ids, kept_windows
+from moebit.calibration.settings import Settings, balancing_temperature
 from moebit.errors import BadInputError
 from moebit.model.decoder import Decoder
 from moebit.model.opening import open_hub_checkpoint

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,8 @@ import torch
 from torch import Tensor
 
 from moebit.calibration.beam import Rules, ancestral, ebss
+from moebit.calibration.sample_files import Partial, fingerprint, write_sample, write_whole
+from moebit.calibration.settings import Settings, balancing_temperature
 from moebit.calibration.text import Texts, calibration_windows, load_tokenizer, parse_texts, tokenize
 from moebit.calibration.usage import Progress, balanced_subset, describe_windows
 from moebit.errors import BadInputError
@@ -28,98 +27,8 @@ from moebit.model.decoder import Decoder, weight_bytes
 from moebit.model.embeddings import named_tokens
 from moebit.model.opening import open_hub_checkpoint
 from moebit.model.structure import Structure, find_structure
-from moebit.recipe import Recipe
 from moebit.storage.checkpoint import Checkpoint, resolve
 from moebit.streaming.budget import PROCESS_BYTES
-
-KINDS = ("ebss", "self", "self-balanced")
-SCOPES = ("set", "sequence")
-EXTENSIONS = ("likeliest", "sampled")
-NATS = 40.0  # see `balancing_temperature`: as balanced as with 15, and the text as hard to predict as what is sampled plainly
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to sample.
-
-    Attributes:
-        kind: `ebss`, `self` or `self-balanced`.
-        sequences, length: how many, of how many tokens.
-        width: candidates of a sequence. scope: whether a candidate's balance is judged alone (the paper) or with the other sequences.
-            extend: which next tokens are looked at, the `likeliest` (the paper) or `sampled` ones; without it the paper's where its tau
-            or its scope is asked for, else `sampled`. These are `ebss`'s own.
-        temperature: for `ebss` the paper's tau, which weighs likelihood (high) against balance (low): 1.2 for the likeliest tokens, by the
-            model's shape for sampled ones (`balancing_temperature`). Else that of the draws (1).
-        oversample: times as many sequences as are kept are drawn; `self-balanced` alone.
-        repetition_penalty, no_repeat_ngram: against repetition (see beam.py); 1.12 and 4 for the likeliest tokens, 1 and 0 (off) else.
-        group: at most so many sequences advance together; 0: as many as the memory holds.
-    """
-
-    kind: str = "ebss"
-    sequences: int = 128
-    length: int = 512
-    width: int = 4
-    temperature: float | None = None
-    scope: str = "set"
-    oversample: int = 3
-    repetition_penalty: float | None = None
-    no_repeat_ngram: int | None = None
-    group: int = 0
-    seed: int = 0
-    extend: str | None = None
-
-    def complete(self) -> Settings:
-        """With the kind's own values where none is given.
-
-        Raises:
-            BadInputError: a value that cannot be.
-        """
-        asked = self.scope == "sequence" or self.temperature is not None
-        extend = self.extend or ("likeliest" if asked or self.kind != "ebss" else "sampled")
-        beam = self.kind == "ebss" and extend == "likeliest"
-        usual = None if self.kind == "ebss" and not beam else 1.2 if beam else 1.0
-        full = replace(
-            self,
-            extend=extend,
-            temperature=usual if self.temperature is None else self.temperature,
-            repetition_penalty=(1.12 if beam else 1.0) if self.repetition_penalty is None else self.repetition_penalty,
-            no_repeat_ngram=(4 if beam else 0) if self.no_repeat_ngram is None else self.no_repeat_ngram,
-        )
-        full._check()
-        return full
-
-    def _check(self) -> None:
-        assert self.repetition_penalty is not None
-        checks = [
-            (self.kind in KINDS, f"--kind {self.kind}: choose from {', '.join(KINDS)}"),
-            (self.scope in SCOPES, f"--scope {self.scope}: choose from {', '.join(SCOPES)}"),
-            (self.extend in EXTENSIONS, f"--extend {self.extend}: choose from {', '.join(EXTENSIONS)}"),
-            (self.sequences >= 1, f"--sequences {self.sequences}: at least 1"),
-            (self.length >= 8, f"--length {self.length}: at least 8 tokens"),
-            (self.width >= 1, f"--width {self.width}: at least 1 candidate"),
-            (self.temperature is None or self.temperature > 0, f"--temperature {self.temperature}: a positive number"),
-            (self.oversample >= 1, f"--oversample {self.oversample}: at least 1"),
-            (self.repetition_penalty >= 1, f"--repetition-penalty {self.repetition_penalty}: 1 (none) or more"),
-            (
-                self.no_repeat_ngram == 0 or (self.no_repeat_ngram or 0) >= 2,
-                f"--no-repeat-ngram {self.no_repeat_ngram}: 0 (none), 2 or more",
-            ),
-            (self.group >= 0, f"--group {self.group}: 0 (as many as fit) or more"),
-            (0 <= self.seed < 2**63, f"--seed {self.seed}: a number from 0 to 2^63 - 1"),
-        ]
-        for fine, message in checks:
-            if not fine:
-                raise BadInputError(message)
-
-    @property
-    def drawn(self) -> int:
-        """Sequences that are written, kept or not."""
-        return self.sequences * (self.oversample if self.kind == "self-balanced" else 1)
-
-    @property
-    def candidates(self) -> int:
-        """Rows of the model per sequence."""
-        return self.width if self.kind == "ebss" else 1
 
 
 def sample(
@@ -183,7 +92,7 @@ def sample(
         "tokens_per_second": round(fresh / seconds, 1) if fresh else None,
     }
     write_sample(out, windows, load_tokenizer(path))
-    _replace(out.with_name(out.name + ".json"), json.dumps(result, indent=1) + "\n")
+    write_whole(out.with_name(out.name + ".json"), json.dumps(result, indent=1) + "\n")
     partial.remove()
     return result
 
@@ -242,16 +151,6 @@ def _temperature(settings: Settings, structure: Structure) -> float:
     return balancing_temperature(structure) if settings.temperature is None else settings.temperature
 
 
-def balancing_temperature(structure: Structure) -> float:
-    """tau at which what a token usually does to the imbalance counts as much as `NATS` of its log-probability.
-
-    With usage spread as sigma says, one more token changes a layer's sigma by about 1 / (|c| sqrt(k E)), k experts a token of E, up or
-    down, and sigma's mean over layers by the root of the squares' sum over their number; the mean log-probability changes by nats / |c|.
-    """
-    layers = [(layer.moe.top_k, layer.moe.layout.experts) for layer in structure.layers if layer.moe]
-    return math.sqrt(sum(1 / (top_k * experts) for top_k, experts in layers)) / len(layers) / NATS
-
-
 def _write_groups(decoder: Decoder, settings: Settings, temperature: float, memory: int, partial: Partial, progress: Progress) -> None:
     """Sequences group after group, each kept on disk as soon as it is whole."""
     restarts, uniform, rules = _randomness(decoder.checkpoint, settings)
@@ -273,22 +172,6 @@ def _write_groups(decoder: Decoder, settings: Settings, temperature: float, memo
             else:
                 written = ancestral(decoder, restarts[rows], uniform[rows], rules, temperature=temperature, progress=within)
             partial.add(*written)
-
-
-def sampling_settings(recipe: Recipe, text: bool, seed: int) -> Settings | None:
-    """What a recipe lets the model write for its calibration; None for nothing.
-
-    Args:
-        text: whether any is given. Unless the recipe gives it a share, it takes the place of all that would be sampled.
-    """
-    section = recipe.calibration
-    if not recipe.needs_calibration or section.kind == "text" or (text and not section.text_share):
-        return None
-    from_text = min(max(1, round(section.text_share * section.samples)), section.samples - 1) if section.text_share else 0
-    return Settings(
-        section.kind, section.samples - from_text, section.seq_len, section.width, section.temperature, section.scope, section.oversample,
-        section.repetition_penalty, section.no_repeat_ngram, 0, seed, section.extend,
-    ).complete()  # fmt: skip
 
 
 def kept_windows(path: Path, settings: Settings, memory: int, file: Path, *, whole: bool, progress: Progress | None = None) -> Tensor:
@@ -386,107 +269,3 @@ def _unwritten_ids(config: Any, tokenizer: Any | None, vocabulary: int) -> set[i
     """Tokens that are never written: places for pictures and padding, and rows of the table that no token belongs to."""
     beyond = set(range(vocabulary)) - set(tokenizer.get_vocab().values()) if tokenizer is not None else set()
     return {i for i in named_tokens(config) if 0 <= i < vocabulary} | beyond
-
-
-def fingerprint(path: Path) -> str:
-    """sha256 over a checkpoint's configuration and its shards' names, sizes and times."""
-    state = hashlib.sha256((path / "config.json").read_bytes())
-    for file in sorted(path.glob("*.safetensors")):
-        state.update(json.dumps([file.name, file.stat().st_size, file.stat().st_mtime_ns]).encode())
-    return state.hexdigest()
-
-
-@dataclass
-class Partial:
-    """Groups that are finished, in a file beside the one that will be written: what it belongs to, then a line a group.
-
-    Attributes:
-        groups: (tokens [n, L], usage [n, M, E]) of each.
-    """
-
-    file: Path
-    groups: list[tuple[Tensor, Tensor]]
-
-    @classmethod
-    def of(cls, out: Path, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> Partial:
-        """Begin, or go on.
-
-        Raises:
-            BadInputError: the output exists, an interrupted run that would have to be decided about, or one of something else.
-        """
-        file = out.with_name(out.name + ".partial")
-        if out.exists() and not overwrite:
-            raise BadInputError(f"{out} exists; choose another -o, or --overwrite to replace it")
-        if file.exists() and not (resume or overwrite):
-            raise BadInputError(f"{file} holds an interrupted run; --resume goes on with it, --overwrite starts again")
-        return cls.take_up(file, identity) if file.exists() and resume else cls.begin(file, identity)
-
-    @classmethod
-    def begin(cls, file: Path, identity: dict[str, Any]) -> Partial:
-        """An empty one, in place of whatever is there."""
-        _replace(file, json.dumps({"started": identity}) + "\n")
-        return cls(file, [])
-
-    @classmethod
-    def take_up(cls, file: Path, identity: dict[str, Any]) -> Partial:
-        """What an interrupted run has finished; a line that it did not finish is dropped.
-
-        Raises:
-            BadInputError: the run was another one.
-        """
-        lines = list(_whole_lines(file))
-        if not lines:
-            return cls.begin(file, identity)
-        started = lines[0].get("started", {})
-        changed = sorted(key for key in {*started, *identity} if started.get(key) != identity.get(key))
-        if changed:
-            raise BadInputError(f"{file} was started with another {', '.join(changed)}; give the same again, or --overwrite starts again")
-        _replace(file, "".join(json.dumps(line) + "\n" for line in lines))
-        groups = [(torch.tensor(line["input_ids"]), torch.tensor(line["usage"], dtype=torch.int32)) for line in lines[1:]]
-        return cls(file, groups)
-
-    def add(self, tokens_NL: Tensor, usage_NME: Tensor) -> None:
-        """Keep a finished group."""
-        self.groups.append((tokens_NL, usage_NME))
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"input_ids": tokens_NL.tolist(), "usage": usage_NME.tolist()}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def remove(self) -> None:
-        """What it was for is written."""
-        self.file.unlink(missing_ok=True)
-
-
-def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
-
-
-def write_sample(file: Path, windows_SL: Tensor, tokenizer: Any | None) -> None:
-    """A .jsonl with a line per window: its ids and, where there is a tokenizer, their text."""
-    lines = []
-    for ids in windows_SL.tolist():
-        text = {} if tokenizer is None else {"text": tokenizer.decode(ids, skip_special_tokens=False)}
-        lines.append(json.dumps({**text, "input_ids": ids}))
-    _replace(file, "".join(line + "\n" for line in lines))
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        BadInputError: it cannot be written.
-    """
-    temporary = file.with_name(file.name + ".writing")
-    try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    except OSError as error:
-        raise BadInputError(f"cannot write {file}: {error.strerror}; choose another place") from error

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moebit.calibration.sampling import Settings, check_fits, kept_windows, sampling_settings
+from moebit.calibration.sampling import check_fits, kept_windows
+from moebit.calibration.settings import Settings, sampling_settings
 from moebit.calibration.text import Texts, calibration_windows, digest, load_tokenizer, parse_texts, tokenize
 from moebit.errors import BadInputError
 from moebit.formats.engines import ANY, verdicts
