@@ -203,4 +203,4 @@ def _moe_layers(structure: Structure) -> Iterator[tuple[str, ExpertsLayout]]:
 
 def _experts_name(layer: LayerSites) -> str:
     assert layer.moe is not None
-    return f"{layer.name}.{layer.moe.experts}"
+    return layer.experts

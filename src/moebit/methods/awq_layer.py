@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebit.calibration.statistics import shared_affinity
 from moebit.methods.awq import RATIOS, best, candidates, losses, magnitudes, representable, sampled_slots
 from moebit.model.capture import Call, observed
 from moebit.model.experts import ExpertsLayout, RoutedTokens, dispatch, intermediate, read_experts
@@ -24,6 +25,7 @@ from moebit.storage.edits import Edit, joined
 from moebit.storage.weights import Weights
 from moebit.streaming.stream import Stream
 from moebit.tensor import QuantScheme
+from moebit.tensor.spacing import evenly_spaced
 
 TOKENS = 512  # that everything outside of the routed experts is judged on
 MATRIX_BYTES = 64 * 2**20  # of experts that are judged together
@@ -109,9 +111,7 @@ class LayerAWQ:
 
     def _sample(self) -> Tensor:
         """int64 [S] the tokens that are looked at, evenly spaced."""
-        total = self.stream.windows.numel()
-        count = min(TOKENS, total)
-        return (torch.arange(count) * total) // count
+        return evenly_spaced(self.stream.windows.numel(), TOKENS)
 
     def _weigh_shared(self, routed: RoutedTokens | None) -> None:
         """Shared experts behind a gate of one output count with its sigmoid, as routed experts do with their affinity."""
@@ -122,7 +122,7 @@ class LayerAWQ:
         if routed is None or self.sites.moe is None or len(gates) != 1 or not self.power:
             return
         x = routed.x[self._sample()]
-        weight = layer.get_submodule(gates[0])(x).float().sigmoid().flatten().pow(self.power)
+        weight = shared_affinity(layer.get_submodule(gates[0]), x, self.power)
         self.shared.update({f"{prefix}{name}": weight for name in self.sites.moe.shared})
 
     def _whole(self, x_SN: Tensor, name: str = "") -> Tensor:
@@ -169,7 +169,7 @@ class LayerAWQ:
     def _of_experts(self, site: NormSite | None, routed: RoutedTokens, report: dict[str, Any]) -> list[dict[str, tuple[Edit, ...]]]:
         """One scale for all that read the experts' norm, and one for every expert's down; every expert is read once."""
         assert self.sites.moe is not None
-        layout, name = self._layout, f"{self.sites.name}.{self.sites.moe.experts}"
+        layout, name = self._layout, self.sites.experts
         module = self.stream.checkpoint.model.get_submodule(name)
         slots = dispatch(routed.ids, routed.weights, layout.experts)
         x = routed.x[self._sample()].float()

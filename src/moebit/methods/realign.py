@@ -16,7 +16,6 @@ Shape suffixes: T tokens, E experts, N inputs of the router.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moebit.tensor import add_second_moment, mirror_
+from moebit.tensor.linalg import ridge
 
 MUS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the mean diagonal that are tried
 HELD_OUT = 4  # every fourth window
@@ -98,14 +98,8 @@ def _pieces(rows_T: Tensor) -> Iterator[Tensor]:
 
 
 def _correction(h_NN: Tensor, cross_EN: Tensor, mu: float) -> Tensor:
-    """[E, N] `cross (H + mu mean(diag H) I)^-1`; zeros where nothing fires or the matrix cannot be factored."""
-    h = h_NN.double()
-    mean = float(h.diagonal().mean())
-    if not 0 < mean < math.inf:
-        return torch.zeros(cross_EN.shape)
-    h.diagonal().add_(mu * mean)
-    factor, failed = torch.linalg.cholesky_ex(h)
-    return torch.zeros(cross_EN.shape) if int(failed) else torch.cholesky_solve(cross_EN.T, factor).T.float()
+    """[E, N] float32, computed in float64: what is added to the router's weight."""
+    return ridge(h_NN.double().unsqueeze(0), cross_EN.unsqueeze(0), mu)[0].float()
 
 
 def _errors(

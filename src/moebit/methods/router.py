@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moebit.tensor.grid import CLIP_RATIOS, QuantScheme, as_bits, clipped_grid, round_to_grid
+from moebit.tensor.spacing import evenly_spaced
 
 TABLE_VALUES = 2**24  # logit errors (tokens x experts x ratios) that are looked at together: bounds the tokens that are used
 SCORED_TOKENS = 4096  # enough to tell score functions apart
@@ -148,8 +149,7 @@ def rounded(w_EH: Tensor, ratio: float, bits: int, stored: torch.dtype) -> Tenso
 
 def _sample(x_TH: Tensor, ids_Tk: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """As many tokens, evenly spaced, as the table has room for."""
-    count = max(1, min(len(x_TH), TABLE_VALUES // (experts * len(CLIP_RATIOS))))
-    rows = (torch.arange(count) * len(x_TH)) // count
+    rows = evenly_spaced(len(x_TH), max(1, TABLE_VALUES // (experts * len(CLIP_RATIOS))))
     return x_TH[rows].float(), ids_Tk[rows]
 
 

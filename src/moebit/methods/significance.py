@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots, grouped_linear
+from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots, gating_slopes, grouped_linear
 from moebit.tensor import add_second_moment, mirror_
 
 TOKENS = 4096  # looked at together
@@ -98,15 +98,10 @@ class ExpertEvidence:
 def _through_first(module: Any, x_SH: Tensor, weights: ExpertWeights, bounds: list[int], slopes: bool) -> tuple[Tensor, Tensor | None]:
     """(h [S, I], its slope in every output of the first projections [S, 2I or I]); gating works channel by channel."""
     out = grouped_linear(x_SH, weights.first, weights.first_bias, bounds)
-    gate = module._apply_gate if module.has_gate else module.act_fn
-    if not slopes:
-        h: Tensor = gate(out)
-        return h, None
-    with torch.enable_grad():
-        out = out.detach().requires_grad_()
-        h = gate(out)
-        (slope,) = torch.autograd.grad(h.sum(), out)
-    return h.detach(), slope
+    if slopes:
+        return gating_slopes(module, out)
+    h: Tensor = module._apply_gate(out) if module.has_gate else module.act_fn(out)
+    return h, None
 
 
 def output_error(dw_COI: Tensor, moment_CII: Tensor, rows_CO: Tensor | None = None) -> Tensor:

@@ -94,7 +94,7 @@ class LayerSmoothing:
         """Scales behind every norm and, for `expert_aware`, behind linears (values in attention, up in dense layers)."""
         skipped, report, edits = dict(self.scales.skipped), dict[str, Any](), []
         if self.sites.moe is not None:
-            experts = f"{self.sites.name}.{self.sites.moe.experts}"
+            experts = self.sites.experts
             self.layouts[experts] = self.sites.moe.layout
             skipped |= {f"{experts}.down_proj": BIASES} if self.sites.moe.layout.bias and self.scales.experts else {}
         norms = [site for site in self.scales.norms if self._rounded(site)]

@@ -60,7 +60,7 @@ class Coverage:
 def expert_coverage(checkpoint: Checkpoint, structure: Structure) -> Coverage:
     """Look at every module and at the stored tensors that the model class does not use."""
     model: Any = checkpoint.model
-    names = [f"{layer.name}.{layer.moe.experts}" for layer in structure.layers if layer.moe]
+    names = [layer.experts for layer in structure.layers if layer.moe]
     covered = {name: _parameters(model, name) for name in names}
     left: dict[str, tuple[int, str]] = {}
     for name, module in model.named_modules():

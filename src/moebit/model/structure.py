@@ -80,6 +80,17 @@ class LayerSites:
     moe: MoESite | None
     kept: dict[str, str]
 
+    @property
+    def experts(self) -> str:
+        """Full name of the routed experts' module.
+
+        Raises:
+            ValueError: a layer without routed experts.
+        """
+        if self.moe is None:
+            raise ValueError(f"{self.name} has no routed experts")
+        return f"{self.name}.{self.moe.experts}"
+
 
 @dataclass(frozen=True)
 class Structure:

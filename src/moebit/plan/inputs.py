@@ -87,4 +87,4 @@ def _transforms(structure: Structure, recipe: Recipe, quantized: Collection[str]
 
 def experts_of(layer: LayerSites) -> str:
     """Full name of a layer's experts module; "" where it has none."""
-    return f"{layer.name}.{layer.moe.experts}" if layer.moe else ""
+    return layer.experts if layer.moe else ""

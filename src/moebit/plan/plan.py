@@ -232,7 +232,7 @@ def make_plan(
                 shape = (int(module.out_features), int(module.in_features))
                 linears[full] = _spec(recipe, full, shape, widths, _dtype(checkpoint, f"{full}.weight"), stacked=False)
         if layer.moe:
-            full = f"{layer.name}.{layer.moe.experts}"
+            full = layer.experts
             pattern = next((p for p in recipe.weights.ignore if fnmatch.fnmatch(full, p)), None)
             if pattern:
                 used.add(pattern)
@@ -467,7 +467,7 @@ def _labels(structure: Structure) -> Callable[[str], str]:
     labels = {}
     for layer in structure.layers:
         if layer.moe:
-            labels[f"{layer.name}.{layer.moe.experts}."] = "routed experts"
+            labels[f"{layer.experts}."] = "routed experts"
             if layer.moe.router:
                 labels[f"{layer.name}.{layer.moe.router}."] = "routers"
             labels |= {f"{layer.name}.{name}.": "shared experts" for name in layer.moe.shared}

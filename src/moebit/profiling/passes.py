@@ -111,7 +111,7 @@ class _LayerPass:
         """Statistics of the routed experts, chunk by chunk; their outputs are added to `outputs`."""
         moe = self.sites.moe
         assert moe is not None
-        name, layout = f"{self.sites.name}.{moe.experts}", moe.layout
+        name, layout = self.sites.experts, moe.layout
         module, weights_of = self.layer.get_submodule(moe.experts), self.stream.checkpoint.weights
         slots = dispatch(routed.ids, routed.weights, layout.experts)
         step = max(1, self.chunk // 2) if self.measure else self.chunk  # rounded copies take the place of solver's work space, and more

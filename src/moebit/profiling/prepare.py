@@ -114,8 +114,8 @@ def _record(output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, bits: B
     usage, channels = _usage(profile), _channels(profile, recipe)
     files: list[str] = []
     if recipe.format == "native":  # what looks at it reads no other
-        layouts = {f"{layer.name}.{layer.moe.experts}": layer.moe.layout for layer in plan.structure.layers if layer.moe}
-        chunk = {f"{layer.name}.{layer.moe.experts}": plan.chunk[layer.index] for layer in plan.structure.layers if layer.moe}
+        layouts = {layer.experts: layer.moe.layout for layer in plan.structure.layers if layer.moe}
+        chunk = {layer.experts: plan.chunk[layer.index] for layer in plan.structure.layers if layer.moe}
         with output.shard(SIDE_FILE, side_specs(checkpoint.weights, layouts, usage, channels)) as shard:
             write_side_file(shard, checkpoint.weights, layouts, usage, channels, chunk)
         files = [SIDE_FILE]

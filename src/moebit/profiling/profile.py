@@ -157,7 +157,7 @@ def profiled_modules(structure: Structure, plan: Plan) -> dict[str, ProfiledModu
                 if name in plan.linears:
                     spec = plan.linears[name]
                     modules[name] = ProfiledModule(layer.index, 0, number, {"": spec.shape}, spec.scale_dtype)
-        name = f"{layer.name}.{layer.moe.experts}" if layer.moe else ""
+        name = layer.experts if layer.moe else ""
         if name in plan.experts:
             specs = plan.experts[name]
             parts = {projection: spec.shape for projection, spec in specs.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moebit.calibration.statistics import ExpertMoments, layer_sample
+from moebit.calibration.statistics import ExpertMoments, layer_sample, shared_affinity
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
 from moebit.formats.sink import Sink
@@ -378,7 +378,7 @@ class LayerJob:
         gate = shared_gate(self.sites, self.layer) if self.layer is not None else None
         if not power or gate is None or moe is None or not set(group.names) <= set(moe.shared):
             return None
-        return lambda x: gate(x).float().sigmoid().flatten().pow(power)
+        return lambda x: shared_affinity(gate, x, power)
 
     def _moment(self, x_TN: Tensor) -> Tensor:
         """[N, N] second moment of stored inputs, which may lie in a file."""
@@ -504,7 +504,7 @@ class LayerJob:
         """Solve and write the routed experts chunk by chunk; returns their outputs [T, H] for every token, and for those of the pool."""
         moe = self.sites.moe
         assert moe is not None
-        name = f"{self.sites.name}.{moe.experts}"
+        name = self.sites.experts
         layout, step = moe.layout, self.plan.chunk[self.sites.index]
         module = self.sink.weights.model.get_submodule(name)
         wanted = experts_names(name, layout)
@@ -726,7 +726,7 @@ def drifting(plan: Plan, sites: LayerSites) -> list[str]:
     """Modules of a layer at whose inputs full precision is asked what should arrive, where weights are corrected for drift."""
     groups = [group for group in sites.groups if any(f"{sites.name}.{name}" in plan.linears for name in group.names)]
     names = [_input_of(sites, group) for group in groups]
-    if sites.moe is not None and f"{sites.name}.{sites.moe.experts}" in plan.experts:
+    if sites.moe is not None and sites.experts in plan.experts:
         names.append(sites.moe.experts)
     return list(dict.fromkeys(names))
 

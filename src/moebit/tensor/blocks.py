@@ -14,6 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from moebit.tensor.rotation import sylvester
+
 LARGEST_BLOCK = 128
 
 
@@ -30,11 +32,7 @@ def hadamard(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     if size < 1 or size & (size - 1):
         raise ValueError(f"a Hadamard matrix of {size}: sizes here are powers of two")
-    h = torch.ones(1, 1, dtype=torch.float64)
-    while len(h) < size:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    normalised: Tensor = h / size**0.5
-    return normalised.to(dtype)
+    return sylvester(size.bit_length() - 1).to(dtype)
 
 
 def rotate_blocks(x: Tensor, block: Tensor) -> Tensor:

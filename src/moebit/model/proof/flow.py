@@ -151,7 +151,7 @@ def find_flow(rehearsal: Rehearsal, passage: Passage, index: int) -> LayerFlow:
         stack.enter_context(torch.enable_grad())
         root = _leaf(passage.hidden.clone())
         out = passage.call(index).run(layer, root)
-        experts = f"{sites.name}.{sites.moe.experts}" if sites.moe else None
+        experts = sites.experts if sites.moe else None
         return _flow(sites.name, root, out, called, routed, experts)
 
 

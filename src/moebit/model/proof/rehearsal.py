@@ -132,7 +132,7 @@ class Rehearsal:
         if type(head) is nn.Linear and head.out_features > VOCABULARY:
             model.set_output_embeddings(nn.Linear(head.in_features, VOCABULARY, head.bias is not None, device="meta", dtype=torch.float64))
         self.model, self.structure = model, structure
-        self.layouts = {f"{s.name}.{s.moe.experts}": s.moe.layout for s in structure.layers if s.moe}
+        self.layouts = {s.experts: s.moe.layout for s in structure.layers if s.moe}
         self.weights = RandomWeights(model, self.layouts)
         signatures: dict[Any, int] = {}
         self.kinds = [signatures.setdefault(_signature(model.get_submodule(s.name)), s.index) for s in structure.layers]
@@ -174,7 +174,7 @@ class Rehearsal:
         sites = self.structure.layers[index]
         if sites.moe is None:
             return lambda module, x, ids, affinity: torch.zeros_like(x)
-        name, layout = f"{sites.name}.{sites.moe.experts}", sites.moe.layout
+        name, layout = sites.experts, sites.moe.layout
         small = replace(layout, intermediate=INTERMEDIATE)
 
         def handler(module: nn.Module, x: Tensor, ids: Tensor, affinity: Tensor) -> Tensor:

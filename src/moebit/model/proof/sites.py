@@ -199,9 +199,9 @@ def _scales_of(rehearsal: Rehearsal, passage: Passage, index: int) -> LayerScale
     sites = rehearsal.structure.layers[index]
     linear = False
     if sites.moe is not None:
-        linear = linear_in_up(rehearsal.model.get_submodule(f"{sites.name}.{sites.moe.experts}"), sites.moe.layout)
+        linear = linear_in_up(rehearsal.model.get_submodule(sites.experts), sites.moe.layout)
         if not linear:
-            skipped[f"{sites.name}.{sites.moe.experts}.down_proj"] = "what enters down is not linear in up"
+            skipped[f"{sites.experts}.down_proj"] = "what enters down is not linear in up"
     skipped |= {name: NOTHING_IN_FRONT for name in _left(sites, flow, pairs) if name not in skipped}
     return LayerScales(tuple(norms), tuple(pairs), linear, skipped)
 
@@ -209,7 +209,7 @@ def _scales_of(rehearsal: Rehearsal, passage: Passage, index: int) -> LayerScale
 def _left(sites: LayerSites, flow: LayerFlow, pairs: list[PairSite]) -> list[str]:
     """What could be quantized and stands neither behind a norm nor behind a linear that can be scaled."""
     names = [f"{sites.name}.{name}" for group in sites.groups for name in group.names]
-    names += [f"{sites.name}.{sites.moe.experts}"] if sites.moe else []
+    names += [sites.experts] if sites.moe else []
     reached = {pair.second for pair in pairs}.union(*(site.readers for site in flow.norms), (str(site.experts) for site in flow.norms))
     return [name for name in names if name not in reached]
 
