@@ -107,7 +107,7 @@ def describe_text(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The same about windows of any text, chosen as calibration chooses them: what to compare a sample with.
+    """What `sample` says about its text, about windows of any text, chosen as calibration chooses them: what to compare a sample with.
 
     Raises:
         BadInputError: texts too short for that.

@@ -181,7 +181,7 @@ def _prove(
 
 
 def _in_float32(call: LayerCall) -> LayerCall:
-    """The same call of a layer that computes in float32, whatever the model will be computed in: the proof needs the digits."""
+    """A layer's call with arguments in float32, whatever the model will be computed in: the proof needs the digits."""
 
     def wide(value: Any) -> Any:
         return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

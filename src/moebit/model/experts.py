@@ -130,7 +130,7 @@ class ExpertWeights:
     begin: int = 0
 
     def to(self, dtype: torch.dtype) -> ExpertWeights:
-        """The same in another type; what has it already is not copied."""
+        """These experts in another type; tensors that have it already are not copied."""
         first_bias = None if self.first_bias is None else self.first_bias.to(dtype)
         down_bias = None if self.down_bias is None else self.down_bias.to(dtype)
         return ExpertWeights(self.first.to(dtype), self.down.to(dtype), first_bias, down_bias, self.begin)
@@ -181,7 +181,7 @@ class Slots:
         return Slots(self.tokens[low:high], self.affinity[low:high], [b - low for b in self.bounds[start : stop + 1]], slice(low, high))
 
     def pieces(self, start: int, stop: int, limit: int) -> Iterator[Slots]:
-        """The same, at most `limit` slots at a time, whosever they are: a busy expert's are cut, too. `place` counts within the chunk."""
+        """The slots of experts [start, stop), at most `limit` at a time: a busy expert is cut, too. `place` counts in the chunk."""
         chunk = self.chunk(start, stop)
         for low in range(0, len(chunk.tokens), limit):
             high = min(low + limit, len(chunk.tokens))

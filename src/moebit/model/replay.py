@@ -116,53 +116,71 @@ def record(
     Raises:
         BadInputError: a model that does not call its layers one after the other, each with what the one before returned.
     """
-    count = len(model.get_submodule(list_name))
-    first: list[Tensor] = []
-    calls: list[LayerCall] = []
-    expected: list[Tensor] = []
-    known: dict[int, tuple[Handed, Tensor]] = {}
-    carried = Carried()
-
-    def handed_on(value: Any) -> Any:
-        if not isinstance(value, Tensor) or id(value) not in known:
-            return value
-        key = known[id(value)][0]
-        calls[key.layer].wanted.add(key)
-        carried.last_use[key] = len(calls)  # the layer whose call is being noted
-        return key
-
-    def on_call(index: int, hidden: Tensor, call: LayerCall) -> Any:
-        name = type(model).__name__
-        if index != len(calls):
-            raise BadInputError(f"{name} calls layer {index} after {len(calls)} others; moebit does not understand this model")
-        if expected and hidden is not expected[0]:
-            raise BadInputError(
-                f"{name} changes the hidden states between layers {index - 1} and {index}; moebit does not understand this model"
-            )
-        first.append(hidden) if not first else None
-        form = returns[index] if returns else None
-        for value in (*call.args, *call.kwargs.values()):
-            carried.note(value)
-        args, kwargs = swapped(call.args, handed_on), swapped(call.kwargs, handed_on)
-        calls.append(LayerCall(args, kwargs, call.by_name, index, form, carried))
-        if len(calls) == count:
-            raise StopForward
-        passed = torch.full((), fill, dtype=hidden.dtype).expand(hidden.shape)
-        expected[:] = [passed]
-        if form is None:
-            return passed
-        out = form.filled(passed, fill)
-        for leaf, value in enumerate(tree_leaves(out)):
-            if isinstance(value, Tensor) and leaf != form.hidden:
-                known[id(value)] = (Handed(index, leaf), value)  # the tensor is kept, so that its identity is not given away
-        return out
-
-    with stubs(model, list_name, on_call), torch.no_grad():
+    recorder = _Recorder(type(model).__name__, len(model.get_submodule(list_name)), returns, fill)
+    with stubs(model, list_name, recorder.on_call), torch.no_grad():
         try:
             model(**inputs, use_cache=False)
         except StopForward:
-            return first[0], calls
-    raise BadInputError(f"{type(model).__name__} called {len(calls)} of its {count} decoder layers; moebit does not understand this model")
+            return recorder.first[0], recorder.calls
+    raise BadInputError(
+        f"{type(model).__name__} called {len(recorder.calls)} of its {recorder.count} decoder layers; moebit does not understand this model"
+    )
+
+
+class _Recorder:
+    """Notes the calls of one forward, layer after layer.
+
+    Args:
+        model: its name, for messages. count: layers. returns, fill: as for `record`.
+
+    Attributes:
+        first: what entered the first layer. calls: how every layer was called.
+    """
+
+    def __init__(self, model: str, count: int, returns: Sequence[LayerReturn], fill: float) -> None:
+        self.count, self.first, self.calls = count, list[Tensor](), list[LayerCall]()
+        self._model, self._returns, self._fill, self._carried = model, returns, fill, Carried()
+        self._expected: Tensor | None = None  # what the layer before put out
+        self._known: dict[int, tuple[Handed, Tensor]] = {}
+
+    def on_call(self, index: int, hidden: Tensor, call: LayerCall) -> Any:
+        """The stand-in for layer `index`."""
+        self._check(index, hidden)
+        if not self.first:
+            self.first.append(hidden)
+        form = self._returns[index] if self._returns else None
+        for value in (*call.args, *call.kwargs.values()):
+            self._carried.note(value)
+        args, kwargs = swapped(call.args, self._handed_on), swapped(call.kwargs, self._handed_on)
+        self.calls.append(LayerCall(args, kwargs, call.by_name, index, form, self._carried))
+        if len(self.calls) == self.count:
+            raise StopForward
+        self._expected = torch.full((), self._fill, dtype=hidden.dtype).expand(hidden.shape)
+        return self._expected if form is None else self._filled(form, index, self._expected)
+
+    def _check(self, index: int, hidden: Tensor) -> None:
+        if index != len(self.calls):
+            raise BadInputError(f"{self._model} calls layer {index} after {len(self.calls)} others; moebit does not understand this model")
+        if self._expected is not None and hidden is not self._expected:
+            raise BadInputError(
+                f"{self._model} changes the hidden states between layers {index - 1} and {index}; moebit does not understand this model"
+            )
+
+    def _filled(self, form: LayerReturn, index: int, passed: Tensor) -> Any:
+        """A layer's output, whose other tensors are known again when a later layer gets them."""
+        out = form.filled(passed, self._fill)
+        for leaf, value in enumerate(tree_leaves(out)):
+            if isinstance(value, Tensor) and leaf != form.hidden:
+                self._known[id(value)] = (Handed(index, leaf), value)  # the tensor is kept, so that its identity is not given away
+        return out
+
+    def _handed_on(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or id(value) not in self._known:
+            return value
+        key = self._known[id(value)][0]
+        self.calls[key.layer].wanted.add(key)
+        self._carried.last_use[key] = len(self.calls)  # the layer whose call is being noted
+        return key
 
 
 def head(model: PreTrainedModel, list_name: str, hidden: Tensor, returns: Sequence[LayerReturn] = ()) -> Tensor:

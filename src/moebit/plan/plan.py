@@ -23,9 +23,9 @@ from moebit.formats.native import PackedSpec, average_bits
 from moebit.methods.awq import SAMPLE
 from moebit.methods.drift import MUS
 from moebit.methods.online import search_flops
-from moebit.model.coverage import Coverage, expert_coverage
 from moebit.model.inputs import Activations
 from moebit.model.proof.router import not_linear
+from moebit.model.reach import Reach, expert_reach
 from moebit.model.structure import LayerSites, Structure
 from moebit.plan.inputs import ActivationPlan, plan_activations
 from moebit.plan.transforms import NO_TRANSFORMS, Transforms
@@ -126,7 +126,7 @@ class Plan:
     size_bytes: int
     budget: Budget
     seconds: float
-    coverage: Coverage
+    coverage: Reach
     engines: dict[str, Verdict]
     as_stored: tuple[str, ...] = ()
     transforms: Transforms = NO_TRANSFORMS
@@ -213,7 +213,7 @@ def make_plan(
     bits = bits or BitPlan({}, {})
     linears: dict[str, PackedSpec] = {}
     experts: dict[str, dict[str, PackedSpec]] = {}
-    coverage = expert_coverage(checkpoint, structure)
+    coverage = expert_reach(checkpoint, structure)
     kept: dict[str, str] = {name: why for name, (_, why) in coverage.left.items()}
     used: set[str] = set()
     for layer in structure.layers:
@@ -358,7 +358,7 @@ def _output_size(checkpoint: Checkpoint, linears: dict[str, PackedSpec], experts
 
 
 def _packed_bytes(spec: PackedSpec) -> int:
-    """Of the native format, the widths of stacked matrices included."""
+    """Bytes of a stack in the native format, the widths of its matrices included."""
     return sum(tensor.nbytes for tensor in spec.specs("").values())
 
 
@@ -383,7 +383,7 @@ def _seconds(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, token
 
 
 def _search_seconds(activations: Activations) -> float:
-    """Of finding online transforms."""
+    """Seconds that finding online transforms takes."""
     found = [spec for spec in activations.transforms.values() if spec.kind == "duquant"]
     return sum(search_flops(spec.channels, LAYER_SAMPLE, spec.count) for spec in found) / (FLOPS_PER_THREAD * torch.get_num_threads())
 

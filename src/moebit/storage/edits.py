@@ -90,7 +90,7 @@ class Rotate(Edit):
 
 @dataclass(frozen=True)
 class RotateHeads(Edit):
-    """The same rotation for every head, inside an axis: channels `channels[h]` of head h times diag(signs[h]) R.
+    """Every head is rotated alike, inside an axis: the channels `channels[h]` of head h are multiplied with diag(signs[h]) R.
 
     Attributes:
         rotation: of size D. channels: int64 [heads, D]. signs: [heads, D] of +1 and -1.

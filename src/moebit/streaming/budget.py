@@ -144,7 +144,7 @@ def _compared(sites: LayerSites, width: int) -> list[int]:
 
 
 def _linear_bytes(model: nn.Module, sites: LayerSites, item: int, hessians: bool, drift: bool) -> int:
-    """The same for the largest group of linears that is solved together."""
+    """Memory that the largest group of linears takes which is solved together."""
     largest = 0
     for group in sites.groups:
         modules: list[Any] = [model.get_submodule(f"{sites.name}.{name}") for name in group.names]

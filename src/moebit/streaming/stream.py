@@ -100,7 +100,7 @@ class Stream:
             yield slice(start, min(start + step, len(self.windows)))
 
     def _shared(self, calls: list[LayerCall]) -> list[LayerCall]:
-        """The same calls with tensors that equal the first batch's (masks, positions) stored once."""
+        """The calls of a further batch, whose tensors that equal the first batch's (masks, positions) are stored once."""
         if not self._calls:
             return calls
         return [same_arguments(mine, known, _same) for mine, known in zip(calls, self._calls[0], strict=True)]
@@ -168,7 +168,7 @@ class Stream:
 
     @torch.no_grad()
     def capture_routing(self, index: int, outputs: Tensor | None = None, kept: KeptInput | None = None) -> RoutedTokens:
-        """What the layer's experts are asked, for every token, in the windows' order.
+        """What the layer's experts are asked: the routed tokens, in the order of the windows.
 
         Args:
             outputs: [N, L, ...], gets what the layer puts out where its experts put out nothing.

@@ -63,7 +63,7 @@ class NormSite:
     of_hidden: bool
 
     def renamed(self, old: str, new: str) -> NormSite:
-        """The same site in a layer of another name."""
+        """This site in a layer of another name."""
 
         def moved(name: str) -> str:
             return new + name.removeprefix(old)

@@ -48,7 +48,7 @@ class PairSite:
         return torch.zeros(self.rows, dtype=torch.bool).index_fill_(0, self.channels, True)
 
     def renamed(self, old: str, new: str) -> PairSite:
-        """The same in a layer of another name."""
+        """This pair in a layer of another name."""
         first, second = (new + name.removeprefix(old) for name in (self.first, self.second))
         return replace(self, first=first, second=second)
 
@@ -76,13 +76,13 @@ class HeadSite:
         return len(self.output_channels) // len(self.value_channels)
 
     def as_pair(self) -> PairSite:
-        """The same, channel by channel."""
+        """This place as a pair of linears, channel by channel."""
         channels = torch.empty(self.output_channels.numel(), dtype=torch.int64)
         channels[self.output_channels] = self.value_channels.repeat_interleave(self.group, 0)
         return PairSite(self.values, self.output, channels, self.rows, self.bias, attention=True)
 
     def renamed(self, old: str, new: str) -> HeadSite:
-        """The same in a layer of another name."""
+        """This place in a layer of another name."""
         return HeadSite(
             new + self.values.removeprefix(old),
             new + self.output.removeprefix(old),

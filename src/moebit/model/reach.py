@@ -23,7 +23,7 @@ STORED_EXPERT = re.compile(r"(^|\.)experts[.\d]")  # in stored names; `shared_ex
 
 
 @dataclass(frozen=True)
-class Coverage:
+class Reach:
     """Expert parameters by whether the structure covers them.
 
     Attributes:
@@ -57,7 +57,7 @@ class Coverage:
         )
 
 
-def expert_coverage(checkpoint: Checkpoint, structure: Structure) -> Coverage:
+def expert_reach(checkpoint: Checkpoint, structure: Structure) -> Reach:
     """Look at every module and at the stored tensors that the model class does not use."""
     model: Any = checkpoint.model
     names = [layer.experts for layer in structure.layers if layer.moe]
@@ -80,7 +80,7 @@ def expert_coverage(checkpoint: Checkpoint, structure: Structure) -> Coverage:
             name = stored[: found.start()] + f"{found[1]}experts"
             known = left.get(name, (0, ""))[0]
             left[name] = (known + math.prod(checkpoint.entries[stored].shape), f"stored, but {type(model).__name__} has no such layer")
-    return Coverage(covered, left)
+    return Reach(covered, left)
 
 
 def _parameters(model: Any, name: str) -> int:
