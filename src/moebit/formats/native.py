@@ -248,7 +248,7 @@ class NativeWeights(OwnNames):
                         raise BadInputError(
                             f"tensor {stored!r} is {self._entries[stored].spec}, config.json says {wanted}; the output is damaged"
                         )
-        there = self.available()
+        there = self._stored = self._names()
         tied = {name for name, other in tied_names(model).items() if other in there}
         missing = sorted(set(model.state_dict()) - there - tied)
         if missing:
@@ -260,6 +260,9 @@ class NativeWeights(OwnNames):
         return self._modules
 
     def available(self) -> set[str]:
+        return set(self._stored)
+
+    def _names(self) -> set[str]:
         names = set(self._entries)
         for name in self._modules:
             if name in self._layouts:
@@ -282,7 +285,7 @@ class NativeWeights(OwnNames):
 
     def _kept(self, name: str) -> str:
         """The one of a tied parameter's two names under which it is stored."""
-        return name if name in self.available() else tied_names(self.model)[name]
+        return name if name in self._stored else tied_names(self.model)[name]
 
     def parameter(self, name: str) -> Tensor:
         name = self._kept(name)

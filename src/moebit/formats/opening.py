@@ -46,8 +46,6 @@ def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float
         return Checkpoint(path, config, model_of_it, compressed, stored)
     if quantization.get("quant_method") != METHOD:
         return open_hub_checkpoint(path, compute)
-    import moebit.runtime  # noqa: F401 - registers the quantizer, so that transformers can read this configuration
-
     config = load_config(path)
     skeleton_model = skeleton(config, compute or torch.float32)
     entries = read_index(path)

@@ -197,7 +197,8 @@ class EditedWeights(Weights):
         Raises:
             KeyError: a parameter that the checkpoint does not have.
         """
-        unknown = [name for name in edits if name not in self.available()]
+        known = self.available()
+        unknown = [name for name in edits if name not in known]
         if unknown:
             raise KeyError(unknown[0])
         self._edits = joined(self._edits, edits)
