@@ -27,9 +27,8 @@ from moebit.cli import app
 from moebit.errors import BadInputError
 from moebit.formats.opening import open_checkpoint
 from moebit.plan.plan import Plan
-from moebit.quantize.run import checkpoint_fingerprint
 from moebit.storage import shipped as shipped_module
-from moebit.storage.checkpoint import Checkpoint, HubWeights, open_hub_checkpoint
+from moebit.storage.checkpoint import Checkpoint, HubWeights, checkpoint_fingerprint, open_hub_checkpoint
 from moebit.storage.files import TensorEntry
 from tests.support.models import ARCHITECTURES, EXPERTS, HIDDEN, INTERMEDIATE, quiet, random_model, save
 from tests.support.outputs import REPORTS, file_bytes, read_config, small_recipe, stored_tensors, token_file

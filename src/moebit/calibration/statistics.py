@@ -11,10 +11,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from moebit.model.experts import ExpertsLayout, ExpertWeights, grouped_linear, intermediate
+from moebit.model.experts import ExpertsLayout, ExpertWeights, gating_slopes, grouped_linear, intermediate
 from moebit.tensor import add_second_moment, mirror_, shrink_
+from moebit.tensor.spacing import evenly_spaced
 
-# Tokens of the layer that are pushed through every expert for the statistics it falls back on (METHODS §6: a sample is enough).
+# Tokens of the layer that are pushed through every expert for the statistics it falls back on (a sample is enough).
 LAYER_SAMPLE = 512
 
 
@@ -63,10 +64,18 @@ def to_power(affinity_S: Tensor, power: float) -> Tensor | None:
     return affinity_S.float().abs().pow(power) if power else None
 
 
+def shared_affinity(gate: nn.Module, x_TH: Tensor, power: float) -> Tensor:
+    """[T] how much tokens count for shared experts behind a gate: `sigmoid(gate x)^p`.
+
+    It is to shared experts what MoEQuant's affinity (arXiv 2505.03804, section 3.3) is to routed ones.
+    """
+    weight: Tensor = gate(x_TH).float().sigmoid().flatten().pow(power)
+    return weight
+
+
 def layer_sample(tokens: int, most: int = LAYER_SAMPLE) -> Tensor:
-    """Indices of at most `most` tokens, evenly spaced."""
-    count = min(tokens, most)
-    return (torch.arange(count) * tokens) // count
+    """Indices of at most `most` of a layer's tokens, evenly spaced."""
+    return evenly_spaced(tokens, most)
 
 
 def output_sensitivity(
@@ -78,10 +87,7 @@ def output_sensitivity(
     that an independent unit error in each of a and u makes, to first order. The architecture's own gating is differentiated.
     """
     out = grouped_linear(x_SH, weights.first, weights.first_bias, bounds).detach().float()
-    with torch.enable_grad():
-        out.requires_grad_()
-        h = module._apply_gate(out) if layout.gated else module.act_fn(out)  # type: ignore[operator]
-        (slope_SO,) = torch.autograd.grad(h.sum(), out)
+    _, slope_SO = gating_slopes(module, out)
     norm_CI = weights.down.float().square().sum(1)
     both = torch.stack([norm_CI, norm_CI], 2).flatten(1) if layout.interleaved else norm_CI.repeat(1, 2)
     norm_CO, slope_SO = both if layout.gated else norm_CI, slope_SO.square_()

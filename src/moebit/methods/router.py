@@ -26,11 +26,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from moebit.tensor.grid import CLIP_RATIOS, QuantScheme, as_bits, clipped_grid, round_to_grid
+from moebit.tensor.spacing import evenly_spaced
 
 TABLE_VALUES = 2**24  # logit errors (tokens x experts x ratios) that are looked at together: bounds the tokens that are used
 SCORED_TOKENS = 4096  # enough to tell score functions apart
 MAX_MISFIT = 0.1  # of a score function; the rounding of affinities computed in bf16 stays well below
 MAX_SWEEPS = 4
+NOT_ONCE = "the router is not called once for every token"  # why nothing can be said of one, in reports
+NO_SCORE = "what the router makes of its logits is not recognised"
 
 # What a router makes of a logit, in the logarithm: probabilities are the softmax of it, and so are affinities among the chosen.
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -146,10 +149,16 @@ def rounded(w_EH: Tensor, ratio: float, bits: int, stored: torch.dtype) -> Tenso
     return (scale * (codes.float() - zero))[0].to(stored)
 
 
+def search_rounded(w_EH: Tensor, bits: int, stored: torch.dtype) -> Tensor:
+    """[E, H] in `stored`: rounded to nearest, each row with the clipping ratio whose rounding error is least; looks at no tokens."""
+    candidates = torch.stack([rounded(w_EH, ratio, bits, stored) for ratio in CLIP_RATIOS])
+    best = (candidates.float() - w_EH.float()).square().sum(2).argmin(0)
+    return candidates[best, torch.arange(len(w_EH))]
+
+
 def _sample(x_TH: Tensor, ids_Tk: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """As many tokens, evenly spaced, as the table has room for."""
-    count = max(1, min(len(x_TH), TABLE_VALUES // (experts * len(CLIP_RATIOS))))
-    rows = (torch.arange(count) * len(x_TH)) // count
+    rows = evenly_spaced(len(x_TH), max(1, TABLE_VALUES // (experts * len(CLIP_RATIOS))))
     return x_TH[rows].float(), ids_Tk[rows]
 
 

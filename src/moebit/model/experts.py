@@ -241,6 +241,18 @@ def intermediate(module: Any, x_SH: Tensor, weights: ExpertWeights, bounds: list
     return h
 
 
+def gating_slopes(module: Any, out_SO: Tensor) -> tuple[Tensor, Tensor]:
+    """(h [S, I], its slope [S, 2I or I] in every output of the first projections), by differentiating the architecture's own gating.
+
+    Gating works channel by channel, so that one derivative of the sum gives all of them.
+    """
+    with torch.enable_grad():
+        out = out_SO.detach().requires_grad_()
+        h = module._apply_gate(out) if module.has_gate else module.act_fn(out)
+        (slope,) = torch.autograd.grad(h.sum(), out)
+    return h.detach(), slope
+
+
 def finish(module: Any, h_SI: Tensor, affinity_S: Tensor, weights: ExpertWeights, bounds: list[int]) -> Tensor:
     """[S, H] float32: the experts' outputs from the inputs of down, scaled by the affinities."""
     steps = getattr(module, "moebit_inputs", None)

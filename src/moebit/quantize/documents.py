@@ -9,7 +9,7 @@ from typing import Any
 
 from moebit.formats import native
 from moebit.plan.plan import Plan
-from moebit.quantize.layer import LayerReport
+from moebit.quantize.report import LayerReport
 from moebit.report.facts import Documents
 from moebit.report.page import report_page
 from moebit.storage.checkpoint import Checkpoint
@@ -22,7 +22,7 @@ def documents(
 
     Args:
         run: facts of this run for the report: `output` (its directory's name), `size_after`, `command`, `peak_memory_bytes`, and by layer
-            `together`, the tokens that two experts both got.
+            `coactivation`, the tokens that two experts both got.
     """
     described = {
         "format_version": native.FORMAT_VERSION,
@@ -38,7 +38,7 @@ def documents(
         "average_bits": plan.average_bits,
         "peak_memory_bytes": run["peak_memory_bytes"],
         "command": run["command"],
-        "layers": [asdict(r) | ({"coactivation": run["together"][r.layer]} if r.layer in run["together"] else {}) for r in reports],
+        "layers": [asdict(r) | ({"coactivation": run["coactivation"][r.layer]} if r.layer in run["coactivation"] else {}) for r in reports],
     }
     recipe = f"# sha256 of the content: {plan.recipe.digest()}\n{plan.recipe.to_yaml()}"
     return {

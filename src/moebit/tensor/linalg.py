@@ -148,3 +148,17 @@ def shrink_(h_sum_ENN: Tensor, weight_sum_E: Tensor, weight_sq_sum_E: Tensor, h_
     c = (n / (n + effective)).to(h_sum_ENN.dtype)
     own = ((1 - c) / torch.where(weight_sum_E > 0, weight_sum_E, torch.ones_like(weight_sum_E))).to(h_sum_ENN.dtype)
     return h_sum_ENN.mul_(own[:, None, None]).addcmul_(c[:, None, None], h_layer)
+
+
+def ridge(h_CNN: Tensor, cross_CON: Tensor, mu: float) -> Tensor:
+    """[C, O, N] `cross (H + mu mean(diag H) I)^-1`: the weights of ridge regressions, given their second moments.
+
+    A matrix gets zeros where its mean diagonal is not a positive finite number, or where the damped H cannot be factored.
+    """
+    mean = h_CNN.diagonal(dim1=-2, dim2=-1).mean(1)
+    usable = (mean > 0) & torch.isfinite(mean)
+    damped = h_CNN.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(torch.where(usable, mu * mean, 1.0)[:, None])
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    solved = torch.cholesky_solve(cross_CON.mT, factor).mT
+    return torch.where((usable & (failed == 0))[:, None, None], solved, 0.0)

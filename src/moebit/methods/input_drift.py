@@ -23,15 +23,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moebit.methods.realign import held_out_rows
+from moebit.methods.held_out import held_out_rows
 from moebit.tensor import add_second_moment, mirror_
+from moebit.tensor.linalg import ridge
 
 MUS = (1e-3, 1e-2, 1e-1, 1.0)  # shares of the mean diagonal that are tried
 FITTED, HELD_OUT = 0, 1
 
 
 @dataclass(frozen=True)
-class DriftMoments:
+class InputDriftMoments:
     """Sums over what arrives and what should arrive, in two parts: tokens that are fitted and tokens that are held out.
 
     Attributes:
@@ -44,8 +45,8 @@ class DriftMoments:
     held_out: Tensor
 
     @classmethod
-    def zeros(cls, matrices: int, size: int, tokens: int, length: int) -> DriftMoments:
-        """For `tokens` tokens in windows of `length`, of which every fourth is held out."""
+    def zeros(cls, matrices: int, size: int, tokens: int, length: int) -> InputDriftMoments:
+        """Sums over nothing yet, for `tokens` tokens in windows of `length`, of which every fourth is held out."""
         h, cross = torch.zeros(2, matrices, size, size), torch.zeros(2, matrices, size, size)
         return cls(h, cross, held_out_rows(tokens, length))
 
@@ -87,32 +88,21 @@ class Corrected:
     gain: list[float]
 
 
-def correct_drift(w_CON: Tensor, moments: DriftMoments) -> Corrected:
+def correct_input_drift(w_CON: Tensor, moments: InputDriftMoments) -> Corrected:
     """The ridge regression; mu is chosen for every matrix by itself, and the result is then fitted to all tokens with it."""
     w, h = w_CON.float(), mirror_(moments.h)
     wanted, unseen = torch.bmm(w, moments.cross[FITTED]), torch.bmm(w, moments.cross[HELD_OUT])
-    changes = torch.stack([_change(_ridge(h[FITTED], wanted, mu), h[HELD_OUT], unseen) for mu in MUS])
+    changes = torch.stack([_change(ridge(h[FITTED], wanted, mu), h[HELD_OUT], unseen) for mu in MUS])
     lowest, number = changes.min(0)
     number = torch.where(lowest < 0, number, -1)
     total, result = h.sum(0), w.clone()
     for candidate, mu in enumerate(MUS):
         mine = number == candidate
         if bool(mine.any()):
-            result[mine] += _ridge(total[mine], (wanted + unseen)[mine], mu)
+            result[mine] += ridge(total[mine], (wanted + unseen)[mine], mu)
     square = (torch.bmm(w, h[HELD_OUT]) * w).sum((1, 2))
     gain = torch.where(number >= 0, -lowest / square.clamp(min=torch.finfo(square.dtype).tiny), 0.0)
     return Corrected(result, [MUS[n] if n >= 0 else None for n in number.tolist()], gain.tolist())
-
-
-def _ridge(h_CNN: Tensor, cross_CON: Tensor, mu: float) -> Tensor:
-    """[C, O, N] `cross (H + mu mean(diag H) I)^-1`; zeros where nothing fires or the matrix cannot be factored."""
-    mean = h_CNN.diagonal(dim1=-2, dim2=-1).mean(1)
-    usable = (mean > 0) & torch.isfinite(mean)
-    damped = h_CNN.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(torch.where(usable, mu * mean, 1.0)[:, None])
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    solved = torch.cholesky_solve(cross_CON.mT, factor).mT
-    return torch.where((usable & (failed == 0))[:, None, None], solved, 0.0)
 
 
 def _change(k_CON: Tensor, h_CNN: Tensor, cross_CON: Tensor) -> Tensor:
