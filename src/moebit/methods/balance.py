@@ -59,7 +59,7 @@ class Drawn:
     ids: Tensor
 
     def describe(self) -> dict[str, object]:
-        """For the report."""
+        """What the report says of it."""
         return {
             "wanted": self.wanted,
             "short_before": int((self.before < self.wanted).sum()),

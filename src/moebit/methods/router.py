@@ -44,6 +44,18 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """How the divergence of routing probabilities counts in L.
+
+    Attributes:
+        share: a, how many of the experts that are not chosen count one by one. weight: lambda.
+    """
+
+    share: float = 0.0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class AlignedRouter:
     """A router's weight on its grid.
 
@@ -117,15 +129,14 @@ def kl_top(u_TE: Tensor, uq_TE: Tensor, top_TE: Tensor) -> Tensor:
 
 
 def align_router(
-    w_EH: Tensor, x_TH: Tensor, ids_Tk: Tensor, bits: int, *, score: str, bias_E: Tensor | None, share: float, weight: float,
-    stored: torch.dtype,
+    w_EH: Tensor, x_TH: Tensor, ids_Tk: Tensor, bits: int, *, score: str, bias_E: Tensor | None, counted: Divergence, stored: torch.dtype,
 ) -> AlignedRouter:  # fmt: skip
     """Round a router's weight, its clipping ratios chosen by L.
 
     Args:
         w_EH: the weight. x_TH: what arrives at it. ids_Tk: what the model chooses with it.
         bits: 2 to 8. score: one of `SCORES`. bias_E: added to the logits, not rounded.
-        share: a, how many of the experts that are not chosen count one by one. weight: lambda.
+        counted: how the divergence of the probabilities counts in L.
         stored: the type that the result is rounded to, before it is judged.
     """
     w, x, ids = w_EH.float(), *_sample(x_TH, ids_Tk, len(w_EH))
@@ -134,7 +145,8 @@ def align_router(
     table = torch.stack([x @ (q.float() - w).T for q in candidates], 2)  # [T, E, R] errors of the logits
     z = logits.double() if bias_E is None else logits.double() + bias_E.double()
     log_score = SCORES[score]
-    descent = _Descent(z, log_score, table, top_experts(log_score(z), ids, share), float(logits.double().square().sum()), weight)
+    top, energy = top_experts(log_score(z), ids, counted.share), float(logits.double().square().sum())
+    descent = _Descent(z, log_score, table, top, energy, counted.weight)
     common = [descent.loss(torch.full((len(w),), r)) for r in range(len(CLIP_RATIOS))]
     chosen, loss, sweeps = descent.run(torch.full((len(w),), common.index(min(common))))
     value = torch.stack([candidates[r][e] for e, r in enumerate(chosen.tolist())])
@@ -157,7 +169,7 @@ def search_rounded(w_EH: Tensor, bits: int, stored: torch.dtype) -> Tensor:
 
 
 def _sample(x_TH: Tensor, ids_Tk: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """As many tokens, evenly spaced, as the table has room for."""
+    """(inputs, chosen experts) of as many tokens, evenly spaced, as the table has room for."""
     rows = evenly_spaced(len(x_TH), max(1, TABLE_VALUES // (experts * len(CLIP_RATIOS))))
     return x_TH[rows].float(), ids_Tk[rows]
 

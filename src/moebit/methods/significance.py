@@ -53,7 +53,7 @@ class ExpertEvidence:
 
     @classmethod
     def zeros(cls, layout: ExpertsLayout, weights: ExpertWeights, errors: bool) -> ExpertEvidence:
-        """For the experts of `weights`; `errors`: with the second moments that errors are measured with."""
+        """Nothing seen yet of the experts of `weights`; with `errors`, second moments are added up, too, which errors are measured with."""
         count = len(weights.down)
         norm = torch.linalg.vector_norm(weights.down.float(), dim=1)
         result = cls(layout, norm, torch.zeros(count, layout.intermediate))

@@ -90,7 +90,7 @@ class Plan:
         return SINKS[self.recipe.format].average_bits(self.modules)
 
     def describe(self) -> dict[str, Any]:
-        """For JSON."""
+        """The plan as values that JSON knows, for people and programs."""
         return {
             "size_bytes": self.size_bytes,
             "average_bits": self.average_bits,

@@ -149,7 +149,7 @@ class ExpertInputs:
         return moments.shrunk(self.target.first(self.x, chunk))
 
     def first_drift(self, chunk: ExpertChunk) -> InputDriftMoments:
-        """Of the inputs of gate and up, tokens weighted as in `hessians`; there is nothing to compare those of the pool with."""
+        """How the inputs of gate and up drift, tokens weighted as in `hessians`; the pool's have nothing to be compared with."""
         assert self.exact is not None
         moments = InputDriftMoments.zeros(chunk.count, self.x.shape[1], len(self.x), self.stream.windows.shape[1])
         for piece in self._pieces(chunk):

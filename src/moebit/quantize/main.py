@@ -26,7 +26,7 @@ from moebit.plan.transforms import transformed
 from moebit.profiling.prepare import prepare
 from moebit.quantize.context import Progress
 from moebit.quantize.data import Data, Sources, Windows, calibration_set, gather
-from moebit.quantize.documents import documents
+from moebit.quantize.documents import RunFacts, documents
 from moebit.quantize.identity import check_unchanged, identity, last_written
 from moebit.quantize.report import Result
 from moebit.quantize.run import Work, run
@@ -195,23 +195,17 @@ class _Job:
             Thread(target=kernels.load).start()
         windows = calibration_set(output, checkpoint, self.data, asking.memory, asking.progress)
         if self.data.sampled and windows is not None:
-            facts["calibration"] = digest(windows)
+            facts = {**facts, "calibration": digest(windows)}
         if self.data.sets is not None:
             prepared = prepare(output, checkpoint, plan, asking.bits, self.data.sets, asking.progress)
             plan = make_plan(checkpoint, plan.structure, asking.recipe, asking.memory, prepared.bits, asking.engine, plan.transforms)
-            facts["profile"], coactivation = prepared.facts, prepared.coactivation
+            facts, coactivation = {**facts, "profile": prepared.facts}, prepared.coactivation
         sink = SINKS[asking.recipe.format](_hub_weights(checkpoint), plan.modules, plan.activations)
         work = Work(checkpoint, plan, output, sink, asking.device, asking.progress, asking.seed)
         reports = run(work, Windows(windows, self.data.pool))
         size = sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
-        told = {
-            "output": asking.out.name,
-            "size_after": size,
-            "command": asking.command,
-            "peak_memory_bytes": peak_resident_bytes(),
-            "coactivation": coactivation,
-        }
-        written = documents(checkpoint, plan, facts, reports, time.perf_counter() - began, told)
+        told = RunFacts(asking.out.name, size, time.perf_counter() - began, asking.command, peak_resident_bytes(), coactivation)
+        written = documents(checkpoint, plan, facts, reports, told)
         check_unchanged(checkpoint, self.seen)
         output.finish(checkpoint.path, sink.config(_config(checkpoint)), written)
         return Result(asking.out, plan, checkpoint.size_bytes, size, reports, time.perf_counter() - began)

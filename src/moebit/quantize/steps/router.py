@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moebit.methods.agreement import agreement
 from moebit.methods.realign import margin_weights, realign
-from moebit.methods.router import NO_SCORE, NOT_ONCE, align_router, score_function, search_rounded
+from moebit.methods.router import NO_SCORE, NOT_ONCE, Divergence, align_router, score_function, search_rounded
 from moebit.model.structure import LayerSites
 from moebit.quantize.context import ChangedRouter, LayerContext, LayerState
 from moebit.recipe import RouterSection
@@ -121,9 +121,9 @@ def _rounded(seen: _Seen, recipe: RouterSection, weight: Tensor) -> tuple[Tensor
     if recipe.align != "kl" or seen.x is None or seen.reason or seen.score is None:
         skipped = {"align": seen.reason or NO_SCORE} if recipe.align == "kl" else {}
         return search_rounded(weight, recipe.bits, seen.weight.dtype), {"bits": recipe.bits}, skipped
+    counted = Divergence(recipe.top_share, recipe.kl_weight)
     aligned = align_router(
-        weight, seen.x, seen.ids, recipe.bits, score=seen.score, bias_E=seen.bias, share=recipe.top_share, weight=recipe.kl_weight,
-        stored=seen.weight.dtype,
-    )  # fmt: skip
+        weight, seen.x, seen.ids, recipe.bits, score=seen.score, bias_E=seen.bias, counted=counted, stored=seen.weight.dtype
+    )
     report = {"ratios": aligned.ratios, "loss_unclipped": aligned.loss_before, "loss": aligned.loss, "bits": recipe.bits}
     return aligned.weight, report, {}

@@ -59,7 +59,7 @@ class SmoothedLayer:
     skipped: dict[str, str]
 
     def describe(self) -> dict[str, Any]:
-        """For the report."""
+        """What the report says of it."""
         return {"scales": self.report, "skipped": self.skipped}
 
 
