@@ -21,7 +21,7 @@ import yaml
 
 import moebit
 from benchmarks.quality import ROOT, TEXTS, digest, markdown_row, numeric_code
-from moebit.plan.plan import BitPlan
+from moebit.plan.bitplan import BitPlan
 
 Cell = dict[str, Any]
 

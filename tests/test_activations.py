@@ -19,7 +19,7 @@ from moebit.evaluate.streaming import evaluate
 from moebit.formats.opening import open_checkpoint
 from moebit.model.structure import find_structure
 from moebit.plan.plan import Plan
-from moebit.quantize.run import Result
+from moebit.quantize.report import Result
 from moebit.streaming.stream import Stream
 from tests.support.models import ARCHITECTURES, Architecture, Checkpoints, quiet, random_model, save, windows
 from tests.support.outputs import file_bytes, quantization, read_config, small_recipe, stored_tensors, token_file

@@ -70,7 +70,7 @@ def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
     assert "../../methods/moequant/#affinity-guided-quantization" in (site / "results" / "moequant" / "index.html").read_text()
     documented = (site / "api" / "index.html").read_text()
     assert all(
-        f'id="moebit.{name}"' in documented for name in ("quantize.run.quantize", "evaluate.streaming.evaluate", "errors.BadInputError")
+        f'id="moebit.{name}"' in documented for name in ("quantize.main.quantize", "evaluate.streaming.evaluate", "errors.BadInputError")
     )
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import moebit
-from moebit.plan.plan import BitPlan
+from moebit.plan.bitplan import BitPlan
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

@@ -15,7 +15,9 @@ from moebit.profiling.adapt import Adaptation, adapt
 from moebit.profiling.allocate import Allocation, allocate
 from moebit.profiling.profile import profile
 from moebit.profiling.usage import drift
-from moebit.quantize.run import Result, inspect, quantize
+from moebit.quantize.inspect import inspect
+from moebit.quantize.main import quantize
+from moebit.quantize.report import Result
 from moebit.recipe import Recipe, load_recipe, presets
 from moebit.report import compare, report
 from moebit.report.heatmaps import heatmaps

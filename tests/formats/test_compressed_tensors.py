@@ -21,7 +21,8 @@ from moebit.errors import BadInputError
 from moebit.formats.compressed_tensors import matrix_specs, matrix_tensors, pack_words, unpack_words
 from moebit.formats.native import PackedSpec
 from moebit.formats.opening import open_checkpoint
-from moebit.plan.plan import BitPlan, Plan
+from moebit.plan.bitplan import BitPlan
+from moebit.plan.plan import Plan
 from moebit.tensor import QTensor, QuantScheme, solve_rtn
 from tests.formats.library import by_the_library, engines_model, plain_transformers, reference_logits, reference_model
 from tests.support.models import ARCHITECTURES, EXPERTS, HIDDEN, INTERMEDIATE, Architecture, Checkpoints, random_model, save, windows

@@ -23,7 +23,7 @@ import moebit
 from moebit import cli
 from moebit.errors import BadInputError
 from moebit.formats import consistency
-from moebit.plan.plan import BitPlan
+from moebit.plan.bitplan import BitPlan
 from moebit.storage.files import TensorEntry, read_header
 from tests.support.models import ARCHITECTURES, Architecture, random_model, save
 from tests.support.outputs import Outputs, byte_tokenizer, small_recipe

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 import moebit
 from moebit.formats.opening import open_checkpoint
 from moebit.methods.awq import RATIOS, SAMPLE, best, candidates, losses, magnitudes, representable, sampled_slots
-from moebit.methods.awq_layer import LayerAWQ, Rounding
 from moebit.model.proof.sites import find_scales
 from moebit.model.structure import find_structure
+from moebit.quantize.steps.scale import LayerAWQ, Rounding
 from moebit.storage.edits import apply_edits
 from moebit.streaming.stream import Stream
 from moebit.tensor import QuantScheme

@@ -10,15 +10,15 @@ from moebit.calibration.text import TokenText, calibration_windows
 from moebit.methods.balance import draw, further_windows
 
 
-def numbered(name: str, windows: int, length: int, first: int) -> TokenText:
-    """A text whose every token is the number of its window."""
-    return TokenText(name, torch.arange(first, first + windows).repeat_interleave(length), None)
+def numbered(windows: int, length: int, first: int) -> Tensor:
+    """Tokens of a text, each the number of its window."""
+    return torch.arange(first, first + windows).repeat_interleave(length)
 
 
 def test_the_pool_is_what_the_calibration_set_leaves_texts_in_turn() -> None:
-    texts = [numbered("a", 12, 5, 0), numbered("b", 30, 5, 100)]
+    texts = [numbered(12, 5, 0), numbered(30, 5, 100)]
     for seed in range(3):
-        base = calibration_windows(texts, 5, 5, seed)[:, 0].tolist()
+        base = calibration_windows([TokenText(name, ids, None) for name, ids in zip("ab", texts, strict=True)], 5, 5, seed)[:, 0].tolist()
         pool = further_windows(texts, 5, 5, seed, times=3)[:, 0].tolist()
         assert not set(base) & set(pool)
         assert len(set(pool)) == len(pool)
@@ -28,8 +28,8 @@ def test_the_pool_is_what_the_calibration_set_leaves_texts_in_turn() -> None:
 
 
 def test_a_text_that_is_used_up_leaves_an_empty_pool() -> None:
-    assert further_windows([numbered("a", 4, 6, 0)], 4, 6, 0, times=4).shape == (0, 6)
-    assert len(further_windows([numbered("a", 7, 6, 0)], 4, 6, 0, times=4)) == 3
+    assert further_windows([numbered(4, 6, 0)], 4, 6, 0, times=4).shape == (0, 6)
+    assert len(further_windows([numbered(7, 6, 0)], 4, 6, 0, times=4)) == 3
 
 
 def naive_draw(counts: list[int], ids: Tensor, length: int, ratio: float) -> tuple[list[int], list[list[int]]]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebit.methods.realign import MUS, held_out_rows, margin_weights, realign
+from moebit.methods.held_out import held_out_rows
+from moebit.methods.realign import MUS, margin_weights, realign
 
 E, N, T, LENGTH = 5, 16, 320, 20
 

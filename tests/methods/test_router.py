@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebit.methods.router import CLIP_RATIOS, AlignedRouter, align_router, kl_top, rounded, score_function, top_experts
+from moebit.methods.router import CLIP_RATIOS, AlignedRouter, Divergence, align_router, kl_top, rounded, score_function, top_experts
 
 E, K, H, T = 6, 2, 12, 40
 
@@ -66,7 +66,7 @@ def problem(seed: int, score: str = "softmax", bias: bool = False) -> tuple[Tens
 
 
 def aligned(w: Tensor, x: Tensor, ids: Tensor, b: Tensor | None, bits: int, score: str = "softmax", share: float = 0.0) -> AlignedRouter:
-    return align_router(w, x, ids, bits, score=score, bias_E=b, share=share, weight=1.0, stored=torch.float32)
+    return align_router(w, x, ids, bits, score=score, bias_E=b, counted=Divergence(share), stored=torch.float32)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt-softplus"])
@@ -103,7 +103,7 @@ def test_two_channels_find_the_best_of_all_pairs() -> None:
     g = torch.Generator().manual_seed(0)
     w, x = torch.randn(2, 8, generator=g), torch.randn(20, 8, generator=g)
     ids = (x @ w.T).topk(1, 1).indices
-    result = align_router(w, x, ids, 3, score="softmax", bias_E=None, share=0.0, weight=1.0, stored=torch.float32)
+    result = align_router(w, x, ids, 3, score="softmax", bias_E=None, counted=Divergence(), stored=torch.float32)
     candidates = [rounded(w, ratio, 3, torch.float32) for ratio in CLIP_RATIOS]
     pairs = itertools.product(candidates, candidates)
     best = min(naive_loss(w, torch.stack([a[0], b[1]]), x, ids, "softmax", None, 1, 1.0) for a, b in pairs)
@@ -112,7 +112,7 @@ def test_two_channels_find_the_best_of_all_pairs() -> None:
 
 def test_weights_are_judged_as_they_are_stored() -> None:
     w, x, ids, b = problem(2)
-    result = align_router(w, x, ids, 8, score="softmax", bias_E=b, share=1.0, weight=1.0, stored=torch.bfloat16)
+    result = align_router(w, x, ids, 8, score="softmax", bias_E=b, counted=Divergence(1.0), stored=torch.bfloat16)
     assert result.weight.dtype == torch.bfloat16
     assert result.loss == pytest.approx(naive_loss(w, result.weight.float(), x, ids, "softmax", b, 6, 1.0), rel=1e-4)
 

@@ -17,10 +17,9 @@ from moebit.methods.significance import (
     dynamics,
     expert_shares,
     output_error,
-    redundancy,
 )
 from moebit.methods.switching import switchable, usage_distance
-from moebit.model.experts import ExpertsLayout, ExpertWeights, dispatch
+from moebit.model.experts import ExpertsLayout, ExpertWeights, dispatch, gating_slopes, grouped_linear
 
 
 def gated(activation: torch.nn.Module) -> SimpleNamespace:
@@ -33,7 +32,9 @@ def evidence_of(module: SimpleNamespace, x: Tensor, ids: Tensor, affinity: Tenso
     layout = ExpertsLayout(experts, hidden, inner, gated=True, interleaved=False, transposed=False, bias=False)
     found = ExpertEvidence.zeros(layout, weights, errors=True)
     for piece in dispatch(ids, affinity, experts).pieces(0, experts, 3):
-        found.add(module, x[piece.tokens], weights, piece)
+        rows = x[piece.tokens]
+        h, slope = gating_slopes(module, grouped_linear(rows, weights.first, None, piece.bounds))
+        found.add(rows, h, slope, piece)
     return found
 
 
@@ -59,13 +60,10 @@ def test_baseline_and_dynamics_by_hand() -> None:
     assert torch.equal(dynamics(shares[:1]), torch.zeros(3, dtype=torch.float64))
 
 
-def test_coactivation_and_redundancy_by_hand() -> None:
+def test_coactivation_by_hand() -> None:
     ids = torch.tensor([[0, 1], [0, 1], [0, 2], [1, 0]])
     both = coactivation(ids, 4)
     assert both.tolist() == [[4, 3, 1, 0], [3, 3, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
-    overlap = redundancy(both)
-    assert overlap[0].tolist() == [1.0, 0.75, 0.25, 0.0]
-    assert overlap[3, 3] == 0
 
 
 def test_switchable_channels_by_hand() -> None:

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from moebit.methods.smoothing import aggregated, centred, expert_extremes, otsu, outlier_factors, smooth
+from moebit.methods.smoothing import aggregated, centred, expert_extremes, otsu, outlier_factors, smooth_scale
 
 
 def test_scales_by_hand() -> None:
-    s = smooth(torch.tensor([16.0, 1.0, 0.0]), torch.tensor([4.0, 1.0, 0.0]), 0.5)
+    s = smooth_scale(torch.tensor([16.0, 1.0, 0.0]), torch.tensor([4.0, 1.0, 0.0]), 0.5)
     assert s.tolist() == pytest.approx([2.0, 1.0, 1.0])
-    assert smooth(torch.tensor([8.0]), torch.tensor([5.0]), 1.0).tolist() == pytest.approx([8.0])
-    assert smooth(torch.tensor([8.0]), torch.tensor([5.0]), 0.0).tolist() == pytest.approx([0.2])
+    assert smooth_scale(torch.tensor([8.0]), torch.tensor([5.0]), 1.0).tolist() == pytest.approx([8.0])
+    assert smooth_scale(torch.tensor([8.0]), torch.tensor([5.0]), 0.0).tolist() == pytest.approx([0.2])
     assert float(centred(torch.tensor([2.0, 8.0])).prod()) == pytest.approx(1.0)
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 import moebit
 from moebit.methods import soft_coverage as module
-from moebit.methods.soft_coverage import NO_SCORE, soft_coverage
+from moebit.methods.router import NO_SCORE
+from moebit.methods.soft_coverage import soft_coverage
 from moebit.model.experts import RoutedTokens
-from moebit.quantize import layer as layer_room
+from moebit.quantize import solve as solving
+from moebit.quantize.steps import routing
 from tests.support import reference
 from tests.support.models import ARCHITECTURES, EXPERTS, Checkpoints, windows
 from tests.support.outputs import file_bytes, small_recipe, token_file
@@ -33,13 +35,13 @@ def test_hessians_of_the_first_experts(checkpoints: Checkpoints, tmp_path: Path,
     architecture = ARCHITECTURES[name]
     path, found = checkpoints.path(architecture), checkpoints.reference(architecture)
     index, solved = architecture.first_moe, list[Tensor]()
-    solve = layer_room.solve
+    solve = solving.solve
 
     def noted(recipe: Any, w: Tensor, h: Tensor, *args: Any) -> Any:
         solved.append(h.clone())
         return solve(recipe, w, h, *args)
 
-    monkeypatch.setattr(layer_room, "solve", noted)
+    monkeypatch.setattr(solving, "solve", noted)
     text = tmp_path / "t.jsonl"
     text.write_text("".join(f'{{"input_ids": {row}}}\n' for row in windows().tolist()))
     experts = [f"{found.layers_name}.{n}.{architecture.block}.experts" for n, moe in enumerate(architecture.moe) if moe and n != index]
@@ -67,7 +69,7 @@ def test_down_is_drawn_towards_the_same_tokens(monkeypatch: pytest.MonkeyPatch) 
     p = (x @ w.T).softmax(1)
     affinity, ids = p.topk(2, 1)
     monkeypatch.setattr(module, "PIECE", 7)
-    soft = soft_coverage(x, w, None, RoutedTokens(x, ids, affinity / affinity.sum(1, keepdim=True)))
+    soft = soft_coverage(x, w, None, RoutedTokens(x, ids, affinity / affinity.sum(1, keepdim=True)), torch.arange(40))
     assert soft is not None
     torch.testing.assert_close(soft.shares, p / p.sum(0), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(soft.through.sum(0), torch.ones(5))
@@ -76,7 +78,7 @@ def test_down_is_drawn_towards_the_same_tokens(monkeypatch: pytest.MonkeyPatch) 
     expected = sum(float(p[t, 3]) * torch.outer(x[t], x[t]) for t in range(40)) / float(p[:, 3].sum())
     torch.testing.assert_close(whole[3], expected)
     scrambled = RoutedTokens(x, ids, torch.rand(40, 2, generator=generator))
-    assert soft_coverage(x, w, None, scrambled) is None
+    assert soft_coverage(x, w, None, scrambled, torch.arange(40)) is None
 
 
 def test_a_router_that_says_more_than_its_logits_gets_the_layers(
@@ -85,7 +87,7 @@ def test_a_router_that_says_more_than_its_logits_gets_the_layers(
     """The bytes are those of `layer`, and the result says why."""
     path, text = checkpoints.path(ARCHITECTURES["mixtral"]), token_file(tmp_path / "t.jsonl", 6 * 24)
     moebit.quantize(path, tmp_path / "plain", recipe=small_recipe(), text={"t": text})
-    monkeypatch.setattr(layer_room, "soft_coverage", lambda *args: None)
+    monkeypatch.setattr(routing, "soft_coverage", lambda *args: None)
     result = moebit.quantize(path, tmp_path / "out", recipe={**small_recipe(), **SOFT}, text={"t": text})
     assert result.skipped == {f"calibration.coverage: {NO_SCORE}": len(result.layers)}  # type: ignore[union-attr]
     weights = {name: data for name, data in file_bytes(tmp_path / "out").items() if name.endswith(".safetensors")}

@@ -20,6 +20,7 @@ from moebit.formats.opening import open_checkpoint
 from moebit.profiling import prepare
 from moebit.profiling import profile as profiling
 from moebit.quantize import run as pipeline
+from moebit.quantize.report import Result
 from moebit.runtime import use
 from tests.support.models import ARCHITECTURES, EXPERTS, INTERMEDIATE, Architecture, Checkpoints, Reference, quiet, windows
 from tests.support.outputs import file_bytes, quantization, read_stack, stored_tensors
@@ -46,10 +47,10 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return result
 
 
-def quantized(path: Path, out: Path, texts: dict[str, Path], **options: Any) -> pipeline.Result:
+def quantized(path: Path, out: Path, texts: dict[str, Path], **options: Any) -> Result:
     known = {name: texts[name] for name in ("low", "high")}
     result = moebit.quantize(path, out, **{"recipe": RECIPE, "text": known, **options})
-    assert isinstance(result, pipeline.Result)
+    assert isinstance(result, Result)
     return result
 
 
@@ -140,7 +141,7 @@ def test_an_interrupted_profile_goes_on(
     monkeypatch.setattr(profiling, "run_pass", stop)
     with pytest.raises(KeyboardInterrupt):
         quantized(checkpoints.path(MIXTRAL), out, texts)
-    monkeypatch.setattr(pipeline.LayerJob, "run", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(pipeline, "quantize_layer", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         quantized(checkpoints.path(MIXTRAL), out, texts, resume=True)
     assert len(passes) == 3
@@ -319,7 +320,7 @@ def test_what_adapt_refuses(checkpoints: Checkpoints, output: Path, texts: dict[
     plain = moebit.quantize(
         checkpoints.path(MIXTRAL), tmp_path / "plain", recipe={"weights": {"group_size": -1}, "solver": {"method": "rtn"}}
     )
-    assert isinstance(plain, pipeline.Result)
+    assert isinstance(plain, Result)
     with pytest.raises(BadInputError, match=r"no switch\.safetensors"):
         moebit.adapt(plain.path, text=text, to=tmp_path / "x", **SIZES)
     without = quantized(checkpoints.path(MIXTRAL), tmp_path / "w", texts, overrides={"switching.share": 0}).path

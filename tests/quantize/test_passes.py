@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import moebit
 from moebit.calibration import statistics
 from moebit.model import experts
-from moebit.quantize import layer, layer_inputs
+from moebit.quantize import chunk
+from moebit.quantize import statistics as group_statistics
 from moebit.streaming import budget
 from tests.support.models import ARCHITECTURES, TOP_K, Architecture, Checkpoints
 from tests.support.outputs import small_recipe, token_file
@@ -54,10 +55,10 @@ def test_passes(architecture: Architecture, checkpoints: Checkpoints, tmp_path: 
 
         return run
 
-    monkeypatch.setattr(layer_inputs, "intermediate", counted("first", experts.intermediate))
-    monkeypatch.setattr(layer_inputs, "finish", counted("down", experts.finish))
+    monkeypatch.setattr(chunk, "intermediate", counted("first", experts.intermediate))
+    monkeypatch.setattr(chunk, "finish", counted("down", experts.finish))
     monkeypatch.setattr(statistics, "intermediate", counted("sample", experts.intermediate))
-    monkeypatch.setattr(layer, "ROWS", 100)
+    monkeypatch.setattr(group_statistics, "ROWS", 100)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     moebit.quantize(
         checkpoints.path(architecture), tmp_path / "out", recipe=small_recipe(samples=SAMPLES, seq_len=LENGTH), text=[str(text)]
@@ -87,7 +88,7 @@ def test_passes_over_several_batches(checkpoints: Checkpoints, tmp_path: Path, m
             checkpoints.path(ARCHITECTURES["mixtral"]), out, recipe=small_recipe(samples=SAMPLES, seq_len=LENGTH), text=[str(text)]
         )
         weights.append({file.name: file.read_bytes() for file in out.glob("*.safetensors")})
-        monkeypatch.setattr(layer.LayerJob, "_last_before_experts", lambda job, number: False)
+        monkeypatch.setattr(group_statistics, "last_before_experts", lambda *args: False)
     once = SAMPLES + 2 * (SAMPLES // 3)  # the first batch to look, and to see how the layer adds the experts' outputs
     twice = 2 * SAMPLES + SAMPLES // 3
     assert sum(attended) == 2 * (once + twice)

@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import moebit
 from moebit.errors import BadInputError, InterruptedWorkError
 from moebit.formats import output
-from moebit.plan.plan import BitPlan, Plan
-from moebit.quantize import layer
-from moebit.quantize import run as pipeline
+from moebit.plan.bitplan import BitPlan
+from moebit.plan.plan import Plan
+from moebit.quantize import solve as solving
+from moebit.quantize.report import Result
 from moebit.storage.files import ShardFile
 from tests.support import reference
 from tests.support.models import (
@@ -76,10 +77,10 @@ def exact_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return token_file(tmp_path_factory.mktemp("text") / "exact.jsonl", SAMPLES * LENGTH, seed=5)
 
 
-def quantize(model: Path, out: Path, text: Path | None, **options: Any) -> pipeline.Result:
+def quantize(model: Path, out: Path, text: Path | None, **options: Any) -> Result:
     options = {"recipe": GPTQ, "text": {"t": text} if text else (), **options}
     result = moebit.quantize(model, out, **options)
-    assert isinstance(result, pipeline.Result)
+    assert isinstance(result, Result)
     return result
 
 
@@ -544,7 +545,7 @@ def fail(*args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize("where", ["solver", "shard", "finish"])
 def test_a_failure_leaves_no_output(where: str, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if where == "solver":
-        monkeypatch.setattr(layer, "solve_rtn", fail)
+        monkeypatch.setattr(solving, "solve_rtn", fail)
     elif where == "shard":
         monkeypatch.setattr(ShardFile, "finish", fail)
     else:

@@ -28,8 +28,7 @@ from moebit.errors import BadInputError
 from moebit.formats.opening import open_checkpoint
 from moebit.model.opening import open_hub_checkpoint
 from moebit.plan.plan import Plan
-from moebit.quantize.run import checkpoint_fingerprint
-from moebit.storage.checkpoint import Checkpoint
+from moebit.storage.checkpoint import Checkpoint, checkpoint_fingerprint
 from moebit.storage.files import TensorEntry
 from moebit.storage.hub import HubWeights
 from moebit.storage.shipped import entries as shipped_entries

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import moebit
-from moebit.plan.plan import BitPlan, Plan
+from moebit.plan.bitplan import BitPlan
+from moebit.plan.plan import Plan
 from tests.support.models import VOCABULARY, Architecture, Checkpoints, Reference, quiet
 from tests.support.reference import unpack_row
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from moebit.errors import BadInputError
 from moebit.formats import compressed_tensors, native
 from moebit.model.experts import ExpertsLayout
 from moebit.model.inputs import Activations
 from moebit.storage.edits import EditedWeights
 from moebit.storage.files import Entry, ShardFile, TensorSpec, pieces
+from moebit.storage.weights import Weights
 from moebit.tensor import QTensor
 from moebit.tensor.blocks import BlockTransform
 
@@ -21,15 +23,41 @@ Modules = Mapping[str, Mapping[str, native.PackedSpec]]
 
 
 class Sink(ABC):
-    """How the tensors of a model are written.
+    """How a format stores a model: what a plan asks before the work (on the class), and how tensors are written (on an instance).
 
     Attributes:
+        holds_activations: whether the output says itself how inputs are rounded and transformed (plan/inputs.py).
         weights: the checkpoint. modules: what is quantized, {"": spec} for a linear, {projection: spec} for experts.
-        activations: what happens to the inputs of that; only the native format has any.
+        activations: what happens to the inputs of that; only formats that hold activations have any.
     """
+
+    holds_activations: ClassVar[bool] = False
 
     def __init__(self, weights: EditedWeights, modules: Modules, activations: Activations | None = None) -> None:
         self.weights, self.modules, self.activations = weights, modules, activations or Activations()
+
+    @classmethod  # noqa: B027 - most formats hold everything
+    def check(cls, weights: Weights, modules: Modules) -> None:
+        """Refuse what the format cannot hold.
+
+        Raises:
+            BadInputError: naming the module and the reason.
+        """
+
+    @classmethod
+    @abstractmethod
+    def nbytes(cls, spec: native.PackedSpec, dtype: torch.dtype) -> int:
+        """Bytes of the stored tensors of a stack of matrices whose weights are of type `dtype` in the checkpoint."""
+
+    @classmethod
+    def average_bits(cls, modules: Modules) -> float:
+        """8 x bytes of codes, scales and zero points / number of weights that they stand for."""
+        return native.average_bits(modules)
+
+    @classmethod
+    def input_bits(cls, bits: int) -> int:
+        """What an engine rounds the inputs of a matrix to, as a part of how the matrix is stored, where a recipe asks for `bits`."""
+        return 16
 
     def parameters(self, prefix: str) -> list[str]:
         """Stored parameters below a module name, in a stable order."""
@@ -75,6 +103,12 @@ class Sink(ABC):
 class NativeSink(Sink):
     """Packed codes under the transformers module's own names (docs/format.md)."""
 
+    holds_activations = True
+
+    @classmethod
+    def nbytes(cls, spec: native.PackedSpec, dtype: torch.dtype) -> int:
+        return sum(tensor.nbytes for tensor in spec.specs("").values())  # the widths of stacked matrices included
+
     def specs(self, names: list[str]) -> dict[str, TensorSpec]:
         result = {name: self.weights.spec(name) for name in self.plain(names)}
         owners = {name.rpartition(".")[0] for name in names}
@@ -115,6 +149,19 @@ class NativeSink(Sink):
 class DenseSink(Sink):
     """Dequantized weights in the checkpoint's own types, names and shapes, for programs that know no packed format."""
 
+    @classmethod
+    def check(cls, weights: Weights, modules: Modules) -> None:
+        # The checkpoint's own tensors are written, so that each must stand for one parameter.
+        for parameter, others in weights.stored_together().items():
+            if parameter.rpartition(".")[0] in modules:
+                raise BadInputError(
+                    f"format dense: {parameter} is stored in one tensor with {', '.join(others)}; write the native format instead"
+                )
+
+    @classmethod
+    def nbytes(cls, spec: native.PackedSpec, dtype: torch.dtype) -> int:
+        return spec.weights * dtype.itemsize
+
     def specs(self, names: list[str]) -> dict[str, TensorSpec]:
         return {stored: self.weights.entries[stored].spec for name in names for stored in self.weights.stored_names(name)}
 
@@ -145,6 +192,22 @@ class DenseSink(Sink):
 
 class CompressedTensorsSink(Sink):
     """Packed matrices under the checkpoint's own names, for engines that know nothing of moebit (formats/compressed_tensors.py)."""
+
+    @classmethod
+    def check(cls, weights: Weights, modules: Modules) -> None:
+        compressed_tensors.check(weights, modules)
+
+    @classmethod
+    def nbytes(cls, spec: native.PackedSpec, dtype: torch.dtype) -> int:
+        return compressed_tensors.nbytes(spec)
+
+    @classmethod
+    def average_bits(cls, modules: Modules) -> float:
+        return compressed_tensors.average_bits(modules)
+
+    @classmethod
+    def input_bits(cls, bits: int) -> int:
+        return bits
 
     def __init__(self, weights: EditedWeights, modules: Modules, activations: Activations | None = None) -> None:
         super().__init__(weights, modules, activations)

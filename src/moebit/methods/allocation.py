@@ -112,7 +112,7 @@ def fuzzy_widths(j_layers: list[Tensor], clusters: int, sizes_NK: Tensor, weight
 
 
 def in_order(choice_LE: Tensor, j_LE: Tensor) -> Tensor:
-    """The same widths, each layer's handed out in the order of J.
+    """The chosen widths, handed out within each layer in the order of J.
 
     Memberships are not monotone: of an expert beyond the outermost centre all of them grow alike the further it lies, so that a strong
     tilt could pass it over. Ties keep the lower number first.

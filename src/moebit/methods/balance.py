@@ -23,20 +23,21 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from moebit.calibration.text import TokenText
 
-
-def further_windows(texts: Sequence[TokenText], samples: int, length: int, seed: int, times: int) -> Tensor:
+def further_windows(texts: Sequence[Tensor], samples: int, length: int, seed: int, times: int) -> Tensor:
     """int64 [P, length]: windows that `calibration_windows` with the same arguments leaves, at most `times` as many as it takes.
 
-    In the order in which they are drawn: one of every text in turn.
+    They are in the order in which they are drawn: one of every text in turn.
+
+    Args:
+        texts: int64 token ids of each text.
     """
     generator = torch.Generator().manual_seed(seed)
     columns: list[list[Tensor]] = []
     for number, text in enumerate(texts):
         share = samples // len(texts) + (number < samples % len(texts))
-        available = len(text.ids) // length
-        windows = text.ids[: available * length].view(available, length)
+        available = len(text) // length
+        windows = text[: available * length].view(available, length)
         order = torch.randperm(available, generator=generator)
         columns.append(list(windows[order[share : (1 + times) * share]]))
     drawn = [window for row in zip_longest(*columns) for window in row if window is not None]
@@ -58,7 +59,7 @@ class Drawn:
     ids: Tensor
 
     def describe(self) -> dict[str, object]:
-        """For the report."""
+        """What the report says of it."""
         return {
             "wanted": self.wanted,
             "short_before": int((self.before < self.wanted).sum()),

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moebit.methods.held_out import held_out_rows
 from moebit.tensor import add_second_moment, mirror_
 from moebit.tensor.linalg import ridge
 
 MUS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # shares of the mean diagonal that are tried
-HELD_OUT = 4  # every fourth window
 PIECE = 4096  # tokens at a time
 
 
@@ -52,14 +52,6 @@ def margin_weights(logits_TE: Tensor, top_k: int) -> Tensor:
     gap = ranked[:, top_k - 1] - ranked[:, top_k]
     weights = 1 / (gap + gap.mean().clamp(min=1e-12))
     return weights / weights.mean()
-
-
-def held_out_rows(tokens: int, length: int) -> Tensor:
-    """bool [T]: every fourth window of `length` tokens; the last quarter where there are fewer than four windows."""
-    number = torch.arange(tokens) // length
-    if tokens // length >= HELD_OUT:
-        return number % HELD_OUT == HELD_OUT - 1
-    return torch.arange(tokens) >= tokens - tokens // HELD_OUT
 
 
 def realign(
@@ -98,7 +90,7 @@ def _pieces(rows_T: Tensor) -> Iterator[Tensor]:
 
 
 def _correction(h_NN: Tensor, cross_EN: Tensor, mu: float) -> Tensor:
-    """[E, N] float32, computed in float64: what is added to the router's weight."""
+    """[E, N] the ridge regression in float64."""
     return ridge(h_NN.double().unsqueeze(0), cross_EN.unsqueeze(0), mu)[0].float()
 
 

@@ -32,6 +32,8 @@ TABLE_VALUES = 2**24  # logit errors (tokens x experts x ratios) that are looked
 SCORED_TOKENS = 4096  # enough to tell score functions apart
 MAX_MISFIT = 0.1  # of a score function; the rounding of affinities computed in bf16 stays well below
 MAX_SWEEPS = 4
+NOT_ONCE = "the router is not called once for every token"  # why nothing can be said of one, in reports
+NO_SCORE = "what the router makes of its logits is not recognised"
 
 # What a router makes of a logit, in the logarithm: probabilities are the softmax of it, and so are affinities among the chosen.
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -39,6 +41,18 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": functional.logsigmoid,
     "sqrt-softplus": lambda z: functional.softplus(z).clamp(min=1e-30).log() / 2,
 }
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How the divergence of routing probabilities counts in L.
+
+    Attributes:
+        share: a, how many of the experts that are not chosen count one by one. weight: lambda.
+    """
+
+    share: float = 0.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -115,15 +129,14 @@ def kl_top(u_TE: Tensor, uq_TE: Tensor, top_TE: Tensor) -> Tensor:
 
 
 def align_router(
-    w_EH: Tensor, x_TH: Tensor, ids_Tk: Tensor, bits: int, *, score: str, bias_E: Tensor | None, share: float, weight: float,
-    stored: torch.dtype,
+    w_EH: Tensor, x_TH: Tensor, ids_Tk: Tensor, bits: int, *, score: str, bias_E: Tensor | None, counted: Divergence, stored: torch.dtype,
 ) -> AlignedRouter:  # fmt: skip
     """Round a router's weight, its clipping ratios chosen by L.
 
     Args:
         w_EH: the weight. x_TH: what arrives at it. ids_Tk: what the model chooses with it.
         bits: 2 to 8. score: one of `SCORES`. bias_E: added to the logits, not rounded.
-        share: a, how many of the experts that are not chosen count one by one. weight: lambda.
+        counted: how the divergence of the probabilities counts in L.
         stored: the type that the result is rounded to, before it is judged.
     """
     w, x, ids = w_EH.float(), *_sample(x_TH, ids_Tk, len(w_EH))
@@ -132,7 +145,8 @@ def align_router(
     table = torch.stack([x @ (q.float() - w).T for q in candidates], 2)  # [T, E, R] errors of the logits
     z = logits.double() if bias_E is None else logits.double() + bias_E.double()
     log_score = SCORES[score]
-    descent = _Descent(z, log_score, table, top_experts(log_score(z), ids, share), float(logits.double().square().sum()), weight)
+    top, energy = top_experts(log_score(z), ids, counted.share), float(logits.double().square().sum())
+    descent = _Descent(z, log_score, table, top, energy, counted.weight)
     common = [descent.loss(torch.full((len(w),), r)) for r in range(len(CLIP_RATIOS))]
     chosen, loss, sweeps = descent.run(torch.full((len(w),), common.index(min(common))))
     value = torch.stack([candidates[r][e] for e, r in enumerate(chosen.tolist())])
@@ -147,8 +161,15 @@ def rounded(w_EH: Tensor, ratio: float, bits: int, stored: torch.dtype) -> Tenso
     return (scale * (codes.float() - zero))[0].to(stored)
 
 
+def search_rounded(w_EH: Tensor, bits: int, stored: torch.dtype) -> Tensor:
+    """[E, H] in `stored`: rounded to nearest, each row with the clipping ratio whose rounding error is least; looks at no tokens."""
+    candidates = torch.stack([rounded(w_EH, ratio, bits, stored) for ratio in CLIP_RATIOS])
+    best = (candidates.float() - w_EH.float()).square().sum(2).argmin(0)
+    return candidates[best, torch.arange(len(w_EH))]
+
+
 def _sample(x_TH: Tensor, ids_Tk: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """As many tokens, evenly spaced, as the table has room for."""
+    """(inputs, chosen experts) of as many tokens, evenly spaced, as the table has room for."""
     rows = evenly_spaced(len(x_TH), max(1, TABLE_VALUES // (experts * len(CLIP_RATIOS))))
     return x_TH[rows].float(), ids_Tk[rows]
 

@@ -24,12 +24,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots, gating_slopes, grouped_linear
+from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots
 from moebit.tensor import add_second_moment, mirror_
 
 TOKENS = 4096  # looked at together
@@ -54,7 +53,7 @@ class ExpertEvidence:
 
     @classmethod
     def zeros(cls, layout: ExpertsLayout, weights: ExpertWeights, errors: bool) -> ExpertEvidence:
-        """For the experts of `weights`; `errors`: with the second moments that errors are measured with."""
+        """Nothing seen yet of the experts of `weights`; with `errors`, second moments are added up, too, which errors are measured with."""
         count = len(weights.down)
         norm = torch.linalg.vector_norm(weights.down.float(), dim=1)
         result = cls(layout, norm, torch.zeros(count, layout.intermediate))
@@ -65,25 +64,24 @@ class ExpertEvidence:
                 result.rows[projection] = torch.zeros(count, layout.intermediate)
         return result
 
-    def add(self, module: Any, x_SH: Tensor, weights: ExpertWeights, slots: Slots) -> Tensor:
-        """Add routed slots, sorted by expert; returns [S, I], what enters down.
+    def add(self, x_SH: Tensor, h_SI: Tensor, slope_SO: Tensor | None, slots: Slots) -> None:
+        """Add routed slots, sorted by expert.
 
         Args:
-            module: the experts module, for its gating. x_SH: the slots' inputs. slots: theirs, counting from the chunk's first expert.
+            x_SH: the slots' inputs. h_SI: what enters down. slope_SO: the slope of h in every output of the first projections; needed
+                where errors are wanted. slots: the slots, counting from the chunk's first expert.
         """
-        h_SI, slope = _through_first(module, x_SH, weights, slots.bounds, bool(self.moments))
         expert_S = torch.arange(len(self.down_norm)).repeat_interleave(torch.tensor(slots.bounds).diff())
         g_S = slots.affinity.float()
         brought = h_SI.float().abs() * g_S.abs().unsqueeze(1) * self.down_norm[expert_S]
         self.significance.index_add_(0, expert_S, brought)
-        if slope is not None:
+        if slope_SO is not None:
             scale = (g_S.unsqueeze(1) * self.down_norm[expert_S]).square()
             for projection, rows in self.rows.items():
-                w_SI = slope[:, self.layout.rows(projection)].float().square() * scale
+                w_SI = slope_SO[:, self.layout.rows(projection)].float().square() * scale
                 rows.index_add_(0, expert_S, w_SI)
                 self._add_moment(projection, x_SH, w_SI.sum(1), slots.bounds)
             self._add_moment("down_proj", h_SI, g_S.square(), slots.bounds)
-        return h_SI
 
     def _add_moment(self, projection: str, x_SN: Tensor, w_S: Tensor, bounds: list[int]) -> None:
         for c, (low, high) in enumerate(pairwise(bounds)):
@@ -93,15 +91,6 @@ class ExpertEvidence:
     def moment(self, projection: str) -> Tensor:
         """[C, N, N] complete; takes the place of the sums."""
         return mirror_(self.moments[projection])
-
-
-def _through_first(module: Any, x_SH: Tensor, weights: ExpertWeights, bounds: list[int], slopes: bool) -> tuple[Tensor, Tensor | None]:
-    """(h [S, I], its slope in every output of the first projections [S, 2I or I]); gating works channel by channel."""
-    out = grouped_linear(x_SH, weights.first, weights.first_bias, bounds)
-    if slopes:
-        return gating_slopes(module, out)
-    h: Tensor = module._apply_gate(out) if module.has_gate else module.act_fn(out)
-    return h, None
 
 
 def output_error(dw_COI: Tensor, moment_CII: Tensor, rows_CO: Tensor | None = None) -> Tensor:
@@ -120,13 +109,6 @@ def coactivation(ids_Tk: Tensor, experts: int) -> Tensor:
         chosen = torch.zeros(len(ids), experts).scatter_(1, ids, 1.0)
         total += (chosen.T @ chosen).double()
     return total.round().to(torch.int64)
-
-
-def redundancy(coactivation_EE: Tensor) -> Tensor:
-    """float64 [E, E] overlap of token sets, |A and B| / |A or B|; 0 where neither has tokens."""
-    both, own = coactivation_EE.double(), coactivation_EE.diagonal().double()
-    either = own[:, None] + own[None, :] - both
-    return torch.where(either > 0, both / either.clamp(min=1), torch.zeros_like(both))
 
 
 def channel_shares(significance: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ OUTLIER_POWER = 0.7
 LOW_QUANTILE, HIGH_QUANTILE, REACH = 0.35, 0.65, 1.5
 
 
-def smooth(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
+def smooth_scale(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
     """`a^alpha / w^(1 - alpha)`, elementwise; both floored."""
     return activation.double().clamp(min=FLOOR) ** alpha / weight.double().clamp(min=FLOOR) ** (1 - alpha)
 

@@ -22,14 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebit.calibration.statistics import layer_sample
 from moebit.methods.router import probabilities
 from moebit.model.experts import RoutedTokens
 from moebit.tensor import add_second_moment, mirror_
+from moebit.tensor.spacing import evenly_spaced
 
-SAMPLE, PIECE = 4096, 512
-NOT_ONCE = "the router is not called once for every token"
-NO_SCORE = "what the router makes of its logits is not recognised"
+SAMPLE, PIECE = 4096, 512  # tokens that the moments are taken over, and at a time
 
 
 @dataclass(frozen=True)
@@ -55,17 +53,18 @@ class SoftCoverage:
         return mirror_(sums)
 
 
-def soft_coverage(x_TN: Tensor, weight_EN: Tensor, bias_E: Tensor | None, routed: RoutedTokens) -> SoftCoverage | None:
+def soft_coverage(x_TN: Tensor, weight_EN: Tensor, bias_E: Tensor | None, routed: RoutedTokens, sample_S: Tensor) -> SoftCoverage | None:
     """Ask a router about all its experts; None where it is not recognised how it makes affinities of logits.
 
     Args:
         x_TN: what arrived at the router. weight_EN, bias_E: the router's. routed: what it decided.
+        sample_S: the tokens that go through each expert.
     """
 
     def share(rows: Tensor) -> Tensor | None:
         p = probabilities(x_TN[rows], weight_EN, bias_E, routed.ids[rows], routed.weights[rows])
         return None if p is None else (p / p.sum(0).clamp(min=torch.finfo(p.dtype).tiny)).float()
 
-    positions = layer_sample(len(x_TN), SAMPLE)
-    shares, through = share(positions), share(layer_sample(len(x_TN)))
+    positions = evenly_spaced(len(x_TN), SAMPLE)
+    shares, through = share(positions), share(sample_S)
     return None if shares is None or through is None else SoftCoverage(positions, shares, through)

@@ -2,103 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
-import hashlib
-import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from moebit.calibration.statistics import LAYER_SAMPLE
 from moebit.errors import BadInputError
-from moebit.formats import compressed_tensors
 from moebit.formats.engines import ANY, Verdict, check_engine, verdicts
 from moebit.formats.inputs_config import describe_activations
-from moebit.formats.native import PackedSpec, average_bits
-from moebit.methods.awq import SAMPLE
-from moebit.methods.drift import MUS
-from moebit.methods.online import search_flops
+from moebit.formats.native import PackedSpec
+from moebit.formats.sink import SINKS, Sink
 from moebit.model.inputs import Activations
 from moebit.model.proof.router import not_linear
 from moebit.model.reach import Reach, expert_reach
-from moebit.model.structure import LayerSites, Structure
+from moebit.model.structure import LayerSites, MoESite, Structure
+from moebit.plan.bitplan import BitPlan
+from moebit.plan.estimate import budget, output_size, seconds, stored_dtype
 from moebit.plan.inputs import ActivationPlan, plan_activations
 from moebit.plan.transforms import NO_TRANSFORMS, Transforms
-from moebit.recipe import BIT_WIDTHS, Recipe
+from moebit.recipe import Recipe
 from moebit.storage.checkpoint import Checkpoint
-from moebit.streaming.budget import Budget, make_budget
+from moebit.streaming.budget import Budget
 
-FLOPS_PER_THREAD = 50e9  # float32 products on an AVX-512 core, cautiously; only for the time estimate
-
-
-@dataclass(frozen=True)
-class BitPlan:
-    """Bit widths that differ from the recipe's, by full module name. Specified in docs/format.md; a person can edit it.
-
-    Attributes:
-        experts: experts module -> projection -> one width, or one per expert.
-        linears: linear -> width.
-    """
-
-    experts: Mapping[str, Mapping[str, int | list[int]]]
-    linears: Mapping[str, int]
-
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps([self.experts, self.linears], sort_keys=True).encode()).hexdigest()
-
-    def widths(self, name: str, projection: str, count: int, default: int) -> tuple[int, ...]:
-        """One width per expert.
-
-        Raises:
-            BadInputError: not as many as there are experts, or a width that does not exist.
-        """
-        bits = self.experts.get(name, {}).get(projection, default)
-        if not isinstance(bits, int | list):
-            raise BadInputError(f"plan: {name}.{projection}: expected a width or a list of widths, got {bits!r}")
-        result = (bits,) * count if isinstance(bits, int) else tuple(bits)
-        if len(result) != count:
-            raise BadInputError(f"plan: {name}.{projection} has {len(result)} widths for {count} experts")
-        return _check_widths(f"{name}.{projection}", result)
-
-
-def _check_widths(name: str, widths: tuple[int, ...]) -> tuple[int, ...]:
-    for number, width in enumerate(widths):
-        if type(width) is not int or width not in BIT_WIDTHS:
-            raise BadInputError(f"plan: {name}, entry {number}: {width!r} bits; choose one of {', '.join(map(str, BIT_WIDTHS))}")
-    return widths
-
-
-def load_bit_plan(file: str | Path) -> BitPlan:
-    """Read a plan file.
-
-    Raises:
-        BadInputError: no such file, not JSON, another version, unknown keys.
-    """
-    path = Path(file)
-    if not path.is_file():
-        raise BadInputError(f"--plan: no such file: {path}")
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
-        raise BadInputError(f"--plan {path}: not valid JSON ({error})") from error
-    if (
-        not isinstance(data, dict)
-        or data.get("version") != 1
-        or not isinstance(data.get("experts", {}), dict)
-        or not isinstance(data.get("linears", {}), dict)
-    ):
-        raise BadInputError(f'--plan {path}: expected {{"version": 1, "experts": {{...}}, "linears": {{...}}}} as docs/format.md has it')
-    unknown = sorted(set(data) - {"version", "made", "experts", "linears"})
-    wrong = [name for name, parts in data.get("experts", {}).items() if not isinstance(parts, dict)]
-    if unknown or wrong:
-        what = f"unknown key {unknown[0]!r}" if unknown else f"{wrong[0]}: expected {{projection: width or list of widths}}"
-        raise BadInputError(f"--plan {path}: {what}; docs/format.md has the form")
-    return BitPlan(data.get("experts", {}), data.get("linears", {}))
+DEFAULT_MEMORY = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -135,18 +61,22 @@ class Plan:
 
     @property
     def activations(self) -> Activations:
+        """What happens to inputs, for those who run the output."""
         return self.inputs.activations
 
     @property
     def chunk(self) -> dict[int, int]:
+        """Experts in memory at a time, by layer."""
         return self.budget.chunk
 
     @property
     def peak_bytes(self) -> int:
+        """An estimate of the process's peak memory."""
         return self.budget.peak_bytes
 
     @property
     def spill(self) -> bool:
+        """Whether the hidden states go to a file."""
         return self.budget.spill
 
     @property
@@ -156,12 +86,11 @@ class Plan:
 
     @property
     def average_bits(self) -> float:
-        return (
-            compressed_tensors.average_bits(self.modules) if self.recipe.format == compressed_tensors.METHOD else average_bits(self.modules)
-        )
+        """8 x bytes of what is quantized / number of weights."""
+        return SINKS[self.recipe.format].average_bits(self.modules)
 
     def describe(self) -> dict[str, Any]:
-        """For JSON."""
+        """The plan as values that JSON knows, for people and programs."""
         return {
             "size_bytes": self.size_bytes,
             "average_bits": self.average_bits,
@@ -177,17 +106,17 @@ class Plan:
             "engines": {name: verdict.describe() for name, verdict in self.engines.items()},
             **({"transforms": self.transforms.describe()} if self.transforms else {}),
             **({"routers": self._describe_routers()} if self.routers else {}),
-            **({"activations": _describe_inputs(self.inputs)} if self.recipe.activations.rounded or self.activations else {}),
+            **({"activations": self._describe_inputs()} if self.recipe.activations.rounded or self.activations else {}),
         }
 
     def _describe_routers(self) -> dict[str, Any]:
         left = {self.structure.layers[index].name: reason for index, reason in self.routers.items() if reason}
         return {"changed": len(self.routers) - len(left), "left": left}
 
-
-def _describe_inputs(inputs: ActivationPlan) -> dict[str, Any]:
-    """What happens to activations, for people and JSON: names of layers and counts instead of every module."""
-    return {**describe_activations(inputs.activations), "inputs_only": inputs.inputs_only, "untransformed": inputs.untransformed}
+    def _describe_inputs(self) -> dict[str, Any]:
+        """What happens to activations: names of layers and counts instead of every module."""
+        inputs = self.inputs
+        return {**describe_activations(inputs.activations), "inputs_only": inputs.inputs_only, "untransformed": inputs.untransformed}
 
 
 def make_plan(
@@ -210,83 +139,23 @@ def make_plan(
         BadInputError: a group size that does not divide (naming the layer and what would), an ignore pattern that matches nothing,
             a format that cannot hold it, an engine that cannot run it.
     """
-    bits = bits or BitPlan({}, {})
-    linears: dict[str, PackedSpec] = {}
-    experts: dict[str, dict[str, PackedSpec]] = {}
-    coverage = expert_reach(checkpoint, structure)
-    kept: dict[str, str] = {name: why for name, (_, why) in coverage.left.items()}
-    used: set[str] = set()
-    for layer in structure.layers:
-        kept |= {f"{layer.name}.{name}": reason for name, reason in layer.kept.items()}
-        for name in (name for group in layer.groups for name in group.names):
-            full = f"{layer.name}.{name}"
-            pattern = next((p for p in recipe.weights.ignore if fnmatch.fnmatch(full, p)), None)
-            if pattern:
-                used.add(pattern)
-                kept[full] = f"ignored ({pattern})"
-            elif recipe.weights.scope == "experts":
-                kept[full] = "scope: experts"
-            else:
-                module = checkpoint.model.get_submodule(full)
-                widths = _check_widths(full, (bits.linears.get(full, recipe.weights.bits),))
-                shape = (int(module.out_features), int(module.in_features))
-                linears[full] = _spec(recipe, full, shape, widths, _dtype(checkpoint, f"{full}.weight"), stacked=False)
-        if layer.moe:
-            full = layer.experts
-            pattern = next((p for p in recipe.weights.ignore if fnmatch.fnmatch(full, p)), None)
-            if pattern:
-                used.add(pattern)
-                kept[full] = f"ignored ({pattern})"
-                continue
-            layout = layer.moe.layout
-            experts[full] = {
-                p: _spec(
-                    recipe,
-                    f"{full}.{p}",
-                    layout.features(p),
-                    bits.widths(full, p, layout.experts, recipe.weights.bits),
-                    _dtype(checkpoint, f"{full}.{p if p == 'down_proj' else layout.first}"),
-                    stacked=True,
-                )
-                for p in layout.projections
-            }
-    _check_names(bits, linears, experts)
-    _check_dense(checkpoint, recipe, [*linears, *experts])
-    unused = sorted(set(recipe.weights.ignore) - used)
-    if unused:
-        raise BadInputError(
-            f"weights.ignore: {unused[0]!r} matches no linear and no experts of this model "
-            f"(names look like {next(iter(linears or experts))!r})"
-        )
-    if not linears and not experts:
-        raise BadInputError("this recipe quantizes nothing in this model: everything is ignored")
-    modules = {**{name: {"": spec} for name, spec in linears.items()}, **experts}
-    if recipe.format == compressed_tensors.METHOD:
-        compressed_tensors.check(checkpoint.weights, modules)
+    sink, coverage = SINKS[recipe.format], expert_reach(checkpoint, structure)
+    choice = _Chooser(checkpoint, recipe, bits or BitPlan(), sink).choose(structure)
+    choice.check(bits or BitPlan(), recipe)
+    modules, merged = choice.modules, tuple(checkpoint.weights.merged())
+    sink.check(checkpoint.weights, modules)
     inputs = plan_activations(checkpoint.model, structure, recipe, modules)
-    engines = verdicts(recipe.format, modules, structure, checkpoint.weights.merged(), inputs.activations)
+    engines = verdicts(recipe.format, modules, structure, merged, inputs.activations)
     check_engine(engine, engines)
-    tokens = recipe.calibration.samples * recipe.calibration.seq_len if recipe.needs_calibration else 0
-    tokens *= 1 + recipe.calibration.pool if recipe.calibration.balance != "none" else 1
     return Plan(
         recipe,
         structure,
-        linears,
-        experts,
-        kept,
-        _output_size(checkpoint, linears, experts, recipe) + sum(spec.nbytes for spec in inputs.activations.transforms.values()),
-        make_budget(
-            checkpoint,
-            structure,
-            memory,
-            tokens,
-            length=recipe.calibration.seq_len,
-            solve=True,
-            hessians=recipe.needs_hessians,
-            streams=1 + recipe.needs_reference,
-            drift=recipe.solver.drift != "none",
-        ),
-        _seconds(checkpoint, structure, recipe, tokens) + _search_seconds(inputs.activations),
+        choice.linears,
+        choice.experts,
+        {name: why for name, (_, why) in coverage.left.items()} | choice.kept,
+        output_size(checkpoint, modules, sink, inputs.activations),
+        budget(checkpoint, structure, recipe, memory),
+        seconds(checkpoint, structure, recipe, inputs.activations),
         coverage,
         engines,
         tuple(checkpoint.weights.unused),
@@ -296,6 +165,107 @@ def make_plan(
     )
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """What is quantized, and how.
+
+    Attributes:
+        kept: what is not, with the reason. used: patterns of `weights.ignore` that matched something.
+    """
+
+    linears: dict[str, PackedSpec] = field(default_factory=dict)
+    experts: dict[str, dict[str, PackedSpec]] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+    @property
+    def modules(self) -> dict[str, dict[str, PackedSpec]]:
+        return {**{name: {"": spec} for name, spec in self.linears.items()}, **self.experts}
+
+    def check(self, bits: BitPlan, recipe: Recipe) -> None:
+        """Refuse widths and patterns that mean nothing here, and a recipe that quantizes nothing."""
+        bits.check_names(self.modules)
+        unused = sorted(set(recipe.weights.ignore) - self.used)
+        if unused:
+            raise BadInputError(
+                f"weights.ignore: {unused[0]!r} matches no linear and no experts of this model "
+                f"(names look like {next(iter(self.linears or self.experts))!r})"
+            )
+        if not self.linears and not self.experts:
+            raise BadInputError("this recipe quantizes nothing in this model: everything is ignored")
+
+
+@dataclass(frozen=True)
+class _Chooser:
+    """Decides for every linear and every experts module."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    bits: BitPlan
+    sink: type[Sink]
+
+    def choose(self, structure: Structure) -> _Choice:
+        """Walk through the layers."""
+        choice = _Choice()
+        for layer in structure.layers:
+            choice.kept.update({f"{layer.name}.{name}": reason for name, reason in layer.kept.items()})
+            for group in layer.groups:
+                for name in group.names:
+                    self._linear(choice, f"{layer.name}.{name}")
+            if layer.moe:
+                self._experts(choice, layer, layer.moe)
+        return choice
+
+    def _linear(self, choice: _Choice, name: str) -> None:
+        if self._ignored(choice, name):
+            return
+        if self.recipe.weights.scope == "experts":
+            choice.kept[name] = "scope: experts"
+            return
+        module: Any = self.checkpoint.model.get_submodule(name)
+        widths, shape = self.bits.width(name, self.recipe.weights.bits), (int(module.out_features), int(module.in_features))
+        choice.linears[name] = self._spec(name, f"{name}.weight", shape, widths, stacked=False)
+
+    def _experts(self, choice: _Choice, layer: LayerSites, moe: MoESite) -> None:
+        name, layout = f"{layer.name}.{moe.experts}", moe.layout
+        if self._ignored(choice, name):
+            return
+        choice.experts[name] = {
+            p: self._spec(
+                f"{name}.{p}",
+                f"{name}.{p if p == 'down_proj' else layout.first}",
+                layout.features(p),
+                self.bits.widths(name, p, layout.experts, self.recipe.weights.bits),
+                stacked=True,
+            )
+            for p in layout.projections
+        }
+
+    def _ignored(self, choice: _Choice, name: str) -> bool:
+        pattern = next((p for p in self.recipe.weights.ignore if fnmatch.fnmatch(name, p)), None)
+        if pattern:
+            choice.used.add(pattern)
+            choice.kept[name] = f"ignored ({pattern})"
+        return pattern is not None
+
+    def _spec(self, name: str, parameter: str, shape: tuple[int, int], bits: tuple[int, ...], *, stacked: bool) -> PackedSpec:
+        """How a stack of matrices is stored.
+
+        Args:
+            name: for messages. parameter: whose type the scales get.
+        """
+        w = self.recipe.weights
+        if w.group_size != -1 and shape[1] % w.group_size:
+            fitting = [str(size) for size in (32, 64, 128, -1) if size == -1 or shape[1] % size == 0]
+            raise BadInputError(
+                f"{name}: group size {w.group_size} does not divide its {shape[1]} input channels; "
+                f"set weights.group_size to one of {', '.join(fitting)}, "
+                "or keep this module in full precision with weights.ignore"
+            )
+        dtype, input_bits = stored_dtype(self.checkpoint, parameter), self.sink.input_bits(self.recipe.activations.bits)
+        return PackedSpec(bits, shape, w.group_size, w.symmetric, dtype, stacked, w.type == "fp8", input_bits)
+
+
 def _routers(checkpoint: Checkpoint, structure: Structure) -> dict[int, str | None]:
     """By layer with experts: why its router cannot be changed, or None."""
     shared = checkpoint.weights.stored_together()
@@ -303,173 +273,6 @@ def _routers(checkpoint: Checkpoint, structure: Structure) -> dict[int, str | No
     for sites in structure.moe_layers:
         assert sites.moe is not None
         name = f"{sites.name}.{sites.moe.router}.weight"
-        together = f"it is stored in one tensor with {', '.join(shared[name])}" if name in shared else None
-        result[sites.index] = together or not_linear(checkpoint.model.get_submodule(sites.name), sites)
+        beside = f"it is stored in one tensor with {', '.join(shared[name])}" if name in shared else None
+        result[sites.index] = beside or not_linear(checkpoint.model.get_submodule(sites.name), sites)
     return result
-
-
-def _check_names(bits: BitPlan, linears: Mapping[str, PackedSpec], experts: Mapping[str, Mapping[str, PackedSpec]]) -> None:
-    known = {**{name: {"": None} for name in linears}, **experts}
-    for name, wanted in [*bits.experts.items(), *((name, None) for name in bits.linears)]:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        parts = {""} if wanted is None else set(wanted)
-        if name not in known or not parts <= set(known[name]):
-            what = name if wanted is None else f"{name} ({', '.join(wanted)})"
-            raise BadInputError(f"plan: {what} is not quantized by this recipe in this model; nearest: {near[0] if near else 'none'}")
-
-
-def _check_dense(checkpoint: Checkpoint, recipe: Recipe, names: list[str]) -> None:
-    """`dense` writes the checkpoint's own tensors, so that each must stand for one parameter."""
-    shared = checkpoint.weights.stored_together() if recipe.format == "dense" else {}
-    for parameter, others in shared.items():
-        if parameter.rpartition(".")[0] in names:
-            raise BadInputError(
-                f"format dense: {parameter} is stored in one tensor with {', '.join(others)}; write the native format instead"
-            )
-
-
-def _spec(recipe: Recipe, name: str, shape: tuple[int, int], bits: tuple[int, ...], dtype: torch.dtype, stacked: bool) -> PackedSpec:
-    w = recipe.weights
-    if w.group_size != -1 and shape[1] % w.group_size:
-        fitting = [str(size) for size in (32, 64, 128, -1) if size == -1 or shape[1] % size == 0]
-        raise BadInputError(
-            f"{name}: group size {w.group_size} does not divide its {shape[1]} input channels; "
-            f"set weights.group_size to one of {', '.join(fitting)}, "
-            "or keep this module in full precision with weights.ignore"
-        )
-    engine_rounds = recipe.activations.bits if recipe.format == compressed_tensors.METHOD else 16  # native says so apart: plan.activations
-    return PackedSpec(bits, shape, w.group_size, w.symmetric, dtype, stacked, w.type == "fp8", engine_rounds)
-
-
-def _dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    return checkpoint.weights.spec(name).dtype
-
-
-def _output_size(checkpoint: Checkpoint, linears: dict[str, PackedSpec], experts: dict[str, dict[str, PackedSpec]], recipe: Recipe) -> int:
-    total = checkpoint.weights.plain_bytes
-    if recipe.format == "dense":
-        return total
-    packed = compressed_tensors.nbytes if recipe.format == compressed_tensors.METHOD else _packed_bytes
-    for name, spec in linears.items():
-        total += packed(spec) - spec.weights * _dtype(checkpoint, f"{name}.weight").itemsize
-    for name, parts in experts.items():
-        total += sum(packed(spec) - spec.weights * _dtype(checkpoint, f"{name}.down_proj").itemsize for spec in parts.values())
-    return total
-
-
-def _packed_bytes(spec: PackedSpec) -> int:
-    """Bytes of a stack in the native format, the widths of its matrices included."""
-    return sum(tensor.nbytes for tensor in spec.specs("").values())
-
-
-def _seconds(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, tokens: int) -> float:
-    """A rough estimate from the floating-point operations of forwards, Hessians and solves."""
-    flops, drifts = 0.0, recipe.solver.drift != "none"
-    runs, moments = (2, 3) if drifts else (1, 1)  # with drift, full precision runs beside, and its difference is multiplied with the inputs
-    for layer in structure.layers:
-        for group in layer.groups:
-            for name in group.names:
-                module: Any = checkpoint.model.get_submodule(f"{layer.name}.{name}")
-                weights = module.in_features * module.out_features
-                flops += (4 + 2 * runs) * tokens * weights + _solve_flops(recipe, 1, module.out_features, module.in_features)
-            flops += moments * tokens * group.in_features**2 if recipe.needs_hessians else 0
-        if layer.moe:
-            layout = layer.moe.layout
-            slots = tokens * layer.moe.top_k
-            flops += 2 * runs * slots * layout.parameters_per_expert + moments * slots * (layout.hidden**2 + layout.intermediate**2)
-            flops += _solve_flops(recipe, layout.experts, 2 * layout.intermediate, layout.hidden)
-            flops += _solve_flops(recipe, layout.experts, layout.hidden, layout.intermediate)
-    return 1 + flops / (FLOPS_PER_THREAD * torch.get_num_threads())
-
-
-def _search_seconds(activations: Activations) -> float:
-    """Seconds that finding online transforms takes."""
-    found = [spec for spec in activations.transforms.values() if spec.kind == "duquant"]
-    return sum(search_flops(spec.channels, LAYER_SAMPLE, spec.count) for spec in found) / (FLOPS_PER_THREAD * torch.get_num_threads())
-
-
-def _solve_flops(recipe: Recipe, count: int, out: int, inputs: int) -> float:
-    search = 100 * out * inputs if recipe.solver.clip_search else 0
-    if recipe.solver.method == "rtn":
-        return float(count * (search + 10 * out * inputs))
-    if recipe.solver.method == "awq":
-        return float(count * (search + 20 * out * inputs * (10 + 2 * SAMPLE)))
-    fits = len(MUS) + 1 if recipe.solver.drift != "none" else 0
-    return float(count * (out * inputs**2 + 2 * inputs**3 + search + fits * (4 * out * inputs**2 + inputs**3 / 3)))
-
-
-NOT_IN_MODEL = "stored, but not in the model"
-
-
-def describe_structure(checkpoint: Checkpoint, structure: Structure) -> dict[str, Any]:
-    """What the model is made of, for people and JSON: layers, experts, routers, parameters and bytes by part."""
-    parts = _parts(checkpoint, structure)
-    moe = structure.moe_layers
-    first = moe[0].moe
-    assert first is not None
-    return {
-        "model": str(checkpoint.path),
-        "architecture": type(checkpoint.model).__name__,
-        "layers": len(structure.layers),
-        "moe_layers": len(moe),
-        "experts": first.layout.experts,
-        "top_k": first.top_k,
-        "hidden_size": first.layout.hidden,
-        "expert_intermediate_size": first.layout.intermediate,
-        "shared_experts": bool(first.shared),
-        "router": first.router_kind,
-        "parameters": sum(part["parameters"] for part in parts.values()),
-        "parts": parts,
-        "size_bytes": checkpoint.size_bytes,
-        "shipped": checkpoint.shipped.describe() if checkpoint.shipped else None,
-        "not_in_model": (unused := list(checkpoint.weights.unused)),
-        "not_in_model_bytes": sum(checkpoint.entries[stored].spec.nbytes for stored in unused),
-        "per_layer": [_describe_layer(layer) for layer in structure.layers],
-    }
-
-
-def _describe_layer(layer: LayerSites) -> dict[str, Any]:
-    moe = layer.moe
-    result: dict[str, Any] = {"layer": layer.index, "linears": sum(len(g.names) for g in layer.groups), "kept": layer.kept}
-    if moe:
-        result |= {"experts": moe.layout.experts, "top_k": moe.top_k, "router": moe.router_kind, "shared": list(moe.shared)}
-    return result
-
-
-def _parts(checkpoint: Checkpoint, structure: Structure) -> dict[str, dict[str, int]]:
-    """Parameters and bytes by part of the model; the bytes of all parts together are those of the safetensors files."""
-    label, weights = _labels(structure), checkpoint.weights
-    parts: dict[str, dict[str, int]] = {}
-
-    def add(part: str, parameters: int, count: int) -> None:
-        known = parts.setdefault(part, {"parameters": 0, "bytes": 0})
-        known["parameters"] += parameters
-        known["bytes"] += count
-
-    for name, parameter in checkpoint.model.named_parameters():
-        add(label(name), math.prod(parameter.shape), 0)
-    counted: set[str] = set()  # several parameters may lie in one stored tensor
-    for name in sorted(weights.available()):
-        for entry in weights.stored(name):
-            add(label(name), 0, 0 if entry.name in counted else entry.spec.nbytes)
-            counted.add(entry.name)
-    stored = {name: entry.spec.nbytes for name, entry in checkpoint.entries.items()}
-    if left := sum(count for name, count in stored.items() if name not in counted):
-        add(NOT_IN_MODEL, 0, left)
-    add("file headers", 0, checkpoint.size_bytes - sum(stored.values()) - checkpoint.beside_bytes)
-    if checkpoint.beside:
-        add(", ".join(file.name for file in checkpoint.beside), 0, checkpoint.beside_bytes)
-    return parts
-
-
-def _labels(structure: Structure) -> Callable[[str], str]:
-    """Which part of the model a parameter belongs to, by its name."""
-    labels = {}
-    for layer in structure.layers:
-        if layer.moe:
-            labels[f"{layer.experts}."] = "routed experts"
-            if layer.moe.router:
-                labels[f"{layer.name}.{layer.moe.router}."] = "routers"
-            labels |= {f"{layer.name}.{name}.": "shared experts" for name in layer.moe.shared}
-    labels |= {f"{layer.name}.": "attention and other layers" for layer in structure.layers}
-    return lambda name: next((text for prefix, text in labels.items() if name.startswith(prefix)), "embeddings, norm and head")

@@ -18,7 +18,7 @@ from moebit.formats.native import PackedSpec, average_bits
 from moebit.formats.profile import Profile, ProfiledModule
 from moebit.methods.allocation import frequency_errors, fuzzy_widths, knapsack_choice
 from moebit.methods.significance import baseline, expert_shares
-from moebit.plan.plan import BitPlan
+from moebit.plan.bitplan import BitPlan
 from moebit.profiling.profile import LADDER
 from moebit.recipe import BIT_WIDTHS
 

@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from moebit.methods.significance import ExpertEvidence, coactivation, output_error
 from moebit.model.capture import Call, observed
-from moebit.model.experts import RoutedTokens, dispatch, experts_names, finish, read_experts
+from moebit.model.experts import (
+    ExpertWeights,
+    RoutedTokens,
+    dispatch,
+    experts_names,
+    finish,
+    gating_slopes,
+    grouped_linear,
+    intermediate,
+    read_experts,
+)
 from moebit.model.structure import LayerSites, Structure
 from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.budget import Budget
@@ -123,7 +133,9 @@ class _LayerPass:
             weights = read_experts(weights_of, name, layout, start, stop, self.stream.dtype)
             evidence = ExpertEvidence.zeros(layout, weights, self.measure is not None)
             for piece in slots.pieces(start, stop, self.stream.slots):
-                h = evidence.add(module, routed.x[piece.tokens], weights, piece)
+                x = routed.x[piece.tokens]
+                h, slope = _through_first(module, x, weights, piece.bounds, self.measure is not None)
+                evidence.add(x, h, slope, piece)
                 y = finish(module, h, piece.affinity, weights, piece.bounds)
                 outputs.index_add_(0, piece.tokens, y.float())
                 self.stream.store.release()
@@ -197,6 +209,13 @@ class _LayerPass:
         if not block:
             total += sum(float(piece.double().square().sum()) for piece in outputs.split(4096))
         return total
+
+
+def _through_first(module: Any, x_SH: Tensor, weights: ExpertWeights, bounds: list[int], slopes: bool) -> tuple[Tensor, Tensor | None]:
+    """(what enters down [S, I], its slope in every output of the first projections, where it is wanted)."""
+    if not slopes:
+        return intermediate(module, x_SH, weights, bounds), None
+    return gating_slopes(module, grouped_linear(x_SH, weights.first, weights.first_bias, bounds))
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

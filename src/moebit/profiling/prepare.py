@@ -19,7 +19,8 @@ from moebit.formats.profile import Profile
 from moebit.formats.switch import SIDE_FILE, Channels, Usage, side_specs, write_side_file
 from moebit.methods.significance import expert_shares
 from moebit.methods.switching import switchable
-from moebit.plan.plan import BitPlan, Plan
+from moebit.plan.bitplan import BitPlan
+from moebit.plan.plan import Plan
 from moebit.profiling.allocate import allocate
 from moebit.profiling.passes import Progress
 from moebit.profiling.profile import run_profile
@@ -35,12 +36,12 @@ class Prepared:
 
     Attributes:
         bits: widths, None where the recipe's hold. facts: for moebit.json.
-        together: layer -> [E, E] tokens that both experts got, over the data sets, for the report.
+        coactivation: layer -> [E, E] tokens that both experts got, over the data sets, for the report.
     """
 
     bits: BitPlan | None
     facts: dict[str, Any]
-    together: dict[int, list[list[int]]]
+    coactivation: dict[int, list[list[int]]]
 
 
 def check_profile(profile: Profile, checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -82,7 +83,7 @@ def prepare(
         _record(output, checkpoint, plan, bits, profile)
         known = output.entries[-1]
     chosen = None if known["plan"] is None else BitPlan(known["plan"]["experts"], known["plan"]["linears"])
-    return Prepared(chosen, known["facts"], {int(layer): counts for layer, counts in known.get("together", {}).items()})
+    return Prepared(chosen, known["facts"], {int(layer): counts for layer, counts in known.get("coactivation", {}).items()})
 
 
 def _profile(
@@ -123,10 +124,10 @@ def _record(output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, bits: B
     if channels:
         facts["switching"] = {"share": recipe.switching.share, "channels": sum(len(chosen.expert) for chosen in channels.values())}
     written = None if bits is None else {"experts": bits.experts, "linears": bits.linears}
-    output.record("profile", files, plan=written, facts=facts, together=_together(profile))
+    output.record("profile", files, plan=written, facts=facts, coactivation=_coactivation(profile))
 
 
-def _together(profile: Profile) -> dict[int, list[list[int]]]:
+def _coactivation(profile: Profile) -> dict[int, list[list[int]]]:
     """Co-activation of a few layers, evenly spread, where a picture of it can still be read."""
     known = [
         (module.layer, name) for name, module in profile.experts.items() if len(profile.stacked(f"{name}.tokens")[0]) <= PICTURED_EXPERTS

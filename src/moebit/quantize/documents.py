@@ -4,50 +4,73 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from moebit.formats import native
 from moebit.plan.plan import Plan
-from moebit.quantize.layer import LayerReport
+from moebit.quantize.report import LayerReport
 from moebit.report.facts import Documents
 from moebit.report.page import report_page
 from moebit.storage.checkpoint import Checkpoint
 
 
-def documents(
-    checkpoint: Checkpoint, plan: Plan, identity: Mapping[str, Any], reports: list[LayerReport], seconds: float, run: Mapping[str, Any]
-) -> dict[str, str]:
-    """Every document of an output, name -> text; what depends on time or place is in report.json and report.html alone.
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run when its last layer is written.
 
-    Args:
-        run: facts of this run for the report: `output` (its directory's name), `size_after`, `command`, `peak_memory_bytes`, and by layer
-            `together`, the tokens that two experts both got.
+    Attributes:
+        output: its directory's name. size_after: bytes of the weights. command: the way to make it again.
+        coactivation: layer -> [E, E] tokens that two experts both got, of layers that were profiled.
     """
-    described = {
+
+    output: str
+    size_after: int
+    seconds: float
+    command: str
+    peak_memory_bytes: int
+    coactivation: Mapping[int, list[list[int]]]
+
+
+def documents(
+    checkpoint: Checkpoint, plan: Plan, identity: Mapping[str, Any], reports: list[LayerReport], facts: RunFacts
+) -> dict[str, str]:
+    """Every document of an output, name -> text; what depends on time or place is in report.json and report.html alone."""
+    described = _described(checkpoint, plan, identity)
+    report = {
+        "seconds": round(facts.seconds, 2),
+        "size_before": checkpoint.size_bytes,
+        "size_after": facts.size_after,
+        "average_bits": plan.average_bits,
+        "peak_memory_bytes": facts.peak_memory_bytes,
+        "command": facts.command,
+        "layers": [_layer(report, facts) for report in reports],
+    }
+    recipe = f"# sha256 of the content: {plan.recipe.digest()}\n{plan.recipe.to_yaml()}"
+    return {
+        "moebit.json": json.dumps(described, indent=1) + "\n",
+        "report.json": json.dumps(report, indent=1) + "\n",
+        "report.html": report_page(Documents(facts.output, report, described, recipe)),
+        "recipe.yaml": recipe,
+        "README.md": _card(checkpoint, plan),
+    }
+
+
+def _described(checkpoint: Checkpoint, plan: Plan, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """moebit.json: what the output depends on, and what was planned."""
+    return {
         "format_version": native.FORMAT_VERSION,
         **identity,
         "format": plan.recipe.format,
         **({"shipped": checkpoint.shipped.describe()} if checkpoint.shipped else {}),
         "plan": {k: v for k, v in plan.describe().items() if k != "seconds"},
     }
-    report = {
-        "seconds": round(seconds, 2),
-        "size_before": checkpoint.size_bytes,
-        "size_after": run["size_after"],
-        "average_bits": plan.average_bits,
-        "peak_memory_bytes": run["peak_memory_bytes"],
-        "command": run["command"],
-        "layers": [asdict(r) | ({"coactivation": run["together"][r.layer]} if r.layer in run["together"] else {}) for r in reports],
-    }
-    recipe = f"# sha256 of the content: {plan.recipe.digest()}\n{plan.recipe.to_yaml()}"
-    return {
-        "moebit.json": json.dumps(described, indent=1) + "\n",
-        "report.json": json.dumps(report, indent=1) + "\n",
-        "report.html": report_page(Documents(run["output"], report, described, recipe)),
-        "recipe.yaml": recipe,
-        "README.md": _card(checkpoint, plan),
-    }
+
+
+def _layer(report: LayerReport, facts: RunFacts) -> dict[str, Any]:
+    """A layer of report.json."""
+    counts = facts.coactivation.get(report.layer)
+    return asdict(report) | ({} if counts is None else {"coactivation": counts})
 
 
 def _inputs(plan: Plan) -> str:

@@ -140,7 +140,7 @@ class SolverSection(_Section):
     affinity_power: power p of the routing weight in the Hessians, `sum g^p x x^T`; 0 weighs all routed tokens alike.
     output_aware: weigh routed tokens by what an error costs in the layer's output instead (gptq).
     refit: fit the scales to the codes once more when these are known (tensor/refit.py; gptq).
-    drift: `ridge` corrects weights, before they are rounded, for the drift of their inputs (methods/drift.py; gptq).
+    drift: `ridge` corrects weights, before they are rounded, for the drift of their inputs (methods/input_drift.py; gptq).
     """
 
     named_if_on = frozenset({"refit", "drift"})

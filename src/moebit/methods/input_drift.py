@@ -23,7 +23,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moebit.methods.realign import held_out_rows
+from moebit.methods.held_out import held_out_rows
 from moebit.tensor import add_second_moment, mirror_
 from moebit.tensor.linalg import ridge
 
@@ -32,7 +32,7 @@ FITTED, HELD_OUT = 0, 1
 
 
 @dataclass(frozen=True)
-class DriftMoments:
+class InputDriftMoments:
     """Sums over what arrives and what should arrive, in two parts: tokens that are fitted and tokens that are held out.
 
     Attributes:
@@ -45,8 +45,8 @@ class DriftMoments:
     held_out: Tensor
 
     @classmethod
-    def zeros(cls, matrices: int, size: int, tokens: int, length: int) -> DriftMoments:
-        """For `tokens` tokens in windows of `length`, of which every fourth is held out."""
+    def zeros(cls, matrices: int, size: int, tokens: int, length: int) -> InputDriftMoments:
+        """Sums over nothing yet, for `tokens` tokens in windows of `length`, of which every fourth is held out."""
         h, cross = torch.zeros(2, matrices, size, size), torch.zeros(2, matrices, size, size)
         return cls(h, cross, held_out_rows(tokens, length))
 
@@ -88,7 +88,7 @@ class Corrected:
     gain: list[float]
 
 
-def correct_drift(w_CON: Tensor, moments: DriftMoments) -> Corrected:
+def correct_input_drift(w_CON: Tensor, moments: InputDriftMoments) -> Corrected:
     """The ridge regression; mu is chosen for every matrix by itself, and the result is then fitted to all tokens with it."""
     w, h = w_CON.float(), mirror_(moments.h)
     wanted, unseen = torch.bmm(w, moments.cross[FITTED]), torch.bmm(w, moments.cross[HELD_OUT])

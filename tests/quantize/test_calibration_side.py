@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 import moebit
 from moebit.calibration.text import TokenText, calibration_windows
 from moebit.methods.balance import further_windows
-from moebit.model.experts import ExpertsLayout, RoutedTokens, dispatch
+from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, dispatch
 from moebit.model.proof.router import not_linear
 from moebit.model.skeleton import skeleton
 from moebit.model.structure import find_structure
-from moebit.quantize import run as pipeline
-from moebit.quantize.layer_inputs import ExpertInputs, PoolInputs
+from moebit.quantize.chunk import ExpertChunk, ExpertInputs, PoolInputs, ShrinkTarget, Weighing
+from moebit.quantize.report import Result
 from moebit.streaming.store import ActivationStore
 from tests.support.models import ARCHITECTURES, EXPERTS, TOP_K, Architecture, Checkpoints, load_reference
 from tests.support.outputs import file_bytes, small_recipe, stored_tensors, token_file, with_weights
@@ -42,9 +42,9 @@ def recipe(method: str = "gptq", *, bits: int = 3, **sections: Any) -> dict[str,
     return {**base, **sections, "calibration": {**base["calibration"], **sections.get("calibration", {})}}
 
 
-def quantize(model: Path, out: Path, text: Path | None, wanted: dict[str, Any], **options: Any) -> pipeline.Result:
+def quantize(model: Path, out: Path, text: Path | None, wanted: dict[str, Any], **options: Any) -> Result:
     result = moebit.quantize(model, out, recipe=wanted, text={"t": text} if text else (), **options)
-    assert isinstance(result, pipeline.Result)
+    assert isinstance(result, Result)
     return result
 
 
@@ -230,8 +230,10 @@ def test_drawn_tokens_count_for_the_expert_that_drew_them(power: float) -> None:
     h_layer = base.x.T @ base.x / len(base.x)
     pooled = PoolInputs(stream, pool.x, every, extra, torch.zeros_like(pool.x))  # type: ignore[arg-type]
     layout = ExpertsLayout(experts, size, 3, True, False, False, False)
-    inputs = ExpertInputs(stream, layout, base.x, slots, base.x, h_layer, torch.zeros_like(base.x), pooled)  # type: ignore[arg-type]
-    result = inputs.hessians(1, 4, power)
+    target, outputs = ShrinkTarget(base.x, h_layer), torch.zeros_like(base.x)
+    inputs = ExpertInputs(stream, base.x, slots, outputs, target, Weighing(power), pooled)  # type: ignore[arg-type]
+    weights = ExpertWeights(torch.zeros(3, 6, size), torch.zeros(3, size, 3))
+    result = inputs.hessians(ExpertChunk(None, layout, 1, 4, weights))
     for e in range(1, 4):
         total, weight, squares = np.zeros((size, size)), 0.0, 0.0
         for of, ids in ((base, base.ids), (pool, taken)):
@@ -257,7 +259,7 @@ def test_what_the_pool_is_made_of(checkpoints: Checkpoints, text: Path, tmp_path
     """moebit.json names the pool's tokens by their digest."""
     quantize(checkpoints.path(MIXTRAL), tmp_path / "out", text, recipe(calibration={"balance": 6, "pool": 2}))
     ids = torch.tensor(json.loads(text.read_text())["input_ids"])
-    pool = further_windows([TokenText("t", ids, None)], SAMPLES, LENGTH, 0, 2)
+    pool = further_windows([ids], SAMPLES, LENGTH, 0, 2)
     assert len(pool) == 2 * SAMPLES
     assert json.loads((tmp_path / "out" / "moebit.json").read_text())["pool"] == moebit.calibration.text.digest(pool)
 

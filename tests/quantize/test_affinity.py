@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import moebit
-from moebit.quantize import layer as layer_room
+from moebit.quantize import solve as solving
 from tests.support.models import ARCHITECTURES, Checkpoints, windows
 from tests.support.outputs import small_recipe
 
@@ -19,14 +19,14 @@ from tests.support.outputs import small_recipe
 def solved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     """(weights [out, in], Hessian [in, in]) of every linear that is solved from now on."""
     found: list[tuple[Tensor, Tensor]] = []
-    solve = layer_room.solve
+    solve = solving.solve
 
     def noted(recipe: Any, w: Tensor, h: Tensor | None, *args: Any) -> Any:
         if h is not None and len(w) == 1:
             found.append((w[0].float().clone(), h[0].clone()))
         return solve(recipe, w, h, *args)
 
-    monkeypatch.setattr(layer_room, "solve", noted)
+    monkeypatch.setattr(solving, "solve", noted)
     return found
 
 

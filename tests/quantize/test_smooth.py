@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import moebit
 from moebit.formats.opening import open_checkpoint
-from moebit.methods.smooth_layer import LayerSmoothing
 from moebit.model.proof.sites import LayerScales, find_scales
 from moebit.model.structure import Structure, find_structure
-from moebit.quantize import run as pipeline
+from moebit.quantize.report import Result
+from moebit.quantize.steps.smooth import LayerSmoothing
 from moebit.recipe import SmoothingSection
 from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.edits import EditedWeights
@@ -106,15 +106,15 @@ def naive_scales(path: Path, kind: str, aggregate: str, alpha: float) -> np.ndar
     if kind == "smoothquant" or aggregate == "none":
         s = scale(everything, np.abs(first).max((0, 1)))
     else:
-        voices, say, likely = [], [], np.exp(x @ router.T)
-        likely /= likely.sum(1, keepdims=True)
+        candidates, say, probability = [], [], np.exp(x @ router.T)
+        probability /= probability.sum(1, keepdims=True)
         for e in range(EXPERTS):
             mine = [t for t in range(len(x)) if e in ids[t]]
             if mine:
-                voices.append(scale(np.abs(x[mine]).max(0), np.abs(first[e]).max(0)))
-                say.append(len(mine) if aggregate == "frequency" else sum(likely[t, e] for t in range(len(x))))
-        mean = np.average(voices, axis=0, weights=say)
-        s = np.maximum(np.max(voices, axis=0) if aggregate == "max" else mean, scale(everything, np.abs(router).max(0)))
+                candidates.append(scale(np.abs(x[mine]).max(0), np.abs(first[e]).max(0)))
+                say.append(len(mine) if aggregate == "frequency" else sum(probability[t, e] for t in range(len(x))))
+        mean = np.average(candidates, axis=0, weights=say)
+        s = np.maximum(np.max(candidates, axis=0) if aggregate == "max" else mean, scale(everything, np.abs(router).max(0)))
     return s / np.exp(np.log(s).mean())
 
 
@@ -158,9 +158,9 @@ def recipe(**sections: Any) -> dict[str, Any]:
     }
 
 
-def quantize(model: Path, out: Path, text: Path | None, wanted: dict[str, Any], **options: Any) -> pipeline.Result:
+def quantize(model: Path, out: Path, text: Path | None, wanted: dict[str, Any], **options: Any) -> Result:
     result = moebit.quantize(model, out, recipe=wanted, text={"t": text} if text else (), **options)
-    assert isinstance(result, pipeline.Result)
+    assert isinstance(result, Result)
     return result
 
 

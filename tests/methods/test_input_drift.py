@@ -13,10 +13,10 @@ from torch import Tensor
 
 import moebit
 from moebit.calibration.text import TokenText, calibration_windows
-from moebit.methods.drift import MUS, DriftMoments, correct_drift
-from moebit.methods.realign import held_out_rows
-from moebit.quantize import layer as layer_room
-from moebit.quantize.run import Result
+from moebit.methods.held_out import held_out_rows
+from moebit.methods.input_drift import MUS, InputDriftMoments, correct_input_drift
+from moebit.quantize import solve as solving
+from moebit.quantize.report import Result
 from tests.support.models import ARCHITECTURES, EXPERTS, Checkpoints, load_reference
 from tests.support.outputs import file_bytes, mixed_plan, small_recipe, token_file, with_weights
 
@@ -46,12 +46,12 @@ def test_against_the_regression(noise: float, weighted: bool) -> None:
     w, x, exact, weight = problem(noise)
     weight = weight if weighted else np.ones(T)
     held = held_out_rows(T, 8).numpy()
-    moments = DriftMoments.zeros(1, N, T, 8)
+    moments = InputDriftMoments.zeros(1, N, T, 8)
     as_tensors = [torch.from_numpy(value).float() for value in (x, exact, weight)]
     for rows in (slice(0, 30), slice(30, T)):
         x_SN, exact_SN, weight_S = (value[rows] for value in as_tensors)
         moments.add(x_SN, exact_SN, weight_S if weighted else None, torch.arange(T)[rows], [0, len(x_SN)])
-    result = correct_drift(torch.from_numpy(w).unsqueeze(0), moments)
+    result = correct_input_drift(torch.from_numpy(w).unsqueeze(0), moments)
 
     def left(candidate: np.ndarray) -> float:
         missed = exact[held] @ w.T - x[held] @ candidate.T
@@ -71,9 +71,9 @@ def test_against_the_regression(noise: float, weighted: bool) -> None:
 def test_without_drift_or_without_tokens_nothing_changes() -> None:
     w, x, _, _ = problem(0)
     rows, w_CON = torch.from_numpy(x).float(), torch.from_numpy(w).float().expand(2, -1, -1)
-    moments = DriftMoments.zeros(2, N, T, 8)
+    moments = InputDriftMoments.zeros(2, N, T, 8)
     moments.add(rows, rows, None, torch.arange(T), [0, T, T])
-    result = correct_drift(w_CON, moments)
+    result = correct_input_drift(w_CON, moments)
     assert torch.equal(result.weight, w_CON)
     assert result.mu == [None, None]
     assert result.gain == [0.0, 0.0]
@@ -84,13 +84,13 @@ class Solved:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.weights: list[Tensor] = []
-        solve = layer_room.solve
+        solve = solving.solve
 
         def noted(recipe: Any, w: Tensor, *args: Any) -> Any:
             self.weights.append(w.float().clone())
             return solve(recipe, w, *args)
 
-        monkeypatch.setattr(layer_room, "solve", noted)
+        monkeypatch.setattr(solving, "solve", noted)
 
 
 @torch.no_grad()

@@ -1,0 +1,61 @@
+"""`inspect`: what a model is made of and, with a recipe, what would be made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moebit.errors import BadInputError
+from moebit.formats.engines import ANY, verdicts
+from moebit.formats.inputs_config import describe_activations
+from moebit.formats.opening import activations_of, average_bits, open_checkpoint, quantized_modules
+from moebit.model.structure import Structure, find_structure
+from moebit.plan.describe import describe_structure
+from moebit.plan.plan import DEFAULT_MEMORY, make_plan
+from moebit.plan.transforms import transformed
+from moebit.recipe import Recipe, load_recipe
+from moebit.storage.checkpoint import Checkpoint
+
+
+def inspect(
+    model: str | Path,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    *,
+    format: str | None = None,
+    engine: str = ANY,
+    memory: int = DEFAULT_MEMORY,
+) -> dict[str, Any]:
+    """Structure, sizes and, with a recipe, what it would make of the model. Reads headers, no weights.
+
+    Raises:
+        BadInputError: not a model that moebit understands, or a recipe that does not fit it.
+    """
+    checkpoint = open_checkpoint(model)
+    structure = find_structure(checkpoint.model)
+    result = describe_structure(checkpoint, structure)
+    quantized = _quantized(checkpoint, structure)
+    if quantized is not None:
+        result["quantized"] = quantized
+        if recipe is not None:
+            raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
+    elif recipe is not None:
+        chosen = load_recipe(recipe, {"format": format} if format else {})
+        checkpoint, _, transforms = transformed(checkpoint, structure, chosen, 0)
+        result["plan"] = make_plan(checkpoint, structure, chosen, memory, engine=engine, transforms=transforms).describe()
+    return result
+
+
+def _quantized(checkpoint: Checkpoint, structure: Structure) -> dict[str, Any] | None:
+    """How an output of moebit is quantized, and what runs it; None for a full-precision checkpoint."""
+    packed = quantized_modules(checkpoint)
+    if packed is None:
+        return None
+    merged = checkpoint.weights.merged()
+    activations = activations_of(checkpoint)
+    return {
+        "average_bits": average_bits(checkpoint),
+        "format": packed[0],
+        "engines": {name: verdict.describe() for name, verdict in verdicts(*packed, structure, merged, activations).items()},
+        **({"activations": describe_activations(activations)} if activations else {}),
+    }

@@ -1,0 +1,83 @@
+"""What makes a run durable: layers, the streams behind them and the rest of the model, each in the journal once it is written."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from torch import Tensor
+
+from moebit.formats.output import OutputDirectory
+from moebit.formats.sink import Sink, put_stored
+from moebit.model.structure import Structure
+from moebit.plan.plan import Plan
+from moebit.quantize.data import Windows
+from moebit.quantize.report import LayerReport
+from moebit.storage.checkpoint import Checkpoint
+from moebit.storage.files import TensorSpec, read_header
+from moebit.streaming.stream import Stream
+from moebit.streaming.streams import Streams
+
+
+def written_layers(output: OutputDirectory) -> list[LayerReport]:
+    """The reports of the layers that are written."""
+    return [LayerReport(**entry["report"]) for entry in output.entries if entry["kind"] == "layer"]
+
+
+def embed(checkpoint: Checkpoint, plan: Plan, output: OutputDirectory, windows: Windows, done: int) -> Streams | None:
+    """The calibration windows behind the layers that are done, with what the recipe wants beside them; None without calibration."""
+    if windows.calibration is None:
+        return None
+    budget, pool = plan.budget, windows.pool
+    store = budget.store(output.partial)
+
+    def stream(rows: Tensor) -> Stream:
+        return Stream(checkpoint, plan.structure, rows, store, budget.batch_tokens, budget.slots)
+
+    streams = Streams(
+        stream(windows.calibration),
+        stream(windows.calibration) if plan.recipe.needs_reference else None,
+        stream(pool) if pool is not None and len(pool) > 0 else None,
+    )
+    if done:
+        streams.take_up(read_header(output.partial / _stream_file(done - 1)))
+    return streams
+
+
+def put_layer(output: OutputDirectory, shard: str, report: LayerReport, streams: Streams | None) -> None:
+    """Note a written layer, with the streams behind it; those in front of it are not needed any more."""
+    files = [shard]
+    if streams is not None:
+        files.append(_stream_file(report.layer))
+        state = streams.state()
+        with output.shard(files[1], {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in state.items()}) as saved:
+            for name, value in state.items():
+                for start, piece in streams.calibration.store.pieces(value):
+                    saved.write(name, piece, skip=start)
+    output.record("layer", files, index=report.layer, report=asdict(report))
+    if report.layer:
+        output.remove(_stream_file(report.layer - 1))
+
+
+def put_rest(output: OutputDirectory, sink: Sink, structure: Structure) -> None:
+    """Write embeddings, final norm, head, and stored tensors that the model class does not use, unless the journal has them."""
+    if any(entry["kind"] == "rest" for entry in output.entries):
+        return
+    weights = sink.weights
+    prefixes = tuple(layer.name + "." for layer in structure.layers)
+    names = [name for name in sink.parameters("") if not name.startswith(prefixes)]
+    specs = sink.specs(names) | {stored: weights.entries[stored].spec for stored in weights.unused}
+    name = shard_name(output, structure, len(structure.layers))
+    with output.shard(name, specs) as shard:
+        sink.put_plain(shard, names)
+        for stored in weights.unused:
+            put_stored(shard, weights.entries[stored])
+    output.record("rest", [name])
+
+
+def shard_name(output: OutputDirectory, structure: Structure, number: int) -> str:
+    """File of a layer; of the rest, with the number behind the last layer's."""
+    return output.shard_name(number, len(structure.layers) + 1)
+
+
+def _stream_file(index: int) -> str:
+    return f"stream-{index:05d}.safetensors"

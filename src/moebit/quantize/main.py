@@ -1,0 +1,223 @@
+"""`quantize`: a checkpoint in, a quantized checkpoint out. What cannot work is refused before the work begins."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+
+from moebit.calibration.sampling import check_fits
+from moebit.calibration.text import Texts, digest
+from moebit.errors import BadInputError
+from moebit.formats.engines import ANY
+from moebit.formats.opening import open_checkpoint, quantized_modules
+from moebit.formats.output import JOURNAL, OutputDirectory, check_free, check_space, disk_error, partial_of, read_journal
+from moebit.formats.sink import SINKS
+from moebit.model.structure import find_structure
+from moebit.plan.bitplan import BitPlan, load_bit_plan
+from moebit.plan.plan import DEFAULT_MEMORY, Plan, make_plan
+from moebit.plan.transforms import transformed
+from moebit.profiling.prepare import prepare
+from moebit.quantize.context import Progress
+from moebit.quantize.data import Data, Sources, Windows, calibration_set, gather
+from moebit.quantize.documents import RunFacts, documents
+from moebit.quantize.identity import check_unchanged, identity, last_written
+from moebit.quantize.report import Result
+from moebit.quantize.run import Work, run
+from moebit.recipe import Recipe, load_recipe
+from moebit.report.command import python_call
+from moebit.storage.checkpoint import Checkpoint
+from moebit.storage.edits import EditedWeights, untied_config
+from moebit.storage.files import check_finite
+from moebit.storage.shipped.entries import check_shipped
+from moebit.storage.shipped.reading import plain_config
+from moebit.streaming.store import freed_memory_kept, peak_resident_bytes
+from moebit.tensor import kernels
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    text: Texts = (),
+    overrides: Mapping[str, Any] | None = None,
+    plan: str | Path | BitPlan | None = None,
+    profile: str | Path | None = None,
+    format: str | None = None,
+    engine: str = ANY,
+    device: str = "cpu",
+    memory: int = DEFAULT_MEMORY,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    accept_unquantized: bool = False,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Result | Plan:
+    """Quantize a checkpoint into the directory `out`; the plan alone with `dry_run`.
+
+    Args:
+        model: directory or hub id of a checkpoint, full-precision or shipped quantized (docs/inputs.md).
+        recipe: preset name, YAML file, dict; default `gptq-w4`. `overrides`: {"weights.bits": 3, ...} on top.
+        plan: bit widths that differ from the recipe's, a file or `BitPlan`; in the place of the recipe's allocation.
+        profile: what `moebit profile` wrote, for allocation and switching; without one they profile the texts first.
+        format: native, compressed-tensors or dense, instead of the recipe's.
+        engine: what has to run the output: transformers, vllm, or any of them (`formats/engines.py`).
+        text: calibration texts, `[NAME=]FILE` items or a mapping; needed unless the recipe rounds to nearest or lets the model write its
+            own. For such a recipe, text that is given takes the sample's place, or its share of the set.
+        memory: bytes that the work may take; bounds chunks, and spills activations to disk.
+        seed: chooses the calibration windows. The same input, recipe, seed and memory give the same bytes (on the same kind of
+            machine, with as many threads: float sums differ between them).
+        resume: go on with an interrupted run after its last whole layer.
+        accept_unquantized: go on even if more than 5% of the expert parameters would stay in full precision.
+        progress: called with (what, done, total).
+        command: what to write into the report as the way to make it again; by default, this call.
+
+    Raises:
+        BadInputError: before any work where it can be known before: the model, the recipe, the text, the output, the disk.
+        InterruptedWorkError: the disk failed on the way; resume goes on.
+    """
+    began = time.perf_counter()
+    asked = command or python_call(
+        "moebit.quantize", model, out, recipe=recipe, text=text, overrides=overrides, plan=plan, format=format, engine=(engine, ANY),
+        device=(device, "cpu"), memory=(memory, DEFAULT_MEMORY), seed=(seed, 0), accept_unquantized=accept_unquantized,
+    )  # fmt: skip
+    chosen = load_recipe(recipe, {**(overrides or {}), **({"format": format} if format else {})})
+    if device != "cpu" and not torch.cuda.is_available():
+        raise BadInputError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+    out = Path(out).resolve() if not Path(out).name else Path(out)
+    if not 0 <= seed < 2**63:
+        raise BadInputError(f"--seed {seed}: a number from 0 to 2^63 - 1")
+    checkpoint = open_checkpoint(model, compute=None)
+    _check_input(model, checkpoint, out)
+    bits = load_bit_plan(plan) if isinstance(plan, str | Path) else plan
+    asking = _Request(chosen, bits, engine, device, memory, seed, out, asked, progress or (lambda what, done, total: None))
+    job = _prepare(asking, checkpoint, text, profile, accept_unquantized)
+    if dry_run:
+        check_free(out, resume=resume, overwrite=overwrite)
+        return job.plan
+    job.check_before_work(resume)
+    return job.run(began, resume=resume, overwrite=overwrite)
+
+
+def _check_input(model: str | Path, checkpoint: Checkpoint, out: Path) -> None:
+    """The checkpoint must not be quantized by moebit, and the output must not be it, nor hold it, nor lie in it."""
+    if quantized_modules(checkpoint) is not None:
+        raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
+    target, origin = out.resolve(), checkpoint.path.resolve()
+    if target == origin or target in origin.parents or origin in target.parents:  # --overwrite would delete the input
+        raise BadInputError(f"-o {out}: the output and the checkpoint {checkpoint.path} must be apart; choose another -o")
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for.
+
+    Attributes:
+        bits: widths that were given. out: the output's directory. command: the way to make it again.
+    """
+
+    recipe: Recipe
+    bits: BitPlan | None
+    engine: str
+    device: str
+    memory: int
+    seed: int
+    out: Path
+    command: str
+    progress: Progress
+
+
+def _prepare(asking: _Request, checkpoint: Checkpoint, text: Texts, profile: str | Path | None, accept_unquantized: bool) -> _Job:
+    """Find the structure, decide the plan and gather the data: everything that can be refused before the work begins."""
+    seen = last_written(checkpoint)
+    structure = find_structure(checkpoint.model)
+    checkpoint, weights, transforms = transformed(checkpoint, structure, asking.recipe, asking.seed)
+    plan = make_plan(checkpoint, structure, asking.recipe, asking.memory, asking.bits, asking.engine, transforms)
+    plan.coverage.check(accept_unquantized)
+    data = gather(checkpoint, asking.recipe, Sources(text, profile, asking.bits, asking.seed))
+    if data.sampled:
+        check_fits(checkpoint, asking.memory)
+    return _Job(asking, checkpoint, weights, plan, data, seen)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A quantization that is decided.
+
+    Attributes:
+        weights: those of the checkpoint, to which edits are added layer by layer.
+        seen: when each shard of the input was last written.
+    """
+
+    asking: _Request
+    checkpoint: Checkpoint
+    weights: EditedWeights
+    plan: Plan
+    data: Data
+    seen: dict[str, int]
+
+    def check_before_work(self, resume: bool) -> None:
+        """Refuse a disk that is too small, and values that are not finite.
+
+        Raises:
+            BadInputError: naming the disk, or the tensor.
+        """
+        out, width = self.asking.out, int(self.checkpoint.config.get_text_config().hidden_size)
+        check_space(out, self.plan.size_bytes + self.data.streamed(self.asking.recipe) * width * 4 * 2)
+        if not (resume and read_journal(partial_of(out) / JOURNAL)):  # a run that began has looked, and knows the files again
+            check_finite(self.checkpoint.entries)
+            check_shipped(self.checkpoint.weights.entries.values())
+
+    def run(self, began: float, *, resume: bool, overwrite: bool) -> Result:
+        """Do the work and finish the output."""
+        asking = self.asking
+        facts = identity(
+            self.checkpoint, asking.recipe, self.data, asking.bits, memory=asking.memory, seed=asking.seed, device=asking.device
+        )
+        try:
+            directory = OutputDirectory(
+                asking.out, {**facts, "device": asking.device, "shards": self.seen}, resume=resume, overwrite=overwrite
+            )
+            with directory as output, freed_memory_kept():
+                return self._fill(output, facts, began)
+        except OSError as error:
+            raise disk_error(error, partial_of(asking.out)) from error
+
+    def _fill(self, output: OutputDirectory, facts: dict[str, Any], began: float) -> Result:
+        asking, checkpoint, plan, coactivation = self.asking, self.checkpoint, self.plan, dict[int, list[list[int]]]()
+        if asking.device == "cpu" and asking.recipe.needs_hessians:
+            Thread(target=kernels.load).start()
+        windows = calibration_set(output, checkpoint, self.data, asking.memory, asking.progress)
+        if self.data.sampled and windows is not None:
+            facts = {**facts, "calibration": digest(windows)}
+        if self.data.sets is not None:
+            prepared = prepare(output, checkpoint, plan, asking.bits, self.data.sets, asking.progress)
+            plan = make_plan(checkpoint, plan.structure, asking.recipe, asking.memory, prepared.bits, asking.engine, plan.transforms)
+            facts, coactivation = {**facts, "profile": prepared.facts}, prepared.coactivation
+        sink = SINKS[asking.recipe.format](self.weights, plan.modules, plan.activations)
+        work = Work(checkpoint, plan, output, sink, asking.device, asking.progress, asking.seed)
+        reports = run(work, Windows(windows, self.data.pool))
+        size = sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
+        told = RunFacts(asking.out.name, size, time.perf_counter() - began, asking.command, peak_resident_bytes(), coactivation)
+        written = documents(checkpoint, plan, facts, reports, told)
+        check_unchanged(checkpoint, self.seen)
+        output.finish(checkpoint.path, sink.config(_config(checkpoint, self.weights)), written)
+        return Result(asking.out, plan, checkpoint.size_bytes, size, reports, time.perf_counter() - began)
+
+
+def _config(checkpoint: Checkpoint, weights: EditedWeights) -> dict[str, Any]:
+    """config.json without what it says about how the checkpoint was shipped: the output is no longer stored like that.
+
+    Nor does it say that the head is tied to the embeddings, where it is its own now.
+    """
+    config = plain_config(json.loads((checkpoint.path / "config.json").read_text()))
+    return untied_config(config) if weights.untied else config

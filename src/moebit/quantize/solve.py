@@ -1,0 +1,69 @@
+"""Rounding a stack of matrices as a recipe says, and how far the result is from what it stands for.
+
+Shape suffixes: E matrices, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moebit.formats.native import PackedSpec
+from moebit.recipe import Recipe
+from moebit.tensor import QTensor, QuantScheme, SolveInfo, refit_scales, solve_gptq, solve_rtn
+from moebit.tensor.linalg import filled_diagonal
+
+ERROR_WEIGHTS = 2**20  # weights whose errors are summed together
+
+
+def scheme_of(recipe: Recipe, scale_dtype: torch.dtype) -> QuantScheme:
+    """The recipe's grid, with scales of one type."""
+    grid = recipe.weights
+    return QuantScheme(grid.group_size, grid.symmetric, grid.signed, scale_dtype, grid.type == "fp8")
+
+
+def solve(
+    recipe: Recipe, w_EOI: Tensor, h_EII: Tensor | None, bits_E: Tensor, scale_dtype: torch.dtype, device: str
+) -> tuple[QTensor, SolveInfo | None]:
+    """Round a stack of matrices as the recipe says, on a device.
+
+    Without a Hessian, weights are rounded to nearest. AWQ rounds to nearest, too, clipped by the Hessian's diagonal. All else is GPTQ.
+    """
+    solver, scheme, w = recipe.solver, scheme_of(recipe, scale_dtype), w_EOI.to(device)
+    if h_EII is None:
+        return solve_rtn(w, bits_E, scheme, clip_search=solver.clip_search), None
+    if solver.method == "awq":
+        importance = filled_diagonal(h_EII.to(device))
+        return solve_rtn(w, bits_E, scheme, importance_EI=importance, clip_search=solver.clip_search), None
+    h = h_EII.to(device)
+    q, info = solve_gptq(
+        w, h, bits_E, scheme,
+        scales=solver.scales, act_order=solver.act_order, damping=solver.damping, clip_search=solver.clip_search,
+    )  # fmt: skip
+    if not solver.refit:
+        return q, info
+    q, fallen = refit_scales(q, w, h, ~info.fallback)
+    return q, replace(info, loss=info.loss - fallen)
+
+
+def rows_of(q: QTensor, rows: slice) -> QTensor:
+    """Some rows of every matrix of a stack."""
+    return QTensor(q.codes[:, rows].contiguous(), q.scale[:, rows].contiguous(), q.zero_point[:, rows].contiguous(), q.bits, q.scheme)
+
+
+def widths_of(spec: PackedSpec, start: int = 0, stop: int | None = None) -> Tensor:
+    """int64 [E] bits of matrices [start, stop) of a stack."""
+    return torch.tensor(spec.bits[start:stop])
+
+
+def relative_error(value_EOI: Tensor, w_EOI: Tensor) -> list[float]:
+    """|value - w|^2 / |w|^2 of every matrix, summed a few rows at a time."""
+    missed, whole = torch.zeros(len(w_EOI), dtype=torch.float64), torch.zeros(len(w_EOI), dtype=torch.float64)
+    step = max(1, ERROR_WEIGHTS // (w_EOI.shape[0] * w_EOI.shape[2]))
+    for start in range(0, w_EOI.shape[1], step):
+        w = w_EOI[:, start : start + step].float()
+        missed += torch.linalg.vector_norm(value_EOI[:, start : start + step] - w, dim=(1, 2)).double().square()
+        whole += torch.linalg.vector_norm(w, dim=(1, 2)).double().square()
+    return (missed / whole.clamp(min=1e-30)).tolist()
