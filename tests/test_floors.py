@@ -35,6 +35,7 @@ FLOORS = {
     "quantize": 9,
     ROOT: 10,
     "cli": 11,
+    "registration": 9,  # it registers the runtime's quantizer, and knows nothing else
     "__main__": 12,
 }
 STANDS_ALONE = {"errors": set[str](), "recipe": {"errors", "tensor"}}  # may import these rooms and no others

@@ -11,7 +11,8 @@ from moebit.errors import BadInputError
 from moebit.formats import compressed_tensors, native
 from moebit.formats.compressed_tensors import CompressedWeights
 from moebit.formats.inputs_config import read_activations
-from moebit.formats.native import METHOD, NativeWeights, PackedSpec, packed_specs
+from moebit.formats.names import METHOD
+from moebit.formats.native import NativeWeights, PackedSpec, packed_specs
 from moebit.formats.overlay import OVERLAY_FILE, overlay_specs, read_overlays
 from moebit.formats.switch import SIDE_FILE
 from moebit.model.experts import layout_of
@@ -43,8 +44,6 @@ def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float
         return Checkpoint(path, config, model_of_it, weights, stored)
     if quantization.get("quant_method") != METHOD:
         return open_hub_checkpoint(path, compute)
-    import moebit.runtime  # noqa: F401 - registers the quantizer, so that transformers can read this configuration
-
     config = load_config(path)
     skeleton_model = skeleton(config, compute or torch.float32)
     entries = read_index(path)

@@ -11,9 +11,8 @@ from typing import Any
 
 from moebit.calibration.text import Texts
 from moebit.errors import BadInputError
-from moebit.evaluate import evaluate
 from moebit.evaluate.judging import Judgement, judge
-from moebit.evaluate.streaming import Progress
+from moebit.evaluate.streaming import Progress, evaluate
 from moebit.evaluate.tasks import check_tasks, run_tasks
 from moebit.formats.opening import open_checkpoint
 from moebit.report import words
