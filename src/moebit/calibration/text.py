@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from moebit.errors import BadInputError
 
-Texts = Sequence[str] | Mapping[str, str | Path]  # `[NAME=]FILE` items, or files by name
+Item = str | os.PathLike[str]  # `[NAME=]FILE`, or a path
+Texts = Item | Sequence[Item] | Mapping[str, Item]  # one file, several, or files by name
 
 
 @dataclass(frozen=True)
@@ -49,23 +51,36 @@ class _Piece:
 
 
 def parse_texts(items: Texts) -> dict[str, Path]:
-    """`[NAME=]FILE` items (or a mapping) to files by name; the name defaults to the file's.
+    """Files by name, from one `[NAME=]FILE` item or path, several of them, or a mapping; the name defaults to the file's.
 
     Raises:
-        BadInputError: a missing file, the same name twice.
+        BadInputError: a missing file, a directory, the same name twice, something that is no text.
     """
-    pairs = [(str(k), Path(v)) for k, v in items.items()] if isinstance(items, Mapping) else [_pair(item) for item in items]
+    if isinstance(items, Mapping):
+        pairs = [(str(name), _path(file)) for name, file in items.items()]
+    else:
+        pairs = [_pair(item) for item in ([items] if isinstance(items, str | os.PathLike) else items)]
     result: dict[str, Path] = {}
     for name, path in pairs:
         if name in result:
             raise BadInputError(f"--text: the name {name!r} is given twice ({result[name]} and {path}); write NAME=FILE to tell them apart")
+        if path.is_dir():
+            raise BadInputError(f"--text: {path} is a directory; give the files in it, one --text for each")
         if not path.is_file():
             raise BadInputError(f"--text: no such file: {path}")
         result[name] = path
     return result
 
 
-def _pair(item: str) -> tuple[str, Path]:
+def _path(item: object) -> Path:
+    if not isinstance(item, str | os.PathLike):
+        raise BadInputError(f"--text: {item!r} is no file's name; give a str or a Path")
+    return Path(item)
+
+
+def _pair(item: Item) -> tuple[str, Path]:
+    if not isinstance(item, str):
+        return _path(item).name, _path(item)
     name, equals, file = item.partition("=")
     if equals and not Path(item).exists():
         return name, Path(file)

@@ -32,6 +32,7 @@ from moebit.formats.opening import activations_of, average_bits, open_checkpoint
 from moebit.formats.output import JOURNAL, SAMPLE, OutputDirectory, check_free, check_space, disk_error, partial_of, read_journal
 from moebit.formats.profile import Profile
 from moebit.formats.sink import SINKS, Sink, put_stored
+from moebit.memory import DEFAULT_MEMORY, Memory, memory_bytes
 from moebit.methods.balance import further_windows
 from moebit.model.structure import LayerSites, find_structure
 from moebit.plan.plan import BitPlan, Plan, describe_structure, load_bit_plan, make_plan
@@ -52,8 +53,6 @@ from moebit.streaming.store import freed_memory_kept, peak_resident_bytes
 from moebit.streaming.stream import Stream
 from moebit.streaming.streams import Streams
 from moebit.tensor import backend_of, kernels
-
-DEFAULT_MEMORY = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def inspect(
     *,
     format: str | None = None,
     engine: str = ANY,
-    memory: int = DEFAULT_MEMORY,
+    memory: Memory = DEFAULT_MEMORY,
 ) -> dict[str, Any]:
     """Structure, sizes and, with a recipe, what it would make of the model. Reads headers, no weights.
 
@@ -116,7 +115,7 @@ def inspect(
     elif recipe is not None:
         chosen = load_recipe(recipe, {"format": format} if format else {})
         checkpoint, transforms = transformed(checkpoint, structure, chosen, 0)
-        result["plan"] = make_plan(checkpoint, structure, chosen, memory, engine=engine, transforms=transforms).describe()
+        result["plan"] = make_plan(checkpoint, structure, chosen, memory_bytes(memory), engine=engine, transforms=transforms).describe()
     return result
 
 
@@ -132,7 +131,7 @@ def quantize(
     format: str | None = None,
     engine: str = ANY,
     device: str = "cpu",
-    memory: int = DEFAULT_MEMORY,
+    memory: Memory = DEFAULT_MEMORY,
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
@@ -152,7 +151,7 @@ def quantize(
         engine: what has to run the output: transformers, vllm, or any of them (`formats/engines.py`).
         text: calibration texts, `[NAME=]FILE` items or a mapping; needed unless the recipe rounds to nearest or lets the model write its
             own. For such a recipe, text that is given takes the sample's place, or its share of the set.
-        memory: bytes that the work may take; bounds chunks, and spills activations to disk.
+        memory: bytes, or a size such as `4GiB`, that the work may take; bounds chunks, and spills activations to disk.
         seed: chooses the calibration windows. The same input, recipe, seed and memory give the same bytes (on the same kind of
             machine, with as many threads: float sums differ between them).
         resume: go on with an interrupted run after its last whole layer.
@@ -169,6 +168,7 @@ def quantize(
         "moebit.quantize", model, out, recipe=recipe, text=text, overrides=overrides, plan=plan, format=format, engine=(engine, ANY),
         device=(device, "cpu"), memory=(memory, DEFAULT_MEMORY), seed=(seed, 0), accept_unquantized=accept_unquantized,
     )  # fmt: skip
+    memory = memory_bytes(memory)
     chosen = load_recipe(recipe, {**(overrides or {}), **({"format": format} if format else {})})
     if device != "cpu" and not torch.cuda.is_available():
         raise BadInputError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
