@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader  # it takes as long to import as the rest of moebit
 
 REGISTRY = "transformers.quantizers.auto"  # whatever loads a model imports this module first
 
@@ -29,7 +31,7 @@ def _register() -> None:
     import moebit.runtime.quantizer  # noqa: F401 - it registers what it defines
 
 
-class _RegistryFinder(MetaPathFinder):
+class _RegistryFinder:
     """Finds the registry as the finders behind it do, with a loader that reports when the module has run."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -45,7 +47,7 @@ class _RegistryFinder(MetaPathFinder):
         return None
 
 
-class _ReportingLoader(Loader):
+class _ReportingLoader:
     """The module's own loader, given back to the module before moebit registers."""
 
     def __init__(self, loader: Loader, finder: _RegistryFinder) -> None:
@@ -58,8 +60,7 @@ class _ReportingLoader(Loader):
         assert module.__spec__ is not None
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        if self._finder in sys.meta_path:
-            sys.meta_path.remove(self._finder)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self._finder]
         _register()
 
     def __getattr__(self, name: str) -> Any:  # `importlib.util.find_spec` hands this loader to whoever asks for the source
