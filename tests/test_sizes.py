@@ -107,3 +107,29 @@ def test_sizes_in_words(count: int, said: str) -> None:
 @pytest.mark.parametrize(("seconds", "said"), [(0.5, "0.5 s"), (12, "12 s"), (200, "3 min"), (16_200, "4.5 h")])
 def test_durations_in_words(seconds: float, said: str) -> None:
     assert words.duration(seconds) == said
+
+
+@pytest.mark.parametrize("bits", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_target_that_is_no_number(bits: float, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="--target-bits"):
+        moebit.allocate(tmp_path, target_bits=bits)
+
+
+@pytest.mark.parametrize("windows", [{"samples": -3}, {"samples": 0}, {"length": -1}])
+def test_windows_that_cannot_be(windows: dict[str, int], tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("some words")
+    with pytest.raises(BadInputError, match="at least one window"):
+        moebit.profile(ROOT / "reference" / "olmoe", tmp_path / "p", text=file, **windows)  # type: ignore[arg-type] # of the names above
+
+
+def test_a_configuration_that_transformers_refuses_says_why(tmp_path: Path) -> None:
+    """The first line of transformers' message only announces the second."""
+    import json
+
+    from moebit.storage.checkpoint import load_config
+
+    config = json.loads((ROOT / "reference" / "olmoe" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "many"}))
+    with pytest.raises(BadInputError, match=r"num_hidden_layers.*expected int.*many"):
+        load_config(tmp_path)

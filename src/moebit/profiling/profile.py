@@ -80,6 +80,8 @@ def data_sets(checkpoint: Checkpoint, text: Texts, samples: int, length: int, se
     files = parse_texts(text)
     if not files:
         raise BadInputError("give at least one --text [NAME=]FILE: a data set each")
+    if samples < 1 or length < 1:
+        raise BadInputError(f"{samples} windows of {length} tokens: at least one window of one token is needed")
     limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
     if limit and length > limit:
         raise BadInputError(f"windows of {length} tokens are longer than the model's context of {limit}; take shorter ones")

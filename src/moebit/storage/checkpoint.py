@@ -346,9 +346,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _short(error: Exception) -> str:
-    """The first line of a message; transformers' own go on with lists and advice."""
-    lines = str(error).splitlines() or [""]
-    return lines[0] if len(lines[0]) <= 200 else lines[0][:200] + " …"
+    """The first line of a message, and the second where the first only announces it; what follows are lists and advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return told if len(told) <= 300 else told[:300] + " …"
 
 
 def load_config(path: Path) -> Any:
