@@ -19,6 +19,8 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 ROOT = "__init__"
 FLOORS = {
     "errors": 0,
+    "memory": 0,
+    "words": 0,
     "tensor": 1,
     "recipe": 2,  # what to do, as data: like errors open to everyone above, but it stands on tensor, so tensor cannot use it
     "storage": 3,
@@ -35,9 +37,15 @@ FLOORS = {
     "quantize": 9,
     ROOT: 10,
     "cli": 11,
+    "registration": 9,  # it registers the runtime's quantizer, and knows nothing else
     "__main__": 12,
 }
-STANDS_ALONE = {"errors": set[str](), "recipe": {"errors", "tensor"}}  # may import these rooms and no others
+STANDS_ALONE = {
+    "errors": set[str](),
+    "recipe": {"errors", "tensor"},
+    "memory": {"errors"},
+    "words": set(),
+}  # may import these rooms and no others
 PRINTS = "cli"
 SCREEN = {"rich", "tqdm"}
 PICKLE = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}

@@ -28,7 +28,7 @@ SAMPLES, LENGTH, LAYERS = 6, 24, 3
 SETTINGS = {
     "gptq native": ["--recipe", "gptq.yaml", "--text", "text.jsonl"],
     "gptq dense": ["--recipe", "gptq.yaml", "--text", "text.jsonl", "--format", "dense"],
-    "gptq in little memory": ["--recipe", "gptq.yaml", "--text", "text.jsonl", "--memory", str(2**17)],
+    "gptq in little memory": ["--recipe", "gptq.yaml", "--text", "text.jsonl", "--memory", "128KiB"],
     "rtn native": ["--recipe", "rtn.yaml"],
 }
 GPTQ = "gptq native"

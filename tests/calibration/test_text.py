@@ -65,7 +65,7 @@ def test_the_same_name_twice(tmp_path: Path) -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    for item in (str(tmp_path / "no.txt"), f"name={tmp_path / 'no.txt'}", str(tmp_path)):
+    for item in (str(tmp_path / "no.txt"), f"name={tmp_path / 'no.txt'}", tmp_path / "no.txt"):
         with pytest.raises(BadInputError, match="no such file"):
             parse_texts([item])
 

@@ -13,8 +13,7 @@ import pytest
 from rich.console import Console
 
 from moebit import cli
-from moebit.cli import parse_size
-from moebit.errors import BadInputError
+from moebit.cli import terminal
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, TEXTS = ROOT / "reference" / "olmoe", ROOT / "reference" / "text"
@@ -30,8 +29,8 @@ class Run:
 @pytest.fixture
 def moebit(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """The command line in this process: its start-up alone takes seconds."""
-    monkeypatch.setattr(cli, "out", Console(width=200))
-    monkeypatch.setattr(cli, "err", Console(width=200, stderr=True))
+    monkeypatch.setattr(terminal, "out", Console(width=200))
+    monkeypatch.setattr(terminal, "err", Console(width=200, stderr=True))
 
     def run(*arguments: object) -> Run:
         monkeypatch.setattr("sys.argv", ["moebit", *map(str, arguments)])
@@ -135,17 +134,67 @@ def test_recipes_lists_and_prints(moebit: Moebit) -> None:
     assert moebit("recipes", "gptq-w44").returncode == 2
 
 
+def test_short_help_and_no_verb_at_all(moebit: Moebit) -> None:
+    for arguments, code in ((("-h",), 0), ((), 2)):
+        run = moebit(*arguments)
+        assert run.returncode == code
+        assert "moebit inspect MODEL" in run.stdout
+        assert run.stderr == ""
+    assert "--memory" in moebit("quantize", "-h").stdout
+
+
 @pytest.mark.parametrize(
-    ("text", "count"), [("4GiB", 4 * 2**30), ("500MB", 500 * 10**6), ("2G", 2 * 2**30), ("1.5 GiB", 3 * 2**29), ("1000", 1000)]
+    ("arguments", "named"),
+    [
+        (["inspect", MODEL, "--memory", "4"], "4GiB"),
+        (["inspect", MODEL, "--memory", "0.0001"], "unit"),
+        (["inspect", MODEL, "--memory", "nan"], "4GiB"),
+        (["inspect", MODEL, "--recipe", "gptq-w44"], "'gptq-w4', "),
+        (["generate", MODEL, "--prompt", "a", "--temperature", "nan"], "--temperature"),
+        (["generate", MODEL, "--prompt", "a", "--temperature", "inf"], "inf is no finite number"),
+        (["generate", MODEL, "--prompt", "a", "--temperature", "-1"], "temperature"),
+        (["sample", MODEL, "-o", "x.jsonl", "--temperature", "inf"], "inf is no finite number"),
+        (["sample", MODEL, "-o", "x.jsonl", "--repetition-penalty", "inf"], "inf is no finite number"),
+        (["allocate", "p", "-o", "x.json", "--target-bits", "nan"], "nan is no finite number"),
+        (["quantize", MODEL, "-o", "x", "--recipe", "gptq-w4", "--set", "solver.damping=.nan"], "solver.damping"),
+        (["quantize", MODEL, "-o", "x", "--recipe", "gptq-w4", "--set", "solver.affinity_power=.inf"], "solver.affinity_power"),
+        (["evaluate", MODEL, "--text", "nothing.txt"], "no such file: nothing.txt"),
+        (["evaluate", MODEL, "--text", TEXTS], "is a directory"),
+        (["evaluate", MODEL, "--json", "no/such/dir/x.json"], "no such directory"),
+        (["drift", MODEL, "--samples", "-3"], "--samples"),
+        (["profile", MODEL, "-o", "p", "--widths", "2;3"], "--widths 2;3"),
+        (["quantize", MODEL, "-o", "x", "--seed", "-1"], "--seed"),
+    ],
 )
-def test_sizes(text: str, count: int) -> None:
-    assert parse_size(text) == count
+def test_arguments_are_checked_first(arguments: list[object], named: str, moebit: Moebit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch is imported: here, before anything of moebit's that would do the work is asked for."""
+    import moebit as package
+
+    def asked(name: str) -> None:
+        raise AssertionError(f"moebit.{name} was asked for")
+
+    for name in ("inspect", "quantize", "evaluate", "generate", "sample", "allocate", "drift", "profile"):
+        monkeypatch.delattr(package, name, raising=False)
+    monkeypatch.setattr(package, "__getattr__", asked)
+    run = moebit(*arguments)
+    assert (run.returncode, run.stdout) == (2, ""), run.stderr
+    assert named in run.stderr
+    assert len(run.stderr.splitlines()) == 1, "one sentence"
 
 
-@pytest.mark.parametrize("text", ["", "4 apples", "-1GiB", "0"])
-def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(BadInputError, match="--memory"):
-        parse_size(text)
+def test_memory_that_runs_out_is_said(moebit: Moebit, monkeypatch: pytest.MonkeyPatch) -> None:
+    import moebit as package
+
+    for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")):
+
+        def fails(*arguments: object, error: Exception = error, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(package, "quantize", fails)
+        run = moebit("quantize", MODEL, "-o", "x", "--recipe", "rtn-w4")
+        assert run.returncode == 3
+        assert "no memory left" in run.stderr
+        assert "--resume" in run.stderr
 
 
 def test_sample_writes_calibration_text(moebit: Moebit, tmp_path: Path) -> None:

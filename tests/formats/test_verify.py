@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 
 import moebit
 from moebit import cli
+from moebit.cli import terminal
 from moebit.errors import BadInputError
 from moebit.formats import consistency
 from moebit.plan.bitplan import BitPlan
@@ -518,7 +519,7 @@ def test_command(out: Path, partial: Path, capsys: pytest.CaptureFixture[str], m
 
     from rich.console import Console
 
-    monkeypatch.setattr(cli, "out", Console(width=240))
+    monkeypatch.setattr(terminal, "out", Console(width=240))
     assert run(out) == 0
     assert "fine" in capsys.readouterr().out
     assert run(partial) == 3

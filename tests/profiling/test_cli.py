@@ -63,7 +63,7 @@ def test_profile_allocate_quantize_drift_adapt(
     [
         (("allocate", "nowhere", "-o", "x.json", "--target-bits", "3"), "no profile.json"),
         (("allocate", "nowhere", "-o", "x.json", "--target-bits", "3", "--ladder", "2,x"), "--ladder 2,x"),
-        (("drift", "nowhere", "--text", "a"), "no moebit.json"),
+        (("drift", "nowhere", "--text", __file__), "no moebit.json"),
         (("adapt", "nowhere", "--undo"), "nothing to take back"),
     ],
 )

@@ -412,8 +412,30 @@ def test_sections_that_are_no_sections(section: str) -> None:
 def test_unknown_presets_name_the_nearest() -> None:
     with pytest.raises(BadInputError, match=r"'gptq-w44'.*did you mean 'gptq-w4'"):
         load_recipe("gptq-w44")
-    with pytest.raises(BadInputError, match=r"neither a preset nor a file.*gptq-w4.*rtn-w4"):
-        load_recipe("zzz")
+    for name in ("zzz", "", "no/such/file.yaml", "x" * 5000):
+        with pytest.raises(BadInputError) as error:
+            load_recipe(name)
+        said = str(error.value)
+        assert sum(f"'{known}'" in said for known in presets()) in (0, 3), "the three nearest, or why the file cannot be read"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "solver.damping", "solver.affinity_power", "activations.clip", "smoothing.alpha", "router.kl_weight", "router.top_share",
+        "calibration.temperature", "calibration.repetition_penalty", "calibration.balance", "allocation.target_bits", "switching.share",
+    ],
+)  # fmt: skip
+def test_numbers_that_are_none_are_refused(key: str, number: float) -> None:
+    kind = {"calibration.kind": "self"} if key in ("calibration.temperature", "calibration.repetition_penalty") else {}
+    with pytest.raises(BadInputError, match=key):
+        load_recipe("gptq-w4", {**kind, key: number})
+
+
+def test_a_dict_that_is_no_data_is_refused() -> None:
+    with pytest.raises(BadInputError, match="plain values"):
+        load_recipe({"weights": {"ignore": {"a", "b"}}})
 
 
 @pytest.mark.parametrize(("text", "says"), [("weights: [", "not valid YAML"), ("- bits", "list"), ("bits", "str"), ("", "mapping")])

@@ -75,6 +75,9 @@ def test_refusals(models: tuple[Path, Path], outputs: Outputs, tmp_path: Path) -
         ("0 new tokens", {"max_new_tokens": 0}),
         ("temperature nan", {"temperature": float("nan")}),
         ("temperature -1", {"temperature": -1.0}),
+        ("temperature inf", {"temperature": float("inf")}),
+        (r"the prompt has \d+ tokens, and the context of .* shorten", {"prompt": "a b c " * 4000}),
+        (r"ask for \d+ new tokens or fewer", {"max_new_tokens": 10**9}),
         ("'fast'", {"path": "fast"}),
         *([] if torch.cuda.is_available() else [("--device cuda: this torch sees no CUDA device", {"device": "cuda"})]),
         ("unfinished", {"model": "out.partial"}),
@@ -88,8 +91,9 @@ def test_the_verb(models: tuple[Path, Path], capfd: pytest.CaptureFixture[str], 
     from rich.console import Console
 
     from moebit import cli
+    from moebit.cli import terminal
 
-    monkeypatch.setattr(cli, "out", Console(width=200))
+    monkeypatch.setattr(terminal, "out", Console(width=200))
     arguments = ["moebit", "generate", str(models[0]), "--prompt", PROMPT, "--max-new-tokens", "3", "--against", str(models[1])]
     for more in ([], ["--json", "-"]):
         monkeypatch.setattr("sys.argv", [*arguments, *more])

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebit import words
 from moebit.calibration.beam import Rules, ancestral, ebss
 from moebit.calibration.sample_files import Partial, fingerprint, write_sample, write_whole
 from moebit.calibration.settings import Settings, balancing_temperature
 from moebit.calibration.text import Texts, calibration_windows, load_tokenizer, parse_texts, tokenize
 from moebit.calibration.usage import Progress, balanced_subset, describe_windows
 from moebit.errors import BadInputError
+from moebit.memory import DEFAULT_MEMORY, Memory, memory_bytes
 from moebit.model.decoder import Decoder, weight_bytes
 from moebit.model.embeddings import named_tokens
 from moebit.model.opening import open_hub_checkpoint
@@ -46,7 +48,7 @@ def sample(
     no_repeat_ngram: int | None = None,
     extend: str | None = None,
     group: int = 0,
-    memory: int = 4 * 2**30,
+    memory: Memory = DEFAULT_MEMORY,
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
@@ -59,7 +61,8 @@ def sample(
         out: the .jsonl to write; what was found out about it is put beside it, in OUT.json.
         kind, sequences, length, width, temperature, scope, oversample, repetition_penalty, no_repeat_ngram, extend, group: see
             `Settings`.
-        memory: bytes that the work may take; decides how many sequences advance together, and with it, in the last digit, the text.
+        memory: bytes, or a size such as `4GiB`, that the work may take; it decides how many sequences advance together, and with it, in
+            the last digit, the text.
         seed: of the first tokens and of the draws. The same model, settings and memory give the same file.
         resume: go on with an interrupted run behind its last finished group. overwrite: replace a file, or an interrupted run.
         progress: called with (what, done, total).
@@ -76,14 +79,14 @@ def sample(
     out = Path(out)
     if out.suffix != ".jsonl":
         raise BadInputError(f"-o {out}: call it something.jsonl, so that --text reads its token ids")
-    path = resolve(model)
-    partial = Partial.of(out, {"model": fingerprint(path), "memory": memory, **asdict(settings)}, resume=resume, overwrite=overwrite)
+    path, allowed = resolve(model), memory_bytes(memory)
+    partial = Partial.of(out, {"model": fingerprint(path), "memory": allowed, **asdict(settings)}, resume=resume, overwrite=overwrite)
     began = time.perf_counter()
-    windows, fresh = write_windows(path, settings, memory, partial, progress)
+    windows, fresh = write_windows(path, settings, allowed, partial, progress)
     seconds = time.perf_counter() - began
     checkpoint = open_hub_checkpoint(path, None)
     structure = find_structure(checkpoint.model)
-    described = describe_windows(checkpoint, structure, windows, end_ids(checkpoint), memory, progress)
+    described = describe_windows(checkpoint, structure, windows, end_ids(checkpoint), allowed, progress)
     result = {
         "model": str(model),
         "settings": {**asdict(settings), "temperature": _temperature(settings, structure)},
@@ -103,11 +106,11 @@ def describe_text(
     *,
     sequences: int = 128,
     length: int = 512,
-    memory: int = 4 * 2**30,
+    memory: Memory = DEFAULT_MEMORY,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """What `sample` says about its text, about windows of any text, chosen as calibration chooses them: what to compare a sample with.
+    """Describe windows of any text, chosen as calibration chooses them, as `sample` describes what a model wrote.
 
     Raises:
         BadInputError: texts too short for that.
@@ -119,7 +122,7 @@ def describe_text(
     texts = [tokenize(name, file, tokenizer, vocabulary) for name, file in parse_texts(text).items()]
     windows = calibration_windows(texts, sequences, length, seed)
     structure = find_structure(checkpoint.model)
-    return {"model": str(model), **describe_windows(checkpoint, structure, windows, end_ids(checkpoint), memory, progress)}
+    return {"model": str(model), **describe_windows(checkpoint, structure, windows, end_ids(checkpoint), memory_bytes(memory), progress)}
 
 
 def write_windows(path: Path, settings: Settings, memory: int, partial: Partial, progress: Progress | None = None) -> tuple[Tensor, int]:
@@ -196,8 +199,8 @@ def check_fits(checkpoint: Checkpoint, memory: int) -> None:
     needed = weight_bytes(checkpoint.model) + PROCESS_BYTES
     if needed >= memory:
         raise BadInputError(
-            f"{checkpoint.path}: sampling needs the whole model in memory, {_gib(needed)} and its caches, and --memory is {_gib(memory)}; "
-            "give more, or sample on a larger machine and give the file as --text"
+            f"{checkpoint.path}: sampling needs the whole model in memory, {words.size(needed)} and its caches, "
+            f"and --memory is {words.size(memory)}; give more, or sample on a larger machine and give the file as --text"
         )
 
 
@@ -213,15 +216,11 @@ def _group_size(decoder: Decoder, restarts: Tensor, settings: Settings, memory: 
     fitting = room // (row * settings.candidates)
     if fitting < 1:
         raise BadInputError(
-            f"{decoder.checkpoint.path}: beside the model, --memory {_gib(memory)} leaves {_gib(room)}, and the cache of one sequence "
-            f"with {settings.candidates} candidates of {settings.length} tokens takes {_gib(row * settings.candidates)}; "
-            "give more, or ask for shorter sequences or fewer candidates"
+            f"{decoder.checkpoint.path}: beside the model, --memory {words.size(memory)} leaves {words.size(room)}, "
+            f"and the cache of one sequence with {settings.candidates} candidates of {settings.length} tokens "
+            f"takes {words.size(row * settings.candidates)}; give more, or ask for shorter sequences or fewer candidates"
         )
     return min(fitting, settings.drawn, settings.group or settings.drawn)
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
 
 
 def _randomness(checkpoint: Checkpoint, settings: Settings) -> tuple[Tensor, Tensor, Rules]:

@@ -74,9 +74,9 @@ class Settings:
             (self.sequences >= 1, f"--sequences {self.sequences}: at least 1"),
             (self.length >= 8, f"--length {self.length}: at least 8 tokens"),
             (self.width >= 1, f"--width {self.width}: at least 1 candidate"),
-            (self.temperature is None or self.temperature > 0, f"--temperature {self.temperature}: a positive number"),
+            (self.temperature is None or 0 < self.temperature < math.inf, f"--temperature {self.temperature}: a positive number"),
             (self.oversample >= 1, f"--oversample {self.oversample}: at least 1"),
-            (self.repetition_penalty >= 1, f"--repetition-penalty {self.repetition_penalty}: 1 (none) or more"),
+            (1 <= self.repetition_penalty < math.inf, f"--repetition-penalty {self.repetition_penalty}: 1 (none) or more"),
             (
                 self.no_repeat_ngram == 0 or (self.no_repeat_ngram or 0) >= 2,
                 f"--no-repeat-ngram {self.no_repeat_ngram}: 0 (none), 2 or more",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebit.calibration.named_texts import Texts as Texts
+from moebit.calibration.named_texts import parse_texts as parse_texts
 from moebit.errors import BadInputError
-
-Texts = Sequence[str] | Mapping[str, str | Path]  # `[NAME=]FILE` items, or files by name
 
 
 @dataclass(frozen=True)
@@ -46,30 +46,6 @@ class _Piece:
 
     ids: list[int]
     starts: list[int] | None
-
-
-def parse_texts(items: Texts) -> dict[str, Path]:
-    """`[NAME=]FILE` items (or a mapping) to files by name; the name defaults to the file's.
-
-    Raises:
-        BadInputError: a missing file, the same name twice.
-    """
-    pairs = [(str(k), Path(v)) for k, v in items.items()] if isinstance(items, Mapping) else [_pair(item) for item in items]
-    result: dict[str, Path] = {}
-    for name, path in pairs:
-        if name in result:
-            raise BadInputError(f"--text: the name {name!r} is given twice ({result[name]} and {path}); write NAME=FILE to tell them apart")
-        if not path.is_file():
-            raise BadInputError(f"--text: no such file: {path}")
-        result[name] = path
-    return result
-
-
-def _pair(item: str) -> tuple[str, Path]:
-    name, equals, file = item.partition("=")
-    if equals and not Path(item).exists():
-        return name, Path(file)
-    return Path(item).name, Path(item)
 
 
 def load_tokenizer(path: Path) -> Any | None:

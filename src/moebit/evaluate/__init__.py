@@ -1,5 +1,1 @@
 """Judging a model: perplexity, KL divergence to a reference and routing agreement, streamed layer by layer."""
-
-from moebit.evaluate.streaming import evaluate
-
-__all__ = ["evaluate"]

@@ -24,6 +24,7 @@ from moebit.calibration.text import Texts, consecutive_windows, load_tokenizer, 
 from moebit.errors import BadInputError
 from moebit.evaluate.streaming import Progress, _Scores, add_scores, evaluate
 from moebit.formats.opening import open_checkpoint, quantized_modules
+from moebit.memory import DEFAULT_MEMORY, Memory
 from moebit.model.seam import is_experts
 from moebit.storage.checkpoint import Checkpoint, resolve
 from moebit.storage.config import read_config
@@ -61,7 +62,7 @@ def judge(
     *,
     window: int = 512,
     max_tokens: int | None = None,
-    memory: int = 4 * 2**30,
+    memory: Memory = DEFAULT_MEMORY,
     progress: Progress | None = None,
 ) -> Judgement:
     """Compare a model with its original on texts.

@@ -20,6 +20,7 @@ from moebit.calibration.text import Texts, TokenText, consecutive_windows, load_
 from moebit.errors import BadInputError
 from moebit.evaluate.tasks import check_tasks, run_tasks
 from moebit.formats.opening import average_bits, open_checkpoint
+from moebit.memory import DEFAULT_MEMORY, Memory, memory_bytes
 from moebit.model.structure import Structure, find_structure
 from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.budget import make_budget
@@ -55,7 +56,7 @@ def evaluate(
     text: Texts = (),
     window: int = 512,
     max_tokens: int | None = None,
-    memory: int = 4 * 2**30,
+    memory: Memory = DEFAULT_MEMORY,
     tasks: Sequence[str] = (),
     task_data: str | Path | None = None,
     limit: int | None = None,
@@ -71,17 +72,18 @@ def evaluate(
         model, against: checkpoints or native outputs.
         text: `[NAME=]FILE` items or a mapping.
         window: tokens per window. max_tokens: of each text.
-        memory: bytes that the work may take; for tasks, the model is loaded whole.
+        memory: bytes, or a size such as `4GiB`, that the work may take; for tasks, the model is loaded whole.
         tasks, task_data, limit: of lm-evaluation-harness, local items, and how many of each (evaluate/tasks.py).
 
     Returns:
-        The document of INTERFACE's `evaluate --json`: {"model", "reference", "size_bytes", "average_bits", "texts": {NAME: {...}}};
+        The document of `moebit evaluate --json`: {"model", "reference", "size_bytes", "average_bits", "texts": {NAME: {...}}};
         with tasks also "tasks": {NAME: {"items", "metrics"}}.
 
     Raises:
         BadInputError: models that don't belong together, a text shorter than a window.
     """
     report = progress or (lambda what, done, total: None)
+    allowed = memory_bytes(memory)
     files = parse_texts(text)
     if not files and not tasks:
         raise BadInputError("give at least one --text FILE to evaluate on")
@@ -111,7 +113,7 @@ def evaluate(
     vocabulary = int(candidate.config.get_text_config().vocab_size)
     parts, windows = _join([tokenize(name, file, tokenizer, vocabulary) for name, file in files.items()], window, max_tokens)
 
-    routing = _Lockstep(checkpoints, structures, windows, parts, memory, report)
+    routing = _Lockstep(checkpoints, structures, windows, parts, allowed, report)
     scores = routing.run()
     return {
         **facts,

@@ -16,9 +16,9 @@ import torch
 from moebit.errors import BadInputError
 from moebit.formats.compressed_tensors import METHOD as COMPRESSED
 from moebit.formats.compressed_tensors import virtual_entries
-from moebit.formats.inputs_config import KEY as ACTIVATIONS
 from moebit.formats.inputs_config import read_activations
-from moebit.formats.native import FORMAT_VERSION, METHOD, WITH_ACTIVATIONS, PackedSpec, packed_specs
+from moebit.formats.names import ACTIVATIONS, METHOD
+from moebit.formats.native import FORMAT_VERSION, WITH_ACTIVATIONS, PackedSpec, packed_specs
 from moebit.formats.opening import open_checkpoint
 from moebit.formats.overlay import overlay_specs
 from moebit.model.inputs import DOWN, FIRST, LINEAR

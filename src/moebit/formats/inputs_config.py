@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from moebit.errors import BadInputError
+from moebit.formats.names import ACTIVATIONS
 from moebit.model.inputs import Activations, TransformSpec
 from moebit.tensor.row_rounding import Rounding
 
-KEY = "activations"  # in quantization_config
 KINDS = ("hadamard", "duquant")
 
 
@@ -40,7 +40,7 @@ def read_activations(config: Mapping[str, Any]) -> Activations:
     Raises:
         BadInputError: a kind of transform that this moebit does not know, or numbers that do not fit together.
     """
-    said = config.get(KEY) or {}
+    said = config.get(ACTIVATIONS) or {}
     transforms: dict[str, TransformSpec] = {}
     reads: dict[str, str] = {}
     for name, entry in said.get("transforms", {}).items():

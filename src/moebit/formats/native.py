@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from moebit.errors import BadInputError
-from moebit.formats.inputs_config import KEY as ACTIVATIONS
 from moebit.formats.inputs_config import activations_config
+from moebit.formats.names import ACTIVATIONS, METHOD
 from moebit.model.experts import ExpertsLayout
 from moebit.model.inputs import Activations
 from moebit.storage.conversion import tied_names
@@ -26,7 +26,6 @@ from moebit.tensor.grid import dequantize
 
 FORMAT_VERSION = 1
 WITH_ACTIVATIONS = 2  # the version of outputs whose inputs are transformed or rounded: who reads version 1 would leave that out
-METHOD = "moebit"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from moebit.errors import BadInputError
 from moebit.formats import compressed_tensors, native
 from moebit.formats.compressed_tensors import CompressedWeights
 from moebit.formats.inputs_config import read_activations
-from moebit.formats.native import METHOD, NativeWeights, PackedSpec, packed_specs
+from moebit.formats.names import METHOD
+from moebit.formats.native import NativeWeights, PackedSpec, packed_specs
 from moebit.formats.overlay import OVERLAY_FILE, overlay_specs, read_overlays
 from moebit.formats.switch import SIDE_FILE
 from moebit.model.experts import layout_of

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moebit.errors import BadInputError
 from moebit.formats import compressed_tensors, native
+from moebit.formats.names import EXPERTS_IMPLEMENTATION
 from moebit.model.experts import ExpertsLayout
 from moebit.model.inputs import Activations
 from moebit.storage.edits import EditedWeights
@@ -143,7 +144,7 @@ class NativeSink(Sink):
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         # The second key makes a transformers without moebit refuse: an unknown quant_method alone is only a warning there.
         quantization = native.quantization_config(self.modules, self.activations)
-        return {**config, "quantization_config": quantization, "experts_implementation": native.METHOD}
+        return {**config, "quantization_config": quantization, "experts_implementation": EXPERTS_IMPLEMENTATION}
 
 
 class DenseSink(Sink):

@@ -24,8 +24,6 @@ from moebit.recipe import Recipe
 from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.budget import Budget
 
-DEFAULT_MEMORY = 4 * 2**30
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -26,6 +26,7 @@ from moebit.formats.output import partial_of
 from moebit.formats.overlay import FULL, OVERLAY_FILE, OverlaySpec, overlay_specs
 from moebit.formats.seal import KEY, SEALED, seal
 from moebit.formats.switch import Kept, read_kept
+from moebit.memory import DEFAULT_MEMORY, Memory
 from moebit.methods.allocation import fuzzy_widths
 from moebit.methods.significance import baseline
 from moebit.profiling.passes import Progress
@@ -78,7 +79,7 @@ def adapt(
     undo: bool = False,
     samples: int = 16,
     length: int = 512,
-    memory: int = 4 * 2**30,
+    memory: Memory = DEFAULT_MEMORY,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Adaptation:

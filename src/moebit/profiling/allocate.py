@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ def allocate(
     Raises:
         BadInputError: a target below the lowest widths, errors that were not measured, a combination that makes no sense.
     """
+    if not 0 < target_bits < math.inf:
+        raise BadInputError(f"--target-bits {target_bits}: a positive number is expected")
     found = profile if isinstance(profile, Profile) else Profile.read(profile)
     if not found.sets:
         raise BadInputError(f"{found.path}: no data set in this profile; `moebit profile` again")

@@ -13,6 +13,7 @@ from moebit.calibration.text import Texts, calibration_windows, digest, load_tok
 from moebit.errors import BadInputError
 from moebit.formats.opening import open_checkpoint, quantized_modules
 from moebit.formats.profile import Profile, ProfiledModule, set_file
+from moebit.memory import DEFAULT_MEMORY, Memory, memory_bytes
 from moebit.model.structure import Structure, find_structure
 from moebit.plan.plan import Plan, make_plan
 from moebit.profiling.passes import Measure, Progress, run_pass
@@ -37,7 +38,7 @@ def profile(
     widths: Sequence[int] = LADDER,
     solver: str = "rtn",
     errors: bool = True,
-    memory: int = 4 * 2**30,
+    memory: Memory = DEFAULT_MEMORY,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Profile:
@@ -51,12 +52,13 @@ def profile(
         recipe, overrides: whose grid (group size, symmetric), scope and ignored modules the errors are measured with; default `gptq-w4`.
         samples, length: windows of every text, and tokens of a window.
         widths: candidates. solver: `rtn` or `gptq`, what rounds for the errors. errors: False leaves them out (knapsack needs them).
-        memory: bytes that the work may take. seed: chooses the windows.
+        memory: bytes, or a size such as `4GiB`, that the work may take. seed: chooses the windows.
 
     Raises:
         BadInputError: no text, a model or recipe that does not fit, a profile in `out` that was measured otherwise.
     """
     report = progress or (lambda what, done, total: None)
+    allowed = memory_bytes(memory)
     chosen = load_recipe(recipe, overrides)
     checkpoint = open_checkpoint(model, compute=None)
     if quantized_modules(checkpoint) is not None:
@@ -64,9 +66,9 @@ def profile(
     if Path(out).is_dir() and (Path(out) / "config.json").exists():
         raise BadInputError(f"-o {out}: this is a checkpoint; choose another directory for the profile")
     structure = find_structure(checkpoint.model)
-    plan = make_plan(checkpoint, structure, chosen, memory)
+    plan = make_plan(checkpoint, structure, chosen, allowed)
     sets = data_sets(checkpoint, text, samples, length, seed)
-    return run_profile(checkpoint, structure, plan, sets, Path(out), _widths(widths), solver, errors, memory, report)
+    return run_profile(checkpoint, structure, plan, sets, Path(out), _widths(widths), solver, errors, allowed, report)
 
 
 def data_sets(checkpoint: Checkpoint, text: Texts, samples: int, length: int, seed: int) -> dict[str, Tensor]:
@@ -78,6 +80,8 @@ def data_sets(checkpoint: Checkpoint, text: Texts, samples: int, length: int, se
     files = parse_texts(text)
     if not files:
         raise BadInputError("give at least one --text [NAME=]FILE: a data set each")
+    if samples < 1 or length < 1:
+        raise BadInputError(f"{samples} windows of {length} tokens: at least one window of one token is needed")
     limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
     if limit and length > limit:
         raise BadInputError(f"windows of {length} tokens are longer than the model's context of {limit}; take shorter ones")

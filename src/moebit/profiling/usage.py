@@ -17,6 +17,7 @@ from moebit.errors import BadInputError
 from moebit.formats.opening import native_modules, open_checkpoint
 from moebit.formats.seal import SEALED
 from moebit.formats.switch import Usage, read_usage
+from moebit.memory import DEFAULT_MEMORY, Memory, memory_bytes
 from moebit.methods.significance import expert_shares
 from moebit.methods.switching import usage_distance
 from moebit.model.structure import find_structure
@@ -51,7 +52,7 @@ def observe(
     text: Texts,
     samples: int,
     length: int,
-    memory: int,
+    memory: Memory,
     seed: int,
     progress: Progress | None,
 ) -> Observed:
@@ -60,7 +61,7 @@ def observe(
     Raises:
         BadInputError: no native output of moebit, or one that does not say what it was made for; a text that is too short.
     """
-    path = Path(out)
+    path, allowed = Path(out), memory_bytes(memory)
     if not (path / SEALED).is_file():
         raise BadInputError(f"{out}: no {SEALED} here; give the output of `moebit quantize`")
     known = read_usage(path)
@@ -73,7 +74,7 @@ def observe(
     for number, windows in enumerate(sets.values()):
         (progress or _silent)("texts", number, len(sets))
         parts = windows.chunk(2) if len(windows) > 1 else (windows, windows)
-        found = [_pass(checkpoint, structure, part, memory, progress or _silent) for part in parts]
+        found = [_pass(checkpoint, structure, part, allowed, progress or _silent) for part in parts]
         halves.append([{name: f[f"{name}.tokens"] for name in known} for f in found])
         new.append({key: found[0][key] + (found[1][key] if len(windows) > 1 else 0) for key in found[0]})
     (progress or _silent)("texts", len(sets), len(sets))
@@ -103,7 +104,7 @@ def drift(
     text: Texts,
     samples: int = 16,
     length: int = 512,
-    memory: int = 4 * 2**30,
+    memory: Memory = DEFAULT_MEMORY,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:

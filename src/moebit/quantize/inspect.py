@@ -10,9 +10,10 @@ from moebit.errors import BadInputError
 from moebit.formats.engines import ANY, verdicts
 from moebit.formats.inputs_config import describe_activations
 from moebit.formats.opening import activations_of, average_bits, open_checkpoint, quantized_modules
+from moebit.memory import DEFAULT_MEMORY, Memory, memory_bytes
 from moebit.model.structure import Structure, find_structure
 from moebit.plan.describe import describe_structure
-from moebit.plan.plan import DEFAULT_MEMORY, make_plan
+from moebit.plan.plan import make_plan
 from moebit.plan.transforms import transformed
 from moebit.recipe import Recipe, load_recipe
 from moebit.storage.checkpoint import Checkpoint
@@ -24,7 +25,7 @@ def inspect(
     *,
     format: str | None = None,
     engine: str = ANY,
-    memory: int = DEFAULT_MEMORY,
+    memory: Memory = DEFAULT_MEMORY,
 ) -> dict[str, Any]:
     """Structure, sizes and, with a recipe, what it would make of the model. Reads headers, no weights.
 
@@ -42,7 +43,7 @@ def inspect(
     elif recipe is not None:
         chosen = load_recipe(recipe, {"format": format} if format else {})
         checkpoint, _, transforms = transformed(checkpoint, structure, chosen, 0)
-        result["plan"] = make_plan(checkpoint, structure, chosen, memory, engine=engine, transforms=transforms).describe()
+        result["plan"] = make_plan(checkpoint, structure, chosen, memory_bytes(memory), engine=engine, transforms=transforms).describe()
     return result
 
 

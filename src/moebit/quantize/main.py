@@ -19,9 +19,10 @@ from moebit.formats.engines import ANY
 from moebit.formats.opening import open_checkpoint, quantized_modules
 from moebit.formats.output import JOURNAL, OutputDirectory, check_free, check_space, disk_error, partial_of, read_journal
 from moebit.formats.sink import SINKS
+from moebit.memory import DEFAULT_MEMORY, Memory, memory_bytes
 from moebit.model.structure import find_structure
 from moebit.plan.bitplan import BitPlan, load_bit_plan
-from moebit.plan.plan import DEFAULT_MEMORY, Plan, make_plan
+from moebit.plan.plan import Plan, make_plan
 from moebit.plan.transforms import transformed
 from moebit.profiling.prepare import prepare
 from moebit.quantize.context import Progress
@@ -53,7 +54,7 @@ def quantize(
     format: str | None = None,
     engine: str = ANY,
     device: str = "cpu",
-    memory: int = DEFAULT_MEMORY,
+    memory: Memory = DEFAULT_MEMORY,
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
@@ -73,7 +74,7 @@ def quantize(
         engine: what has to run the output: transformers, vllm, or any of them (`formats/engines.py`).
         text: calibration texts, `[NAME=]FILE` items or a mapping; needed unless the recipe rounds to nearest or lets the model write its
             own. For such a recipe, text that is given takes the sample's place, or its share of the set.
-        memory: bytes that the work may take; bounds chunks, and spills activations to disk.
+        memory: bytes, or a size such as `4GiB`, that the work may take; bounds chunks, and spills activations to disk.
         seed: chooses the calibration windows. The same input, recipe, seed and memory give the same bytes (on the same kind of
             machine, with as many threads: float sums differ between them).
         resume: go on with an interrupted run after its last whole layer.
@@ -88,7 +89,7 @@ def quantize(
     began = time.perf_counter()
     asked = command or python_call(
         "moebit.quantize", model, out, recipe=recipe, text=text, overrides=overrides, plan=plan, format=format, engine=(engine, ANY),
-        device=(device, "cpu"), memory=(memory, DEFAULT_MEMORY), seed=(seed, 0), accept_unquantized=accept_unquantized,
+        device=(device, "cpu"), memory=(memory_bytes(memory), DEFAULT_MEMORY), seed=(seed, 0), accept_unquantized=accept_unquantized,
     )  # fmt: skip
     chosen = load_recipe(recipe, {**(overrides or {}), **({"format": format} if format else {})})
     if device != "cpu" and not torch.cuda.is_available():
@@ -99,7 +100,7 @@ def quantize(
     checkpoint = open_checkpoint(model, compute=None)
     _check_input(model, checkpoint, out)
     bits = load_bit_plan(plan) if isinstance(plan, str | Path) else plan
-    asking = _Request(chosen, bits, engine, device, memory, seed, out, asked, progress or (lambda what, done, total: None))
+    asking = _Request(chosen, bits, engine, device, memory_bytes(memory), seed, out, asked, progress or (lambda what, done, total: None))
     job = _prepare(asking, checkpoint, text, profile, accept_unquantized)
     if dry_run:
         check_free(out, resume=resume, overwrite=overwrite)

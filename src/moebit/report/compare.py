@@ -9,14 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moebit import words
 from moebit.calibration.text import Texts
 from moebit.errors import BadInputError
-from moebit.evaluate import evaluate
 from moebit.evaluate.judging import Judgement, judge
-from moebit.evaluate.streaming import Progress
+from moebit.evaluate.streaming import Progress, evaluate
 from moebit.evaluate.tasks import check_tasks, run_tasks
 from moebit.formats.opening import open_checkpoint
-from moebit.report import words
+from moebit.memory import DEFAULT_MEMORY, Memory
 from moebit.report.page import render, write_page
 from moebit.report.plots import Figure
 from moebit.report.svg import KINDS, SHAPES, Axis, Series, mark, points
@@ -30,7 +30,7 @@ def compare(
     text: Texts = (),
     window: int = 512,
     max_tokens: int | None = None,
-    memory: int = 4 * 2**30,
+    memory: Memory = DEFAULT_MEMORY,
     tasks: Sequence[str] = (),
     task_data: str | Path | None = None,
     limit: int | None = None,

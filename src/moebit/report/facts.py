@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moebit import words
 from moebit.errors import BadInputError
-from moebit.report import words
 
 THIN = 0.1  # an expert with less than this part of an even share of the tokens is named
 LARGE_ERROR = 0.5  # |dW|^2 / |W|^2 at which a matrix has lost its meaning; 2 bits have about 0.15

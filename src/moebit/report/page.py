@@ -12,8 +12,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from moebit import words
 from moebit.errors import BadInputError
-from moebit.report import facts, words
+from moebit.report import facts
 from moebit.report.facts import Documents, read_documents
 from moebit.report.plots import figures
 from moebit.report.svg import DARK, LIGHT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path as File
@@ -96,7 +97,7 @@ def generate(
     """
     if max_new_tokens < 1:
         raise BadInputError(f"{max_new_tokens} new tokens: ask for one at least")
-    if not temperature >= 0:
+    if not 0 <= temperature < math.inf:
         raise BadInputError(f"temperature {temperature}: 0 for the likeliest token, or a positive number")
     if path not in PATHS:
         raise BadInputError(f"no way of multiplying is called {path!r}: choose from {', '.join(PATHS)}")
@@ -128,6 +129,7 @@ def _run(name: str | File, prompt: str, max_new_tokens: int, sampling: dict[str,
     ids: Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise BadInputError("the prompt is empty: give at least one token to go on from")
+    _check_length(load_config(directory), name, ids.shape[1], max_new_tokens)
     model, ids = _load(directory).to(device), ids.to(device)
     if path != "auto" and any(isinstance(module, PackedModule) for module in model.modules()):
         use(model, path)
@@ -153,8 +155,19 @@ def _run(name: str | File, prompt: str, max_new_tokens: int, sampling: dict[str,
     )
 
 
+def _check_length(config: Any, name: str | File, prompt: int, new: int) -> None:
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not context or prompt + new <= context:
+        return
+    if prompt >= context:
+        raise BadInputError(f"the prompt has {prompt} tokens, and the context of {name} is {context}; shorten the prompt")
+    raise BadInputError(
+        f"the prompt has {prompt} tokens and {new} are to follow, but the context of {name} is {context}; "
+        f"ask for {context - prompt} new tokens or fewer, or shorten the prompt"
+    )
+
+
 def _load(directory: File) -> Any:
-    load_config(directory)  # says what is wrong with it
     try:
         return AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
     except (ValueError, OSError, ImportError, KeyError) as error:

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moebit.errors import BadInputError
+from moebit.formats.names import EXPERTS_IMPLEMENTATION
 from moebit.formats.native import PackedSpec, unpack_matrices
 from moebit.formats.overlay import OverlaySpec
 from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots, dispatch, finish, intermediate, layout_of
 from moebit.model.inputs import InputStep
 from moebit.runtime.kernels import Stack
 from moebit.runtime.paths import ALWAYS, PATHS, Path, by_triton, compiled, dequantized, few_rows, packed_product, taken, why_not
-
-EXPERTS_IMPLEMENTATION = "moebit"
 
 
 class PackedModule(nn.Module):

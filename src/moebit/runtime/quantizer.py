@@ -1,4 +1,8 @@
-"""The `moebit` quantization method for transformers' `from_pretrained`."""
+"""The `moebit` quantization method for transformers' `from_pretrained`.
+
+This is loaded while transformers itself is still being imported (`moebit.registration`), so it imports from transformers only what the
+registry has loaded already, and from moebit only constants; what the methods need is imported when they run.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,30 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moebit.formats.inputs_config import KEY as ACTIVATIONS
-from moebit.formats.inputs_config import read_activations
-from moebit.formats.native import METHOD, packed_specs
-from moebit.formats.overlay import overlay_specs
-from moebit.model.adapters import adapt
-from moebit.model.inputs import attach
-from moebit.model.seam import SEAM
-from moebit.runtime.packed import EXPERTS_IMPLEMENTATION, PackedLinear, pack_experts
-from moebit.storage.conversion import INSIDE, without_wrapper
+from moebit.formats.names import ACTIVATIONS, EXPERTS_IMPLEMENTATION, METHOD
+
+
+def _experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Packed experts; a model that has some has loaded `moebit.runtime.packed`, which registers its own function instead of this one."""
+    from moebit.runtime.packed import packed_experts_forward
+
+    return packed_experts_forward(module, hidden_states, top_k_index, top_k_weights)
+
+
+if EXPERTS_IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _experts_forward)
 
 
 def _names_in(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Stored module names -> those in this model: the same, or without the wrapper that the checkpoint has around it."""
+    from moebit.storage.conversion import INSIDE
+
     known = {name for name, _ in model.named_modules()}
     return {name: name if name in known else ".".join(part for part in name.split(".") if part != INSIDE) for name in names}
 
@@ -47,14 +57,27 @@ class MoebitQuantizer(HfQuantizer):
     requires_calibration = True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        from moebit.formats.native import packed_specs
+
         packed_specs(self.quantization_config.to_dict())
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """A native output names its tensors as the module does; the language model of a wrapper may also be loaded by itself."""
+        from moebit.formats.native import packed_specs
+        from moebit.storage.conversion import without_wrapper
+
         names = _names_in(model, packed_specs(self.quantization_config.to_dict()))
         return [without_wrapper()] if any(stored != name for stored, name in names.items()) else []
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        from moebit.formats.inputs_config import read_activations
+        from moebit.formats.native import packed_specs
+        from moebit.formats.overlay import overlay_specs
+        from moebit.model.adapters import adapt
+        from moebit.model.inputs import attach
+        from moebit.model.seam import SEAM
+        from moebit.runtime.packed import PackedLinear, pack_experts
+
         if getattr(model.config, "_experts_implementation", None) not in (EXPERTS_IMPLEMENTATION, SEAM):
             model.set_experts_implementation(EXPERTS_IMPLEMENTATION)  # type: ignore[operator]
         adapt(model)

@@ -1,0 +1,37 @@
+"""What a recipe would make of a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from moebit.cli.screens.model import show_activations, show_engines
+from moebit.cli.terminal import row, say, show, table, warning
+from moebit.words import duration, size
+
+
+def show_plan(plan: dict[str, Any], before: int | None) -> None:
+    """The plan; `before` is the size of the checkpoint in bytes, where it is known."""
+    facts = table("plan", "")
+    row(facts, "size", size(plan["size_bytes"]) + (f" (from {size(before)})" if before else ""))
+    row(facts, "average bits", f"{plan['average_bits']:.3f}")
+    row(facts, "quantized", f"{plan['quantized_linears']} linears, {plan['quantized_experts_modules']} layers of experts")
+    row(facts, "peak memory, about", size(plan["peak_memory_bytes"]))
+    row(facts, "time, about", duration(plan["seconds"]))
+    show(facts)
+    if "activations" in plan:
+        show_activations(plan["activations"])
+    if plan["peak_memory_bytes"] > plan["memory"]:
+        say(warning(f"more than --memory {size(plan['memory'])}"), ": the smallest pieces of this model need that much")
+    show_engines(plan["engines"])
+    _show_kept(plan)
+
+
+def _show_kept(plan: dict[str, Any]) -> None:
+    """What is not quantized, and why."""
+    if reasons := Counter(plan["kept"].values()):
+        say("kept in full precision: ", ", ".join(f"{count} x {reason}" for reason, count in reasons.items()))
+    if stored := plan["kept_as_stored"]:
+        say(f"kept as stored: {len(stored)} tensors that the model class does not use, first {stored[0]}")
+    if plan["unquantized_expert_share"]:
+        say(warning(f"{plan['unquantized_expert_share']:.1%} of the expert parameters"), " stay in full precision")

@@ -1,0 +1,73 @@
+"""`moebit quantize`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moebit.cli.options import (
+    LARGEST_SEED,
+    EngineOption,
+    FormatOption,
+    MemoryOption,
+    ModelArgument,
+    ResumeOption,
+    SettingsOption,
+    TextOption,
+    check_recipe,
+    overrides,
+    typed_command,
+)
+from moebit.cli.screens.plan import show_plan
+from moebit.cli.screens.result import show_result
+from moebit.cli.terminal import progress_bars
+from moebit.memory import DEFAULT_MEMORY
+
+EXAMPLES = (
+    "moebit quantize reference/olmoe -o olmoe-w3 --recipe gptq-w3 --text reference/text/wiki.calib.txt",
+    "moebit quantize MODEL -o OUT --recipe rtn-w4 --set weights.group_size=64",
+    "moebit quantize MODEL -o OUT --recipe gptq-w4 --text calib.txt --resume",
+)
+
+
+def quantize(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Directory to make.")],
+    recipe: Annotated[str | None, typer.Option(help="Preset or YAML file (default: gptq-w4); `moebit recipes` lists the presets.")] = None,
+    text: TextOption = None,
+    settings: SettingsOption = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Bit widths per layer, expert and projection (see docs/format.md).")
+    ] = None,
+    profile_dir: Annotated[
+        Path | None, typer.Option("--profile", metavar="PROFILE", help="What `moebit profile` wrote, for allocation and switching.")
+    ] = None,
+    output_format: FormatOption = None,
+    engine: EngineOption = "any",
+    device: Annotated[str, typer.Option(help="Where matrices are solved: cpu or cuda.")] = "cpu",
+    memory: MemoryOption = DEFAULT_MEMORY,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Chooses the calibration windows.")] = 0,
+    resume: ResumeOption = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, or an interrupted run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan, then stop.")] = False,
+    accept_unquantized: Annotated[
+        bool, typer.Option("--accept-unquantized", help="Go on though more than 5% of the expert parameters stay in full precision.")
+    ] = False,
+) -> None:
+    """Quantize a checkpoint."""
+    changes = overrides(settings)
+    check_recipe(recipe, changes, output_format)
+    import moebit
+
+    with progress_bars() as progress:
+        result: Any = moebit.quantize(
+            model, output, recipe=recipe, text=text or [], overrides=changes, plan=plan_file, profile=profile_dir, format=output_format,
+            engine=engine, device=device, memory=memory, seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
+            accept_unquantized=accept_unquantized, progress=progress, command=typed_command(),
+        )  # fmt: skip
+    if dry_run:
+        show_plan(result.describe(), None)
+    else:
+        show_result(result, text_given=bool(text))

@@ -1,0 +1,40 @@
+"""How much memory the work may take: the default, and what a person may write for it."""
+
+from __future__ import annotations
+
+import re
+
+from moebit.errors import BadInputError
+
+Memory = int | str  # bytes, or a size with its unit such as "4GiB"
+DEFAULT_MEMORY = "4GiB"
+LEAST_MEMORY = 2**16  # less than this is a mistake in the unit: not even one matrix of a tiny model fits
+MOST_MEMORY = 2**63 - 1
+_SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*(?:([KMGT]?)(i?)(B)?)\s*", flags=re.IGNORECASE | re.ASCII)
+
+
+def memory_bytes(memory: Memory) -> int:
+    """Bytes from an integer (bytes) or from a text with a unit: `4GiB`, `500MB`, or `2G`, which is read as `2GiB`.
+
+    Raises:
+        BadInputError: a number without a unit in a text, less than `LEAST_MEMORY`, or anything else.
+    """
+    if isinstance(memory, bool) or not isinstance(memory, int | str):
+        raise BadInputError(f"memory {memory!r}: give bytes as an integer, or a size with its unit such as '4GiB'")
+    count = memory if isinstance(memory, int) else _read(memory)
+    if not LEAST_MEMORY <= count <= MOST_MEMORY:
+        raise BadInputError(f"--memory {memory}: this is {'less' if count < LEAST_MEMORY else 'more'} than can be meant; write 4GiB, say")
+    return count
+
+
+def _read(text: str) -> int:
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise BadInputError(f"--memory {text}: a size such as 4GiB or 500MB is expected")
+    number, prefix, binary, byte = match.groups()
+    if not (prefix or byte):
+        raise BadInputError(
+            f"--memory {text}: the unit is missing; write {text.strip()}GiB for gibibytes or {text.strip()}MB for megabytes"
+        )
+    base = 1000 if prefix and byte and not binary else 1024
+    return int(float(number) * base ** " KMGT".index(prefix.upper() or " "))

@@ -1,0 +1,53 @@
+"""`allocation` and `switching`: who gets more bits, and which channels are kept beside the output."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from moebit.recipe.section import BIT_WIDTHS, Section
+
+
+class AllocationSection(Section):
+    """Which modules get more bits and which fewer; `uniform` gives all of them `weights.bits`.
+
+    kind: `fuzzy` (MoQa: clusters of significance), `knapsack` (measured errors), `frequency` (tokens alone).
+    target_bits: average on disk of everything quantized, scales included. ladder: widths to choose from.
+    granularity: what has one width: an expert, a projection, a layer's experts (the last two: knapsack).
+    significance: over data sets, for fuzzy. solver: what rounds where errors are measured. engine: `vllm` restricts to what it serves.
+    """
+
+    kind: Literal["uniform", "fuzzy", "knapsack", "frequency"] = "uniform"
+    target_bits: float | None = Field(None, gt=0, le=16)
+    ladder: list[int] = Field(default_factory=lambda: [2, 3, 4, 6, 8])
+    granularity: Literal["expert", "projection", "layer"] = "expert"
+    significance: Literal["mean", "max"] = "mean"
+    solver: Literal["rtn", "gptq"] = "rtn"
+    engine: Literal["any", "vllm"] = "any"
+
+    @field_validator("ladder")
+    @classmethod
+    def _known_widths(cls, ladder: list[int]) -> list[int]:
+        if not ladder or len(set(ladder)) < len(ladder) or not set(ladder) <= set(BIT_WIDTHS):
+            raise ValueError(f"{ladder}: choose some of {', '.join(map(str, BIT_WIDTHS))}, each once")
+        return ladder
+
+    @model_validator(mode="after")
+    def _target(self) -> AllocationSection:
+        if (self.kind == "uniform") != (self.target_bits is None):
+            need = "needs target_bits" if self.kind != "uniform" else "takes its width from weights.bits; leave target_bits out"
+            raise ValueError(f"kind: {self.kind} {need}")
+        if self.kind in ("fuzzy", "frequency") and (self.granularity != "expert" or self.engine != "any"):
+            raise ValueError(f"kind: {self.kind} compares the experts of one layer; granularity and engine need kind: knapsack")
+        return self
+
+
+class SwitchingSection(Section):
+    """Channels kept in full precision beside the output, for `moebit adapt`.
+
+    share: of the channels of every expert (or `per` layer), the most dynamic over the texts; 0 keeps none.
+    """
+
+    share: float = Field(0.0, ge=0.0, le=0.25)
+    per: Literal["expert", "layer"] = "expert"

@@ -1,0 +1,154 @@
+"""A whole recipe, and what its sections must agree on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from moebit.recipe.allocation import AllocationSection, SwitchingSection
+from moebit.recipe.calibration import CalibrationSection
+from moebit.recipe.inputs import ActivationsSection, RotationSection
+from moebit.recipe.router import RouterSection
+from moebit.recipe.section import Section
+from moebit.recipe.smoothing import SmoothingSection
+from moebit.recipe.solver import SolverSection
+from moebit.recipe.weights import WeightsSection
+
+
+class Recipe(Section):
+    """One complete description of a quantization."""
+
+    version: Literal[1] = 1
+    weights: WeightsSection = Field(default_factory=WeightsSection)
+    solver: SolverSection = Field(default_factory=SolverSection)
+    activations: ActivationsSection = Field(default_factory=ActivationsSection)
+    rotation: RotationSection = Field(default_factory=RotationSection)
+    smoothing: SmoothingSection = Field(default_factory=SmoothingSection)
+    router: RouterSection = Field(default_factory=RouterSection)
+    calibration: CalibrationSection = Field(default_factory=CalibrationSection)
+    allocation: AllocationSection = Field(default_factory=AllocationSection)
+    switching: SwitchingSection = Field(default_factory=SwitchingSection)
+    format: Literal["native", "compressed-tensors", "dense"] = "native"
+
+    @model_validator(mode="after")
+    def _fp8_is_for_engines(self) -> Recipe:
+        if self.weights.type == "fp8" and self.solver.method != "rtn":
+            raise ValueError("weights.type: fp8 is rounded to nearest; set solver.method: rtn")
+        if self.weights.type == "fp8" and self.activations.bits != 8:
+            raise ValueError("weights.type: fp8 is written for engines that multiply in fp8; set activations.bits: 8")
+        if self.weights.type == "fp8" and self.format != "compressed-tensors":
+            raise ValueError(f"weights.type: fp8: format {self.format} does not hold it; set format: compressed-tensors")
+        return self
+
+    @model_validator(mode="after")
+    def _the_format_says_what_happens_to_inputs(self) -> Recipe:
+        a, w = self.activations, self.weights
+        if self.format == "native" or not (a.rounded or self.rotation.online != "none"):
+            return self
+        if self.rotation.online != "none":
+            raise ValueError(f"rotation.online: {self.rotation.online}: format {self.format} has no place to say so; set format: native")
+        if self.format == "dense":
+            raise ValueError(
+                f"activations.bits: {a.bits}: format dense has no place to say so; set format: native, or compressed-tensors for 8 bits"
+            )
+        if (a.bits, a.clip, a.qkv_bits) != (8, 1.0, 16):
+            raise ValueError(
+                f"activations of {a.bits} bits (query, key and value {a.qkv_bits}, clip {a.clip}): format compressed-tensors is written "
+                "with 8 bits, clip 1.0 and whole query, key and value; set those, or format: native"
+            )
+        if not a.symmetric:
+            raise ValueError("activations.bits: 8 is written for engines with symmetric activations; set activations.symmetric: true")
+        if (w.bits, w.group_size, w.symmetric, w.signed) != (8, -1, True, False):
+            raise ValueError(
+                "activations.bits: 8 needs 8-bit symmetric weights with one scale per output channel; "
+                "set weights.bits: 8, weights.group_size: -1, weights.symmetric: true, weights.signed: false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _channels_are_scaled_once(self) -> Recipe:
+        if self.solver.method == "awq" and self.smoothing.kind != "none":
+            raise ValueError(f"smoothing.kind: {self.smoothing.kind} and solver.method: awq scale the same channels; set one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _balance_has_something_to_calibrate(self) -> Recipe:
+        if self.calibration.balance != "none" and not self.needs_hessians and self.smoothing.kind != "expert_aware":
+            raise ValueError(
+                "calibration.balance: rounding to nearest looks at no tokens of an expert; "
+                "set solver.method: gptq, or smoothing.kind: expert_aware"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _drift_compares_the_same_channels(self) -> Recipe:
+        if self.solver.drift != "none" and self.smoothing.kind != "none":
+            raise ValueError(
+                f"solver.drift: {self.solver.drift} compares inputs with full precision's, and smoothing.kind: {self.smoothing.kind} "
+                "scales them; set one of the two to none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _coverage_has_hessians(self) -> Recipe:
+        if self.calibration.coverage == "soft" and self.solver.method != "gptq":
+            raise ValueError("calibration.coverage: soft is about gptq's Hessians; set solver.method: gptq, or calibration.coverage: layer")
+        return self
+
+    @model_validator(mode="after")
+    def _widths_and_channels_belong_to_integers(self) -> Recipe:
+        if self.needs_profile and self.weights.type == "fp8":
+            raise ValueError("allocation and switching choose integer widths; set weights.type: int")
+        if self.allocation.kind != "uniform" and self.activations.bits != 16:
+            raise ValueError("allocation: engines that round activations take one width; set activations.bits: 16")
+        if self.switching.share and self.format != "native":
+            raise ValueError(f"switching: format {self.format} has no place for channels apart; set format: native")
+        changed = {
+            "activations.bits": self.activations.bits != 16,
+            "rotation.absorbed": self.rotation.absorbed != "none",
+            "rotation.online": self.rotation.online != "none",
+            "smoothing.kind": self.smoothing.kind != "none",
+            "solver.method: awq": self.solver.method == "awq",
+        }
+        if self.switching.share and any(changed.values()):
+            named = ", ".join(key for key, on in changed.items() if on)
+            raise ValueError(
+                f"switching: channels apart are kept as the checkpoint has them, but {named} changes what they meet; leave it out"
+            )
+        return self
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether widths or channels are chosen from what texts say about the experts."""
+        return self.allocation.kind != "uniform" or self.switching.share > 0
+
+    @property
+    def needs_calibration(self) -> bool:
+        looks = self.scales_channels or self.router.align != "none" or self.router.realign != "none" or self.rotation.online == "duquant"
+        return self.needs_hessians or looks
+
+    @property
+    def needs_hessians(self) -> bool:
+        """Whether weights are rounded by the second moments of what arrives at them."""
+        return self.solver.method != "rtn"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether something is compared with what the full-precision model makes of the calibration windows."""
+        return self.router.realign != "none" or self.solver.drift != "none"
+
+    @property
+    def scales_channels(self) -> bool:
+        """Whether channels are scaled, layer by layer, before weights are rounded."""
+        return self.solver.method == "awq" or self.smoothing.kind != "none"
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+    def digest(self) -> str:
+        """sha256 of the recipe's content, independent of how its YAML is written."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
