@@ -14,7 +14,7 @@ from moebit.model.structure import LayerSites
 from moebit.recipe import RouterSection
 from moebit.streaming.routing import Routing, capture_router, logits, router_bias
 from moebit.streaming.stream import Stream
-from moebit.tensor.grid import CLIP_RATIOS
+from moebit.tensor.grids import CLIP_RATIOS
 
 PIECE = 4096  # tokens at a time
 NOT_ONCE = "the router is not called once for every token"

@@ -23,7 +23,7 @@ from moebit.model.structure import LayerSites
 from moebit.storage.checkpoint import Weights
 from moebit.storage.edits import Edit, joined
 from moebit.streaming.stream import Stream, read_experts
-from moebit.tensor import QuantScheme
+from moebit.tensor import Grid
 
 TOKENS = 512  # that everything outside of the routed experts is judged on
 MATRIX_BYTES = 64 * 2**20  # of experts that are judged together
@@ -34,7 +34,7 @@ class Rounding:
     """How a stack of matrices will be rounded: a width each, and the grid."""
 
     bits: tuple[int, ...]
-    scheme: QuantScheme
+    grid: Grid
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class LayerAWQ:
 
     def _losses(self, w: Tensor, s: Tensor, x: Tensor, weight: Tensor, rounding: Rounding, start: int, stop: int) -> Tensor:
         device, bits = self.device, torch.tensor(rounding.bits[start:stop])
-        return losses(w.to(device), s.to(device), x.to(device), weight.to(device), bits.to(device), rounding.scheme).cpu()
+        return losses(w.to(device), s.to(device), x.to(device), weight.to(device), bits.to(device), rounding.grid).cpu()
 
     def _behind_linear(self, pair: PairSite, x_SN: Tensor, report: dict[str, Any]) -> dict[str, tuple[Edit, ...]]:
         """Rows of the first that reach several channels of the second have one scale for all of them."""

@@ -32,7 +32,7 @@ from moebit.storage.files import ShardFile
 from moebit.streaming.routing import Replace, Routing, not_linear, router_bias, router_inputs
 from moebit.streaming.shortcut import KeptInput
 from moebit.streaming.stream import Stream, experts_names, read_experts
-from moebit.tensor import QTensor, QuantScheme, SolveInfo, add_second_moment, mirror_, refit_scales, solve_gptq, solve_rtn
+from moebit.tensor import Float8Grid, Grid, QTensor, SolveInfo, UniformGrid, add_second_moment, mirror_, refit_scales, solve_gptq, solve_rtn
 from moebit.tensor.blocks import BlockTransform
 from moebit.tensor.linalg import filled_diagonal
 
@@ -82,10 +82,12 @@ class LayerReport:
         return sum(count == 0 for count in self.tokens_per_expert)
 
 
-def scheme_of(recipe: Recipe, scale_dtype: torch.dtype) -> QuantScheme:
+def grid_of(recipe: Recipe, scale_dtype: torch.dtype) -> Grid:
     """The recipe's grid, with scales of one type."""
-    grid = recipe.weights
-    return QuantScheme(grid.group_size, grid.symmetric, grid.signed, scale_dtype, grid.type == "fp8")
+    chosen = recipe.weights
+    if chosen.type == "fp8":
+        return Float8Grid(chosen.group_size, scale_dtype)
+    return UniformGrid(chosen.group_size, chosen.symmetric, chosen.signed, scale_dtype)
 
 
 def solve(
@@ -93,18 +95,18 @@ def solve(
 ) -> tuple[QTensor, SolveInfo | None]:
     """Round a stack of matrices as the recipe says: to nearest without a Hessian (awq: with it, for the clipping), else with GPTQ."""
     solver = recipe.solver
-    scheme = scheme_of(recipe, scale_dtype)
+    grid = grid_of(recipe, scale_dtype)
     if solver.method == "awq" and h_EII is not None:
         importance = filled_diagonal(h_EII.to(device))
-        return solve_rtn(w_EOI.to(device), bits_E, scheme, importance_EI=importance, clip_search=solver.clip_search), None
+        return solve_rtn(w_EOI.to(device), bits_E, grid, importance_EI=importance, clip_search=solver.clip_search), None
     if h_EII is None:
-        return solve_rtn(w_EOI.to(device), bits_E, scheme, clip_search=solver.clip_search), None
+        return solve_rtn(w_EOI.to(device), bits_E, grid, clip_search=solver.clip_search), None
     w, h = w_EOI.to(device), h_EII.to(device)
     q, info = solve_gptq(
         w,
         h,
         bits_E,
-        scheme,
+        grid,
         scales=solver.scales,
         act_order=solver.act_order,
         damping=solver.damping,
@@ -266,7 +268,7 @@ class LayerJob:
         assert self.layer is not None
 
         def rounding(spec: PackedSpec) -> Rounding:
-            return Rounding(spec.bits, scheme_of(plan.recipe, spec.scale_dtype))
+            return Rounding(spec.bits, grid_of(plan.recipe, spec.scale_dtype))
 
         linears = {full: rounding(spec) for full, spec in plan.linears.items() if full.startswith(f"{name}.")}
         parts = plan.experts.get(f"{name}.{self.sites.moe.experts}", {}) if self.sites.moe else {}
@@ -447,7 +449,7 @@ class LayerJob:
             begin = 0
             for name in names:
                 matrix = matrices[name]
-                self._put_linear(name, matrix, _rows(q, slice(begin, begin + len(matrix))), info, transform)
+                self._put_linear(name, matrix, q.rows(slice(begin, begin + len(matrix))), info, transform)
                 begin += len(matrix)
 
     def _corrected_linears(self, group: LinearGroup, statistics: Statistics | None) -> dict[str, Tensor]:
@@ -691,7 +693,7 @@ class LayerJob:
             together, info = self._solve(w, hessian, widths[projections[0]], parts[projections[0]].scale_dtype)
         for p in projections:
             rows = layout.rows(p)
-            q = _rows(together, rows) if same else None
+            q = together.rows(rows) if same else None
             if q is None:
                 q, info = self._solve(w[:, rows], hessian, widths[p], parts[p].scale_dtype)
             quantized[p] = q
@@ -782,7 +784,3 @@ def _no_experts(sites: LayerSites) -> Callable[[nn.Module, Tensor, Tensor, Tenso
 
 def _zeros(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     return torch.zeros_like(x)
-
-
-def _rows(q: QTensor, rows: slice) -> QTensor:
-    return QTensor(q.codes[:, rows].contiguous(), q.scale[:, rows].contiguous(), q.zero_point[:, rows].contiguous(), q.bits, q.scheme)
