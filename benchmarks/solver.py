@@ -33,10 +33,10 @@ import numba  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from moebit.tensor import QuantScheme, minmax_grid, solve_gptq  # noqa: E402
+from moebit.tensor import UniformGrid, minmax_grid, solve_gptq  # noqa: E402
 
 BITS, GROUP, BLOCK, DAMPING = 4, 128, 128, 0.01
-SCHEME = QuantScheme(GROUP, symmetric=False)
+SCHEME = UniformGrid(GROUP, symmetric=False)
 RESULTS = Path(__file__).parent / "results" / "solver.md"
 
 

@@ -194,9 +194,9 @@ def test_moebit_keeps_the_rules() -> None:
 LAWFUL = {
     "__init__.py": "from moebit.quantize.run import quantize\n",
     "errors.py": "class MoebitError(Exception): ...\n",
-    "recipe.py": "from . import errors\nfrom .tensor.grid import QuantScheme\n",
-    "tensor/__init__.py": "from moebit.tensor.grid import QuantScheme\n",
-    "tensor/grid.py": "from ..errors import MoebitError\nimport torch\nclass QuantScheme: ...\n",
+    "recipe.py": "from . import errors\nfrom .tensor.grid import UniformGrid\n",
+    "tensor/__init__.py": "from moebit.tensor.grid import UniformGrid\n",
+    "tensor/grid.py": "from ..errors import MoebitError\nimport torch\nclass UniformGrid: ...\n",
     "model/__init__.py": "",
     "model/stream.py": "from moebit import errors, recipe, tensor\nfrom . import structure\n",
     "model/structure.py": "import moebit.tensor.grid\n",

@@ -23,7 +23,7 @@ from moebit.formats.native import PackedSpec
 from moebit.formats.opening import open_checkpoint
 from moebit.plan.bitplan import BitPlan
 from moebit.plan.plan import Plan
-from moebit.tensor import QTensor, QuantScheme, solve_rtn
+from moebit.tensor import Float8Grid, QTensor, UniformGrid, solve_rtn
 from tests.formats.library import by_the_library, engines_model, plain_transformers, reference_logits, reference_model
 from tests.support.models import ARCHITECTURES, EXPERTS, HIDDEN, INTERMEDIATE, Architecture, Checkpoints, random_model, save, windows
 from tests.support.outputs import read_config, stored_tensors, token_file
@@ -58,7 +58,7 @@ def stack(bits: int, group_size: int, dtype: torch.dtype, inputs: int, signed: b
     generator = torch.Generator().manual_seed(bits)
     w = torch.randn(3, 5, inputs, generator=generator)
     w[1, 2] = 0  # a row without a grid of its own
-    return solve_rtn(w, bits, QuantScheme(group_size, True, signed, dtype, float8), clip_search=False)
+    return solve_rtn(w, bits, Float8Grid(group_size, dtype) if float8 else UniformGrid(group_size, True, signed, dtype), clip_search=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -106,12 +106,12 @@ def test_fp8(dtype: torch.dtype) -> None:
 def test_fp8_is_the_nearest_float() -> None:
     """Against every float8 number there is: none is nearer to weight / scale than the chosen one."""
     w = torch.randn(1, 4, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    q = solve_rtn(w.float(), 8, QuantScheme(-1, True, float8=True), clip_search=False)
+    q = solve_rtn(w.float(), 8, Float8Grid(-1), clip_search=False)
     numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
     numbers = numbers[numbers.isfinite()]
-    scaled = w[0].float().double() / q.scale[0].double()
+    scaled = w[0].float().double() / q.params.scale[0].double()
     best = (scaled.unsqueeze(-1) - numbers).abs().amin(-1)
-    chosen = (q.dequantize(torch.float64)[0] / q.scale[0].double() - scaled).abs()
+    chosen = (q.dequantize(torch.float64)[0] / q.params.scale[0].double() - scaled).abs()
     torch.testing.assert_close(chosen, best, rtol=0, atol=1e-4)
     assert float(scaled.abs().max()) == pytest.approx(448, rel=1e-6)
 

@@ -16,7 +16,7 @@ from moebit.errors import BadInputError
 from moebit.formats.native import NativeWeights, PackedSpec, average_bits, packed_specs, put, quantization_config
 from moebit.model.experts import ExpertsLayout
 from moebit.storage.files import ShardFile, read_header
-from moebit.tensor import QTensor, QuantScheme
+from moebit.tensor import QTensor, UniformGrid, UniformParams
 from tests.support.outputs import read_stack, row_bytes
 
 EXPERTS, OUT, IN, GROUP = 6, 5, 12, 4  # neither 5 x 12 nor 5 x 3 is a multiple of 8: rows end in padding
@@ -44,17 +44,24 @@ def random_stack(spec: PackedSpec, seed: int = 0) -> QTensor:
         codes[expert, 0, :2] = torch.tensor([0, 2**width - 1])
         zeros[expert] = 2 ** (width - 1) if spec.symmetric else torch.randint(0, 2**width, (out, groups), generator=generator)
     scale = torch.randn(experts, out, groups, generator=generator).to(spec.scale_dtype)
-    return QTensor(codes, scale, zeros, torch.tensor(spec.bits), QuantScheme(spec.group_size, spec.symmetric, scale_dtype=spec.scale_dtype))
+    return QTensor(
+        codes,
+        UniformParams(scale, zeros),
+        torch.tensor(spec.bits),
+        UniformGrid(spec.group_size, spec.symmetric, scale_dtype=spec.scale_dtype),
+    )
 
 
 def matrices(q: QTensor, start: int, stop: int) -> QTensor:
-    return QTensor(q.codes[start:stop], q.scale[start:stop], q.zero_point[start:stop], q.bits[start:stop], q.scheme)
+    return QTensor(
+        q.codes[start:stop], UniformParams(q.params.scale[start:stop], q.params.zero_point[start:stop]), q.bits[start:stop], q.grid
+    )
 
 
 def by_hand(q: QTensor) -> np.ndarray:
     """scale * (code - zero point) in float64, straight from the stack."""
-    width = q.codes.shape[2] // q.scale.shape[2]
-    scale, zero = (t.double().repeat_interleave(width, 2) for t in (q.scale, q.zero_point))
+    width = q.codes.shape[2] // q.params.scale.shape[2]
+    scale, zero = (t.double().repeat_interleave(width, 2) for t in (q.params.scale, q.params.zero_point))
     return (scale * (q.codes.double() - zero)).numpy()
 
 
@@ -95,7 +102,7 @@ def test_experts_read_back(tmp_path: Path, bits: tuple[int, ...], symmetric: boo
         naive = read_stack(stored, f"{NAME}.{p}", list(bits), shapes[p], symmetric)
         assert np.array_equal(naive, by_hand(q)), p
         assert np.array_equal(naive.astype(np.float32), q.dequantize().numpy()), p
-        assert torch.equal(stored[f"{NAME}.{p}.scale"], q.scale), p
+        assert torch.equal(stored[f"{NAME}.{p}.scale"], q.params.scale), p
         assert stored[f"{NAME}.{p}.bits"].tolist() == list(bits), p
         assert (f"{NAME}.{p}.zero_point" in stored) == (not symmetric)
 
@@ -117,7 +124,7 @@ def test_linears_read_back(tmp_path: Path, bits: tuple[int, ...], symmetric: boo
     path = write(tmp_path / "s.safetensors", {"model.q": (spec, q)}, ((0, 1),))
     stored = load_file(path)
     assert stored["model.q.codes"].shape == (OUT, row_bytes(IN, bits[0]))
-    assert stored["model.q.scale"].shape == (OUT, 1 if group_size == -1 else IN // group_size)
+    assert stored["model.q.params.scale"].shape == (OUT, 1 if group_size == -1 else IN // group_size)
     assert np.array_equal(read_stack(stored, "model.q", [bits[0]], (OUT, IN), symmetric)[0], by_hand(q)[0])
     read = native_weights(path, {"model.q": {"": spec}}).parameter("model.q.weight")
     assert torch.equal(read, torch.from_numpy(by_hand(q)[0]).float())
@@ -128,7 +135,7 @@ def test_bytes_of_a_known_matrix(tmp_path: Path) -> None:
     codes = torch.tensor([[[1, 2, 3, 4, 5, 6, 7, 0, 5], [7, 7, 7, 7, 7, 7, 7, 7, 7]]], dtype=torch.uint8)
     spec = PackedSpec((3,), (2, 9), 3, False, torch.float32, stacked=False)
     zeros = torch.tensor([[[1, 2, 3], [4, 5, 6]]], dtype=torch.uint8)
-    q = QTensor(codes, torch.ones(1, 2, 3), zeros, torch.tensor([3]), QuantScheme(3, False))
+    q = QTensor(codes, UniformParams(torch.ones(1, 2, 3), zeros), torch.tensor([3]), UniformGrid(3, False))
     stored = load_file(write(tmp_path / "s.safetensors", {"w": (spec, q)}, ((0, 1),)))
     # value i at bits [3i, 3i + 3): 1 | 2<<3 | 3<<6 | 4<<9 | 5<<12 | 6<<15 | 7<<18 = 0x1F58D1, and the ninth opens a new 3 bytes
     assert stored["w.codes"].tolist() == [[0xD1, 0x58, 0x1F, 5, 0, 0], [0xFF, 0xFF, 0xFF, 7, 0, 0]]

@@ -20,7 +20,7 @@ from moebit.model.structure import find_structure
 from moebit.quantize.steps.scale import LayerAWQ, Rounding
 from moebit.storage.edits import apply_edits
 from moebit.streaming.stream import Stream
-from moebit.tensor import QuantScheme
+from moebit.tensor import UniformGrid
 from tests.support.models import ARCHITECTURES, Checkpoints, quiet, windows
 from tests.support.outputs import file_bytes, small_recipe, token_file
 from tests.support.reference import Grid, decode, encode, group_slices, matrix_grid
@@ -52,7 +52,7 @@ def test_losses_are_the_formula(symmetric: bool, bits: tuple[int, int]) -> None:
     w, x, weight = random(2, 3, 32), random(2, 5, 32, seed=1), random(2, 5, seed=2).abs()
     weight[1, 3:] = 0  # an expert with fewer tokens
     s = candidates(magnitudes(x, weight))
-    scheme = QuantScheme(32, symmetric)
+    scheme = UniformGrid(32, symmetric)
     found = losses(w, s, x, weight, torch.tensor(bits), scheme)
     for ratio in (0, 7, 19):
         for e in range(2):
@@ -118,7 +118,7 @@ def test_scales_found_on_a_layer_keep_the_function(name: str, checkpoints: Check
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager").eval()
     before, parameters, changed = logits(model), dict(model.named_parameters()), set()
-    scheme = QuantScheme(-1, True)
+    scheme = UniformGrid(-1, True)
     for sites, places in zip(structure.layers, scales, strict=True):
         linears = {f"{sites.name}.{n}": Rounding((3,), scheme) for group in sites.groups for n in group.names}
         layout = sites.moe.layout if sites.moe else None

@@ -1,12 +1,13 @@
 """Weights, Hessians and schemes that the tensor tests share (E experts, O outputs, I inputs, T tokens)."""
 
+import operator
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moebit.tensor import QTensor, QuantScheme
+from moebit.tensor import QTensor, UniformGrid
 from tests.support import reference
 from tests.support.reference import Grid, ScaleDtype
 
@@ -21,11 +22,11 @@ SCALE_DTYPES: dict[ScaleDtype, torch.dtype] = {
 }
 
 
-def scheme_of(kind: str, group_size: int, scale_dtype: str = "float64") -> QuantScheme:
-    return QuantScheme(group_size, kind != "asymmetric", signed=kind == "signed", scale_dtype=SCALE_DTYPES[cast(ScaleDtype, scale_dtype)])
+def scheme_of(kind: str, group_size: int, scale_dtype: str = "float64") -> UniformGrid:
+    return UniformGrid(group_size, kind != "asymmetric", signed=kind == "signed", scale_dtype=SCALE_DTYPES[cast(ScaleDtype, scale_dtype)])
 
 
-def grid_of(scheme: QuantScheme, bits: int) -> Grid:
+def grid_of(scheme: UniformGrid, bits: int) -> Grid:
     """The oracle's grid for one expert of a scheme."""
     name = next(name for name, dtype in SCALE_DTYPES.items() if dtype == scheme.scale_dtype)
     return Grid(int(bits), scheme.group_size, scheme.symmetric, scheme.signed, name)
@@ -53,15 +54,15 @@ def hessians(seed: int, experts: int, columns: int, tokens: int = 600, dtype: to
 def assert_same(ours: QTensor, expert: int, oracle: reference.Quantized) -> None:
     """One expert of a stack against the oracle: every code, zero point and (up to the last bits of float64) scale."""
     where = f"expert {expert} at {int(ours.bits[expert])} bits"
-    scale_tolerance = 1e-8 if ours.scheme.scale_dtype == torch.float64 else 0.0
-    np.testing.assert_allclose(ours.scale[expert].double().numpy(), oracle.scale_OG, rtol=scale_tolerance, atol=0, err_msg=where)
-    np.testing.assert_array_equal(ours.zero_point[expert].numpy(), oracle.zero_point_OG, err_msg=where)
+    scale_tolerance = 1e-8 if ours.grid.value_dtype == torch.float64 else 0.0
+    np.testing.assert_allclose(ours.params.scale[expert].double().numpy(), oracle.scale_OG, rtol=scale_tolerance, atol=0, err_msg=where)
+    np.testing.assert_array_equal(ours.params.zero_point[expert].numpy(), oracle.zero_point_OG, err_msg=where)
     np.testing.assert_array_equal(ours.codes[expert].numpy(), oracle.codes_OI, err_msg=where)
 
 
 def assert_identical(one: QTensor, other: QTensor) -> None:
     """Bit for bit."""
-    for field in ("codes", "scale", "zero_point", "bits"):
-        left, right = getattr(one, field), getattr(other, field)
+    for field in ("codes", "params.scale", "params.zero_point", "bits"):
+        left, right = operator.attrgetter(field)(one), operator.attrgetter(field)(other)
         assert left.dtype == right.dtype, field
         assert torch.equal(left, right), field

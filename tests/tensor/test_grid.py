@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moebit.tensor import QTensor, QuantScheme, minmax_grid, round_to_grid, search_grid, solve_rtn
+from moebit.tensor import QTensor, UniformGrid, UniformParams, minmax_grid, round_to_grid, search_grid, solve_rtn
 from tests.support import reference
 from tests.tensor.problems import BITS, GROUP_SIZES, KINDS, assert_identical, assert_same, grid_of, scheme_of, weights
 
@@ -30,7 +30,7 @@ def test_scales_are_rounded_before_the_weights(kind: str, scale_dtype: str) -> N
     w_EOI = weights(2, len(BITS), 4, 128)
     scheme = scheme_of(kind, 64, scale_dtype)
     ours = solve_rtn(w_EOI, torch.tensor(BITS), scheme)
-    assert ours.scale.dtype == scheme.scale_dtype
+    assert ours.params.scale.dtype == scheme.scale_dtype
     for expert, bits in enumerate(BITS):
         assert_same(ours, expert, reference.rtn(w_EOI[expert].numpy(), grid_of(scheme, bits)))
     if scale_dtype == "bfloat16":
@@ -45,8 +45,8 @@ def test_grid_functions_compose_to_rtn(kind: str) -> None:
     for clip_search, make in ((False, minmax_grid), (True, search_grid)):
         scale, zero_point = make(w_EOI, bits_E, scheme)
         ours = solve_rtn(w_EOI, bits_E, scheme, clip_search=clip_search)
-        assert torch.equal(scale.to(torch.float16), ours.scale)
-        assert torch.equal(zero_point.to(torch.uint8), ours.zero_point)
+        assert torch.equal(scale.to(torch.float16), ours.params.scale)
+        assert torch.equal(zero_point.to(torch.uint8), ours.params.zero_point)
         assert torch.equal(round_to_grid(w_EOI, scale, zero_point, bits_E, scheme), ours.codes)
 
 
@@ -56,14 +56,14 @@ def test_qtensor_layout(kind: str) -> None:
     scheme = scheme_of(kind, 32, "bfloat16")
     ours = solve_rtn(w_EOI, torch.tensor(BITS), scheme)
     assert (ours.codes.shape, ours.codes.dtype) == (w_EOI.shape, torch.uint8)
-    assert (ours.scale.shape, ours.scale.dtype) == ((len(BITS), 5, 3), torch.bfloat16)
-    assert (ours.zero_point.shape, ours.zero_point.dtype) == ((len(BITS), 5, 3), torch.uint8)
+    assert (ours.params.scale.shape, ours.params.scale.dtype) == ((len(BITS), 5, 3), torch.bfloat16)
+    assert (ours.params.zero_point.shape, ours.params.zero_point.dtype) == ((len(BITS), 5, 3), torch.uint8)
     assert (ours.bits.tolist(), ours.bits.dtype) == (BITS, torch.int64)
-    assert ours.scheme == scheme
+    assert ours.grid == scheme
     for expert, bits in enumerate(BITS):
         assert int(ours.codes[expert].max()) < 2**bits
         if scheme.symmetric:
-            assert (ours.zero_point[expert] == 2 ** (bits - 1)).all()
+            assert (ours.params.zero_point[expert] == 2 ** (bits - 1)).all()
     assert ours.dequantize().dtype == torch.float32
     exact = ours.dequantize(torch.float64)
     assert torch.equal(ours.dequantize(torch.bfloat16), ours.dequantize().to(torch.bfloat16))
@@ -77,7 +77,7 @@ def test_dequantize_of_given_codes() -> None:
     codes = torch.tensor([[[0, 1, 3, 2]]], dtype=torch.uint8)
     scale = torch.tensor([[[0.5, -2.0]]])
     zero_point = torch.tensor([[[1, 2]]], dtype=torch.uint8)
-    tensor = QTensor(codes, scale, zero_point, torch.tensor([2]), QuantScheme(2, symmetric=False))
+    tensor = QTensor(codes, UniformParams(scale, zero_point), torch.tensor([2]), UniformGrid(2, symmetric=False))
     assert tensor.dequantize().tolist() == [[[-0.5, 0.0, -2.0, 0.0]]]
 
 
@@ -89,22 +89,22 @@ def test_ties_go_to_the_even_multiple(dtype: torch.dtype) -> None:
     scale = torch.full((1, 1, 1), 0.5, dtype=dtype)
     for zero_point in (8, 7):  # an odd zero point must not turn the ties around
         zero = torch.full((1, 1, 1), zero_point, dtype=torch.uint8)
-        codes = round_to_grid(w_EOI, scale, zero, torch.tensor([4]), QuantScheme(-1, symmetric=False))
+        codes = round_to_grid(w_EOI, scale, zero, torch.tensor([4]), UniformGrid(-1, symmetric=False))
         assert torch.equal(codes.long() - zero_point, expected), zero_point
 
 
 def test_rounding_clamps_at_both_ends() -> None:
     w_EOI = torch.tensor([[[-99.0, 99.0, 0.0, 1.0]]])
     one = torch.ones(1, 1, 1)
-    codes = round_to_grid(w_EOI, one, torch.full((1, 1, 1), 2, dtype=torch.uint8), torch.tensor([3]), QuantScheme(-1, symmetric=False))
+    codes = round_to_grid(w_EOI, one, torch.full((1, 1, 1), 2, dtype=torch.uint8), torch.tensor([3]), UniformGrid(-1, symmetric=False))
     assert codes.tolist() == [[[0, 7, 2, 3]]]
 
 
 def test_signed_scale_uses_every_code() -> None:
     w_EOI = torch.tensor([[[4.0, -1.0, 0.0, 3.0], [-4.0, 1.0, 0.0, -3.0]]])
-    scale, zero_point = minmax_grid(w_EOI, torch.tensor([3]), QuantScheme(-1, symmetric=True, signed=True))
+    scale, zero_point = minmax_grid(w_EOI, torch.tensor([3]), UniformGrid(-1, symmetric=True, signed=True))
     assert scale.flatten().tolist() == [-1.0, 1.0]
-    codes = round_to_grid(w_EOI, scale, zero_point, torch.tensor([3]), QuantScheme(-1, symmetric=True, signed=True))
+    codes = round_to_grid(w_EOI, scale, zero_point, torch.tensor([3]), UniformGrid(-1, symmetric=True, signed=True))
     assert codes.tolist() == [[[0, 5, 4, 1], [0, 5, 4, 1]]]
 
 
@@ -116,7 +116,7 @@ def test_zero_groups_stay_zero(dtype: torch.dtype, kind: str, clip_search: bool)
     w_EOI[:, 1, 32:64] = 0
     w_EOI[:, 2] = 0
     ours = solve_rtn(w_EOI, torch.tensor(BITS), scheme_of(kind, 32, "float16"), clip_search=clip_search)
-    assert torch.isfinite(ours.scale.float()).all()
+    assert torch.isfinite(ours.params.scale.float()).all()
     assert (ours.dequantize()[:, 1, 32:64] == 0).all()
     assert (ours.dequantize()[:, 2] == 0).all()
     assert (ours.dequantize()[:, 0] != 0).any()
@@ -135,8 +135,8 @@ def test_weights_below_the_smallest_scale_become_zero(kind: str, clip_search: bo
 def test_groups_of_one_sign_keep_zero_in_range(sign: int) -> None:
     w_EOI = sign * (1 + weights(7, 1, 4, 64).abs())
     ours = solve_rtn(w_EOI, 4, scheme_of("asymmetric", 32), clip_search=False)
-    assert (ours.zero_point == (0 if sign == 1 else 15)).all()
-    assert_same(ours, 0, reference.rtn(w_EOI[0].numpy(), grid_of(ours.scheme, 4), clip_search=False))
+    assert (ours.params.zero_point == (0 if sign == 1 else 15)).all()
+    assert_same(ours, 0, reference.rtn(w_EOI[0].numpy(), grid_of(ours.grid, 4), clip_search=False))
 
 
 def test_clipping_search_never_loses_to_minmax() -> None:
@@ -185,8 +185,7 @@ def test_experts_are_independent(kind: str) -> None:
         alone = solve_rtn(w_EOI[expert : expert + 1], bits, scheme)
         picked = QTensor(
             together.codes[expert : expert + 1],
-            together.scale[expert : expert + 1],
-            together.zero_point[expert : expert + 1],
+            UniformParams(together.params.scale[expert : expert + 1], together.params.zero_point[expert : expert + 1]),
             together.bits[expert : expert + 1],
             scheme,
         )
@@ -194,7 +193,7 @@ def test_experts_are_independent(kind: str) -> None:
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     permuted = solve_rtn(w_EOI[order], bits_E[order], scheme)
     assert torch.equal(permuted.codes, together.codes[order])
-    assert torch.equal(permuted.scale, together.scale[order])
+    assert torch.equal(permuted.params.scale, together.params.scale[order])
 
 
 def test_views_are_welcome_and_left_alone() -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebit.tensor import QTensor, QuantScheme, refit_scales, solve_gptq, solve_rtn
+from moebit.tensor import Float8Grid, QTensor, refit_scales, solve_gptq, solve_rtn
 from tests.support import reference
 from tests.tensor.problems import BITS, KINDS, assert_identical, grid_of, hessians, scheme_of, weights
 
@@ -33,19 +33,19 @@ def test_against_the_loop(kind: str, group_size: int, scale_dtype: str) -> None:
         expected = reference.refit(
             w_EOI[e].numpy(),
             q.codes[e].numpy(),
-            q.scale[e].double().numpy(),
-            q.zero_point[e].numpy(),
+            q.params.scale[e].double().numpy(),
+            q.params.zero_point[e].numpy(),
             h_EII[e].numpy(),
-            grid_of(q.scheme, bits),
+            grid_of(q.grid, bits),
         )
-        np.testing.assert_allclose(fitted.scale[e].double().numpy(), expected, rtol=1e-9)
+        np.testing.assert_allclose(fitted.params.scale[e].double().numpy(), expected, rtol=1e-9)
     before, after = losses(q, w_EOI, h_EII), losses(fitted, w_EOI, h_EII)
     assert bool((after <= before * (1 + 1e-12)).all())
     assert float(after[0].sum()) < 0.999 * float(before[0].sum())  # 2 bits
     torch.testing.assert_close(fallen, (before - after).sum(1))
-    assert fitted.scale.dtype == q.scale.dtype
+    assert fitted.params.scale.dtype == q.params.scale.dtype
     assert torch.equal(fitted.codes, q.codes)
-    assert torch.equal(fitted.zero_point, q.zero_point)
+    assert torch.equal(fitted.params.zero_point, q.params.zero_point)
 
 
 def test_one_group_ends_at_the_least_squares_scale() -> None:
@@ -55,9 +55,9 @@ def test_one_group_ends_at_the_least_squares_scale() -> None:
     for e in range(len(BITS)):
         root = np.linalg.cholesky(h_EII[e].numpy()).T
         for row in range(w_EOI.shape[1]):
-            steps = q.codes[e, row].double().numpy() - float(q.zero_point[e, row, 0])
+            steps = q.codes[e, row].double().numpy() - float(q.params.zero_point[e, row, 0])
             best = np.linalg.lstsq((root @ steps)[:, None], root @ w_EOI[e, row].numpy(), rcond=None)[0][0]
-            assert float(fitted.scale[e, row, 0]) == pytest.approx(best)
+            assert float(fitted.params.scale[e, row, 0]) == pytest.approx(best)
 
 
 def test_what_it_leaves_alone() -> None:
@@ -65,16 +65,16 @@ def test_what_it_leaves_alone() -> None:
     q, w_EOI, h_EII = solved("symmetric", 32)
     usable = torch.tensor([True, False, True, True, True, True])
     fitted, fallen = refit_scales(q, w_EOI, h_EII, usable)
-    assert torch.equal(fitted.scale[1], q.scale[1])
-    assert not torch.equal(fitted.scale[2], q.scale[2])
+    assert torch.equal(fitted.params.scale[1], q.params.scale[1])
+    assert not torch.equal(fitted.params.scale[2], q.params.scale[2])
     assert float(fallen[1]) == 0
     fitted, _ = refit_scales(q, w_EOI, h_EII)
-    assert torch.equal(fitted.scale[1, 2, :2], q.scale[1, 2, :2])
+    assert torch.equal(fitted.params.scale[1, 2, :2], q.params.scale[1, 2, :2])
     for value in (0.0, torch.nan):
         assert_identical(refit_scales(q, w_EOI, torch.full_like(h_EII, value))[0], q)
     for target in (-w_EOI, torch.zeros_like(w_EOI)):  # the best scale is negative, is zero
         fitted, _ = refit_scales(q, target, torch.eye(128, dtype=torch.float64).expand_as(h_EII))
-        assert bool((fitted.scale > 0).all())
+        assert bool((fitted.params.scale > 0).all())
 
 
 def test_rows_in_pieces_and_multiples_of_a_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,11 +83,11 @@ def test_rows_in_pieces_and_multiples_of_a_hessian(monkeypatch: pytest.MonkeyPat
     assert_identical(refit_scales(q, w_EOI, 64 * h_EII)[0], fitted)
     monkeypatch.setattr("moebit.tensor.refit.ROW_BYTES", 1)
     monkeypatch.setattr("moebit.tensor.refit.MIN_ROWS", 2)
-    torch.testing.assert_close(refit_scales(q, w_EOI, h_EII)[0].scale, fitted.scale)
+    torch.testing.assert_close(refit_scales(q, w_EOI, h_EII)[0].scale, fitted.params.scale)
 
 
 def test_float8_is_refused() -> None:
     w = weights(0, 1, 2, 32)
-    q = solve_rtn(w, 8, QuantScheme(-1, True, float8=True))
+    q = solve_rtn(w, 8, Float8Grid(-1))
     with pytest.raises(ValueError, match="float8"):
         refit_scales(q, w, torch.eye(32).expand(1, 32, 32))

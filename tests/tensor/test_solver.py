@@ -1,5 +1,6 @@
 """The batched solvers against the textbook: one matrix, an explicit inverse, one column after the other."""
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -8,8 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebit.tensor import QTensor, QuantScheme, SolveInfo, kernels, minmax_grid, search_grid, solve_gptq, solve_rtn
-from moebit.tensor import grid as grid_module
+from moebit.tensor import (
+    Float8Grid,
+    QTensor,
+    SolveInfo,
+    UniformGrid,
+    UniformParams,
+    kernels,
+    minmax_grid,
+    search_grid,
+    solve_gptq,
+    solve_rtn,
+)
+from moebit.tensor.grids import Affine, Grid
+from moebit.tensor.grids import uniform as grid_module
 from tests.support import reference
 from tests.tensor.problems import (
     BITS,
@@ -54,7 +67,8 @@ def oracle(
 def select(tensor: QTensor, index: Any) -> QTensor:
     """Some experts of a result, in the order asked for."""
     index = torch.as_tensor(index)
-    return QTensor(tensor.codes[index], tensor.scale[index], tensor.zero_point[index], tensor.bits[index], tensor.scheme)
+    params = UniformParams(tensor.params.scale[index], tensor.params.zero_point[index])
+    return QTensor(tensor.codes[index], params, tensor.bits[index], tensor.grid)
 
 
 def losses(ours: QTensor, w_EOI: Tensor, h_EII: Tensor) -> Tensor:
@@ -212,8 +226,8 @@ def test_static_scales_are_those_of_the_original_weights() -> None:
         scheme = scheme_of(kind, 64, "float16")
         ours, _ = solve_gptq(w_EOI, h_EII, bits_E, scheme, clip_search=False)
         scale, zero_point = minmax_grid(w_EOI, bits_E, scheme)
-        assert torch.equal(ours.scale, scale.to(torch.float16))
-        assert torch.equal(ours.zero_point, zero_point.to(torch.uint8))
+        assert torch.equal(ours.params.scale, scale.to(torch.float16))
+        assert torch.equal(ours.params.zero_point, zero_point.to(torch.uint8))
 
 
 # --- what the algorithm promises ----------------------------------------------------------------------------------------------
@@ -257,7 +271,7 @@ def test_ties_go_to_the_even_multiple(dtype: torch.dtype, backend: Backend) -> N
     steps = torch.tensor([7, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5], dtype=dtype)  # the 7 makes the scale 0.5
     h_EII = torch.diag(torch.linspace(1, 2, 8, dtype=dtype))[None]
     ours, _ = solve_gptq((0.5 * steps)[None, None], h_EII, 4, scheme_of("symmetric", -1, "float32"), clip_search=False, backend=backend)
-    assert float(ours.scale) == 0.5
+    assert float(ours.params.scale) == 0.5
     assert (ours.codes.long() - 8).flatten().tolist() == [7, -2, -2, 0, 0, 2, 2, 4]
 
 
@@ -325,7 +339,7 @@ def test_rows_do_not_know_of_each_other() -> None:
     upper, upper_info = solve_gptq(w_EOI[:, :2], h_EII, 3, scheme)
     lower, lower_info = solve_gptq(w_EOI[:, 2:], h_EII, 3, scheme)
     assert torch.equal(whole.codes, torch.cat([upper.codes, lower.codes], dim=1))
-    assert torch.equal(whole.scale, torch.cat([upper.scale, lower.scale], dim=1))
+    assert torch.equal(whole.params.scale, torch.cat([upper.params.scale, lower.params.scale], dim=1))
     torch.testing.assert_close(info.loss, upper_info.loss + lower_info.loss, rtol=1e-9, atol=0)
 
 
@@ -516,17 +530,17 @@ def test_static_search_is_the_public_one() -> None:
     ours, _ = solve_gptq(w_EOI, h_EII, torch.tensor(BITS), scheme)
     importance_EI = torch.stack([torch.from_numpy(np.diag(reference.fill_dead(h.numpy())).copy()) for h in h_EII])
     scale, zero_point = search_grid(w_EOI, torch.tensor(BITS), scheme, importance_EI)
-    assert torch.equal(ours.scale, scale.to(torch.bfloat16))
-    assert torch.equal(ours.zero_point, zero_point.to(torch.uint8))
+    assert torch.equal(ours.params.scale, scale.to(torch.bfloat16))
+    assert torch.equal(ours.params.zero_point, zero_point.to(torch.uint8))
 
 
 def test_bad_arguments_are_named() -> None:
     w_EOI, h_EII = weights(34, 2, 4, 96), hessians(34, 2, 96)
-    scheme = QuantScheme(32, symmetric=False)
+    scheme = UniformGrid(32, symmetric=False)
     with pytest.raises(ValueError, match="act_order"):
         solve_gptq(w_EOI, h_EII, 4, scheme, scales="dynamic", act_order=True)
     with pytest.raises(ValueError, match="96"):
-        solve_gptq(w_EOI, h_EII, 4, QuantScheme(64, symmetric=False))
+        solve_gptq(w_EOI, h_EII, 4, UniformGrid(64, symmetric=False))
     with pytest.raises(ValueError, match="Hessian"):
         solve_gptq(w_EOI, h_EII[:, :64, :64], 4, scheme)
     with pytest.raises(ValueError, match="stack"):
@@ -541,6 +555,97 @@ def test_loading_the_kernels_is_loading_those_that_run() -> None:
     loaded = [list(kernel.signatures) for kernel in (kernels._best_grid, kernels._gptq_block)]
     generator = torch.Generator().manual_seed(0)
     w_EOI, x_ETI = torch.randn(2, 8, 64, generator=generator), torch.randn(2, 96, 64, generator=generator)
-    solve_gptq(w_EOI, x_ETI.mT @ x_ETI, 4, QuantScheme(32, symmetric=True))
-    solve_gptq(w_EOI, x_ETI.mT @ x_ETI, 3, QuantScheme(-1, symmetric=False), act_order=False, scales="dynamic")
+    solve_gptq(w_EOI, x_ETI.mT @ x_ETI, 4, UniformGrid(32, symmetric=True))
+    solve_gptq(w_EOI, x_ETI.mT @ x_ETI, 3, UniformGrid(-1, symmetric=False), act_order=False, scales="dynamic")
     assert [list(kernel.signatures) for kernel in (kernels._best_grid, kernels._gptq_block)] == loaded
+
+
+# --- other grids
+
+
+@dataclass(frozen=True)
+class ShiftedParams:
+    scale: Tensor
+    offset: Tensor
+
+
+@dataclass(frozen=True)
+class ShiftedGrid(Grid):
+    """Four levels from any offset, as ggml's types with minima have them; or a table of five."""
+
+    table: tuple[float, ...] = ()
+
+    @property
+    def levels(self) -> Tensor | None:
+        return torch.tensor(self.table) if self.table else None
+
+    def group_width(self, in_features: int) -> int:
+        return 8
+
+    def qmax(self, bits_E: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.full(bits_E.shape, 3.0, dtype=dtype)
+
+    def fit(self, w_EOI: Tensor, bits_E: Tensor, importance_EI: Tensor | None = None, search: bool = True) -> ShiftedParams:
+        groups = w_EOI.unflatten(2, (-1, 8))
+        low, high = groups.amin(3), groups.amax(3)
+        return ShiftedParams((high - low) / 3, low if not self.table else torch.zeros_like(low))
+
+    def columns(self, params: ShiftedParams) -> Affine:
+        return Affine(params.scale, torch.zeros_like(params.scale), params.offset)
+
+    def numbers(self, scale: float, offset: float) -> np.ndarray:
+        return scale * np.array(self.table or range(4), dtype=np.float64) + offset
+
+    def round(self, w_EOI: Tensor, params: ShiftedParams, bits_E: Tensor) -> Tensor:
+        raise NotImplementedError  # pragma: no cover - nothing rounds to nearest here
+
+    def dequantize(self, codes_EOI: Tensor, params: ShiftedParams, dtype: torch.dtype = torch.float32) -> Tensor:
+        steps = codes_EOI.double() if not self.table else torch.tensor(self.table, dtype=torch.float64)[codes_EOI.long()]
+        return (steps.unflatten(2, (-1, 8)) * params.scale.unsqueeze(3) + params.offset.unsqueeze(3)).flatten(2).to(dtype)
+
+
+@pytest.mark.parametrize("table", [(), (-3.0, -1.0, 0.0, 0.5, 2.0)], ids=["offsets", "table"])
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_offsets_and_tables_against_a_loop_over_columns(table: tuple[float, ...], backend: Any, act_order: bool) -> None:
+    """The textbook in float64: invert, factorise, then every weight to the nearest number of its group, error fed on, one by one."""
+    draw = torch.Generator().manual_seed(4)
+    w, x = torch.randn(2, 3, 24, generator=draw, dtype=torch.float64), torch.randn(2, 90, 24, generator=draw, dtype=torch.float64)
+    grid, h = ShiftedGrid(table), x.mT @ x
+    q, info = solve_gptq(w, h, 2, grid, act_order=act_order, backend=backend, block=7)
+    params = grid.fit(w, torch.tensor([2, 2]))
+    for e in range(2):
+        hessian = h[e].numpy() + 0.01 * np.diag(h[e].numpy()).mean() * np.eye(24)
+        order = np.argsort(-np.diag(h[e].numpy()), kind="stable") if act_order else np.arange(24)
+        upper = np.linalg.cholesky(np.linalg.inv(hessian[np.ix_(order, order)])).T
+        left, wanted = w[e].numpy()[:, order].copy(), np.zeros((3, 24))
+        for k, column in enumerate(order):
+            for r in range(3):
+                numbers = grid.numbers(float(params.scale[e, r, column // 8]), float(params.offset[e, r, column // 8]))
+                wanted[r, column] = value = numbers[np.abs(numbers - left[r, k]).argmin()]
+                left[r, k:] -= (left[r, k] - value) / upper[k, k] * upper[k, k:]
+        np.testing.assert_allclose(q.dequantize(torch.float64)[e].numpy(), wanted, atol=1e-9)
+        missed = w[e].numpy() - wanted
+        assert float(info.loss[e]) == pytest.approx(float(np.trace(missed @ h[e].numpy() @ missed.T)), rel=1e-6)
+
+
+def test_dynamic_scales_want_integers() -> None:
+    w = torch.randn(1, 2, 16)
+    with pytest.raises(ValueError, match="ShiftedGrid; use static"):
+        solve_gptq(w, torch.eye(16).unsqueeze(0), 2, ShiftedGrid(), scales="dynamic", act_order=False)
+
+
+def test_float8_is_solved_too() -> None:
+    """GPTQ on float8's table leaves less of the output wrong than rounding to nearest on the same scales."""
+    draw = torch.Generator().manual_seed(5)
+    w = torch.randn(2, 8, 32, generator=draw)
+    x = torch.randn(2, 200, 8, generator=draw) @ torch.randn(2, 8, 32, generator=draw) + 0.1 * torch.randn(2, 200, 32, generator=draw)
+    grid, h = Float8Grid(-1), x.mT @ x
+    solved, rounded = solve_gptq(w, h, 8, grid)[0], solve_rtn(w, 8, grid)
+    assert torch.equal(solved.params.scale, rounded.params.scale)
+    assert torch.equal(rounded.dequantize(), (w / rounded.params.scale).to(torch.float8_e4m3fn).float() * rounded.params.scale)
+
+    def loss(value: Tensor) -> Tensor:
+        return (x @ (value - w).mT).square().sum((1, 2))
+
+    assert bool((loss(solved.dequantize()) < 0.7 * loss(rounded.dequantize())).all())

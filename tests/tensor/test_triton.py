@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebit.tensor import backend_of, kernels, minmax_grid, solve_gptq
+from moebit.tensor import UniformParams, backend_of, kernels, minmax_grid, solve_gptq
 from moebit.tensor.solver import gptq_block
 from tests.support import reference
 from tests.support.devices import interpreter, on_devices
@@ -120,7 +120,7 @@ def test_codes_equal_the_textbook(kind: str, scales: Literal["static", "dynamic"
     ours, info = solve_gptq(
         w_EOI.to(device), h_EII.to(device), torch.tensor(BITS), scheme, scales=scales, act_order=act_order, block=12, backend="triton"
     )  # fmt: skip
-    ours = replace(ours, codes=ours.codes.cpu(), scale=ours.scale.cpu(), zero_point=ours.zero_point.cpu())
+    ours = replace(ours, codes=ours.codes.cpu(), params=UniformParams(ours.params.scale.cpu(), ours.params.zero_point.cpu()))
     for expert, bits in enumerate(BITS):
         arrays = (w_EOI[expert].numpy(), h_EII[expert].numpy(), grid_of(scheme, bits))
         wanted = reference.gptq(*arrays, scales=scales, act_order=act_order)

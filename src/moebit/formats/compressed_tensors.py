@@ -30,7 +30,8 @@ from moebit.storage.files import Entry, TensorEntry, TensorSpec
 from moebit.storage.hub import HubWeights
 from moebit.storage.weights import Weights
 from moebit.tensor import QTensor, pack, packed_row_bytes, unpack
-from moebit.tensor.grid import FLOAT8, dequantize
+from moebit.tensor.grids import FLOAT8, Float8Grid
+from moebit.tensor.grids.uniform import dequantize
 from moebit.tensor.row_rounding import Rounding
 
 METHOD = "compressed-tensors"
@@ -85,11 +86,11 @@ def matrix_specs(spec: PackedSpec, bits: int) -> dict[str, TensorSpec]:
 
 def matrix_tensors(spec: PackedSpec, q: QTensor, number: int) -> dict[str, Tensor]:
     """The stored form of matrix `number` of a stack."""
-    codes, scale = q.codes[number].cpu(), q.scale[number].to(spec.scale_dtype)
+    codes, scale = q.codes[number].cpu(), q.params.scale[number].to(spec.scale_dtype)
     if storage(spec) == PACKED:
         packed = pack_words(codes, int(q.bits[number]))
         return {"weight_packed": packed, "weight_scale": scale, "weight_shape": torch.tensor(spec.shape)}
-    return {"weight": codes.view(FLOAT8) if spec.float8 else (codes ^ 128).view(torch.int8), "weight_scale": scale}
+    return {"weight": q.grid.numbers(codes) if isinstance(q.grid, Float8Grid) else (codes ^ 128).view(torch.int8), "weight_scale": scale}
 
 
 def nbytes(spec: PackedSpec) -> int:

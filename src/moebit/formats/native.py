@@ -21,8 +21,8 @@ from moebit.model.inputs import Activations
 from moebit.storage.conversion import tied_names
 from moebit.storage.files import ShardFile, TensorEntry, TensorSpec
 from moebit.storage.weights import OwnNames
-from moebit.tensor import QTensor, QuantScheme, pack, packed_row_bytes, unpack
-from moebit.tensor.grid import dequantize
+from moebit.tensor import QTensor, UniformGrid, pack, packed_row_bytes, unpack
+from moebit.tensor.grids.uniform import dequantize
 
 FORMAT_VERSION = 1
 WITH_ACTIVATIONS = 2  # the version of outputs whose inputs are transformed or rounded: who reads version 1 would leave that out
@@ -51,7 +51,7 @@ class PackedSpec:
 
     @property
     def groups(self) -> int:
-        return QuantScheme(self.group_size, self.symmetric).groups(self.shape[1])
+        return UniformGrid(self.group_size, self.symmetric).groups(self.shape[1])
 
     def code_offsets(self) -> list[int]:
         """Byte at which each matrix's codes begin, and the total."""
@@ -101,7 +101,7 @@ def put(shard: ShardFile, name: str, spec: PackedSpec, q: QTensor, start: int = 
     codes, zeros = pack_stack(q)
     shard.write(f"{name}.codes", codes, skip=code_offsets[start])
     row = spec.shape[0] * spec.groups * spec.scale_dtype.itemsize
-    shard.write(f"{name}.scale", q.scale.to(spec.scale_dtype), skip=start * row)
+    shard.write(f"{name}.scale", q.params.scale.to(spec.scale_dtype), skip=start * row)
     if not spec.symmetric:
         shard.write(f"{name}.zero_point", zeros, skip=zero_offsets[start])
     if spec.stacked:
@@ -115,7 +115,7 @@ def pack_stack(q: QTensor) -> tuple[Tensor, Tensor]:
     for width in sorted(set(q.bits.tolist())):
         chosen = (q.bits == width).nonzero()[:, 0]
         codes = pack(q.codes[chosen].flatten(0, 1), width).view(len(chosen), -1)
-        zeros = pack(q.zero_point[chosen].flatten(1), width)
+        zeros = pack(q.params.zero_point[chosen].flatten(1), width)
         for position, index in enumerate(chosen.tolist()):
             code_parts[index], zero_parts[index] = codes[position], zeros[position]
     order = range(len(q.bits))

@@ -185,7 +185,7 @@ class DenseSink(Sink):
         put_under_stored_names(shard, self.weights, name, tensor, start)
 
     def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        return q.dequantize(q.scheme.scale_dtype).to(dtype).cpu()
+        return q.dequantize(q.grid.value_dtype).to(dtype).cpu()
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
@@ -244,7 +244,7 @@ class CompressedTensorsSink(Sink):
 
     def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         # Engines dequantize to the type of the scales.
-        return q.dequantize(q.scheme.scale_dtype).to(dtype).cpu()
+        return q.dequantize(q.grid.value_dtype).to(dtype).cpu()
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {**config, "quantization_config": compressed_tensors.quantization_config(self.weights, self.modules, self._names)}

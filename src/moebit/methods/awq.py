@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moebit.tensor import QuantScheme, solve_rtn
+from moebit.tensor import Grid, solve_rtn
 
 RATIOS: tuple[float, ...] = tuple(step / 20 for step in range(20))
 SAMPLE = 256
@@ -35,7 +35,7 @@ def candidates(magnitude_CI: Tensor) -> Tensor:
     return powers / (powers.amax(-1, keepdim=True) * powers.amin(-1, keepdim=True)).sqrt()
 
 
-def losses(w_COI: Tensor, s_RCI: Tensor, x_CSI: Tensor, weight_CS: Tensor, bits_C: Tensor, scheme: QuantScheme) -> Tensor:
+def losses(w_COI: Tensor, s_RCI: Tensor, x_CSI: Tensor, weight_CS: Tensor, bits_C: Tensor, grid: Grid) -> Tensor:
     """[R, C]: `sum_t weight_t || Q(W s) s^-1 x_t - W x_t ||^2` of every matrix for every scale, without clipping.
 
     Args:
@@ -45,7 +45,7 @@ def losses(w_COI: Tensor, s_RCI: Tensor, x_CSI: Tensor, weight_CS: Tensor, bits_
     result = []
     for s in s_RCI.float():
         scaled = w * s[:, None]
-        missed = solve_rtn(scaled, bits_C, scheme, clip_search=False).dequantize().div_(s[:, None]).sub_(w)
+        missed = solve_rtn(scaled, bits_C, grid, clip_search=False).dequantize().div_(s[:, None]).sub_(w)
         result.append((torch.bmm(x, missed.mT).square().sum(-1) * weight_CS).sum(-1).double())
     return torch.stack(result)
 

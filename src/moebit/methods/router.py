@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moebit.tensor.grid import CLIP_RATIOS, QuantScheme, as_bits, clipped_grid, round_to_grid
+from moebit.tensor.grids import CLIP_RATIOS, UniformGrid, as_bits
+from moebit.tensor.grids.uniform import clipped_grid, round_to_grid
 from moebit.tensor.spacing import evenly_spaced
 
 TABLE_VALUES = 2**24  # logit errors (tokens x experts x ratios) that are looked at together: bounds the tokens that are used
@@ -155,7 +156,7 @@ def align_router(
 
 def rounded(w_EH: Tensor, ratio: float, bits: int, stored: torch.dtype) -> Tensor:
     """[E, H] in `stored`: the weight on the asymmetric grid of each row that covers `ratio` of its range."""
-    scheme, width = QuantScheme(-1, symmetric=False), as_bits(bits, 1)
+    scheme, width = UniformGrid(-1, symmetric=False), as_bits(bits, 1)
     scale, zero = clipped_grid(w_EH.float().unsqueeze(0), ratio, width, scheme)
     codes = round_to_grid(w_EH.float().unsqueeze(0), scale, zero, width, scheme)
     return (scale * (codes.float() - zero))[0].to(stored)

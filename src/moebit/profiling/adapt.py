@@ -34,7 +34,7 @@ from moebit.profiling.profile import LADDER
 from moebit.profiling.usage import Observed, observe
 from moebit.recipe import load_recipe
 from moebit.storage.files import INDEX, ShardFile, TensorSpec, sha256, sync_directory
-from moebit.tensor import QTensor, QuantScheme, solve_rtn
+from moebit.tensor import QTensor, UniformGrid, solve_rtn
 
 BEFORE = "overlay.json"
 CONFIG = "config.json"
@@ -205,10 +205,10 @@ def _tensors(stored: str, spec: OverlaySpec, part: _Part, signed: bool) -> dict[
     where = {f"{stored}.expert": part.expert, f"{stored}.channel": part.channel}
     if spec.packed is None:
         return {**where, f"{stored}.values": part.values.to(spec.dtype)}
-    scheme = QuantScheme(spec.packed.group_size, spec.packed.symmetric, signed, spec.packed.scale_dtype)
-    q: QTensor = solve_rtn(part.values.unsqueeze(1), torch.tensor(part.bits), scheme)
+    grid = UniformGrid(spec.packed.group_size, spec.packed.symmetric, signed, spec.packed.scale_dtype)
+    q: QTensor = solve_rtn(part.values.unsqueeze(1), torch.tensor(part.bits), grid)
     codes, zeros = pack_stack(q)
-    packed = {f"{stored}.codes": codes, f"{stored}.scale": q.scale, f"{stored}.bits": q.bits.to(torch.uint8)}
+    packed = {f"{stored}.codes": codes, f"{stored}.scale": q.params.scale, f"{stored}.bits": q.bits.to(torch.uint8)}
     return {**where, **packed, **({} if spec.packed.symmetric else {f"{stored}.zero_point": zeros})}
 
 

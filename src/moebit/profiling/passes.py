@@ -35,7 +35,7 @@ from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.budget import Budget
 from moebit.streaming.store import ActivationStore
 from moebit.streaming.stream import Stream
-from moebit.tensor import QuantScheme, solve_gptq, solve_rtn
+from moebit.tensor import UniformGrid, solve_gptq, solve_rtn
 
 Progress = Callable[[str, int, int], None]
 LINEAR_TOKENS = 1024  # that linears outside of the experts are measured on: a run of the layer each, and width
@@ -53,7 +53,7 @@ class Measure:
     """
 
     widths: tuple[int, ...]
-    scheme: QuantScheme
+    scheme: UniformGrid
     solver: str
     clip_search: bool
     linears: frozenset[str]

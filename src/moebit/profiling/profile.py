@@ -20,7 +20,7 @@ from moebit.profiling.passes import Measure, Progress, run_pass
 from moebit.recipe import BIT_WIDTHS, Recipe, load_recipe
 from moebit.storage.checkpoint import Checkpoint, checkpoint_fingerprint
 from moebit.streaming.budget import Budget, make_budget
-from moebit.tensor import QuantScheme
+from moebit.tensor import UniformGrid
 
 LADDER = (2, 3, 4, 6, 8)
 SAMPLES, LENGTH = 32, 512
@@ -171,7 +171,7 @@ def profiled_modules(structure: Structure, plan: Plan) -> dict[str, ProfiledModu
 
 def _measure(plan: Plan, found: Profile, widths: tuple[int, ...], solver: str) -> Measure:
     grid = plan.recipe.weights
-    scheme = QuantScheme(grid.group_size, grid.symmetric, grid.signed)
+    scheme = UniformGrid(grid.group_size, grid.symmetric, grid.signed)
     dtypes = {name: module.scale_dtype for name, module in found.modules.items()}
     return Measure(widths, scheme, solver, plan.recipe.solver.clip_search, frozenset(found.linears), dtypes)
 

@@ -12,16 +12,18 @@ from torch import Tensor
 
 from moebit.formats.native import PackedSpec
 from moebit.recipe import Recipe
-from moebit.tensor import QTensor, QuantScheme, SolveInfo, refit_scales, solve_gptq, solve_rtn
+from moebit.tensor import Float8Grid, Grid, QTensor, SolveInfo, UniformGrid, refit_scales, solve_gptq, solve_rtn
 from moebit.tensor.linalg import filled_diagonal
 
 ERROR_WEIGHTS = 2**20  # weights whose errors are summed together
 
 
-def scheme_of(recipe: Recipe, scale_dtype: torch.dtype) -> QuantScheme:
+def grid_of(recipe: Recipe, scale_dtype: torch.dtype) -> Grid:
     """The recipe's grid, with scales of one type."""
-    grid = recipe.weights
-    return QuantScheme(grid.group_size, grid.symmetric, grid.signed, scale_dtype, grid.type == "fp8")
+    chosen = recipe.weights
+    if chosen.type == "fp8":
+        return Float8Grid(chosen.group_size, scale_dtype)
+    return UniformGrid(chosen.group_size, chosen.symmetric, chosen.signed, scale_dtype)
 
 
 def solve(
@@ -31,26 +33,21 @@ def solve(
 
     Without a Hessian, weights are rounded to nearest. AWQ rounds to nearest, too, clipped by the Hessian's diagonal. All else is GPTQ.
     """
-    solver, scheme, w = recipe.solver, scheme_of(recipe, scale_dtype), w_EOI.to(device)
+    solver, grid, w = recipe.solver, grid_of(recipe, scale_dtype), w_EOI.to(device)
     if h_EII is None:
-        return solve_rtn(w, bits_E, scheme, clip_search=solver.clip_search), None
+        return solve_rtn(w, bits_E, grid, clip_search=solver.clip_search), None
     if solver.method == "awq":
         importance = filled_diagonal(h_EII.to(device))
-        return solve_rtn(w, bits_E, scheme, importance_EI=importance, clip_search=solver.clip_search), None
+        return solve_rtn(w, bits_E, grid, importance_EI=importance, clip_search=solver.clip_search), None
     h = h_EII.to(device)
     q, info = solve_gptq(
-        w, h, bits_E, scheme,
+        w, h, bits_E, grid,
         scales=solver.scales, act_order=solver.act_order, damping=solver.damping, clip_search=solver.clip_search,
     )  # fmt: skip
     if not solver.refit:
         return q, info
     q, fallen = refit_scales(q, w, h, ~info.fallback)
     return q, replace(info, loss=info.loss - fallen)
-
-
-def rows_of(q: QTensor, rows: slice) -> QTensor:
-    """Some rows of every matrix of a stack."""
-    return QTensor(q.codes[:, rows].contiguous(), q.scale[:, rows].contiguous(), q.zero_point[:, rows].contiguous(), q.bits, q.scheme)
 
 
 def widths_of(spec: PackedSpec, start: int = 0, stop: int | None = None) -> Tensor:

@@ -113,6 +113,63 @@ def _gptq_block(
             loss[e, first + r] = total[r]
 
 
+@numba.njit(parallel=True, cache=True, error_model="numpy")
+def _gptq_block_general(
+    w: Any, carried: Any, f: Any, d: Any, scale: Any, zero: Any, offset: Any, group: Any, qmax: Any, levels: Any, start: int,
+    codes: Any, error: Any, loss: Any,
+) -> None:  # fmt: skip
+    experts, rows, _ = w.shape
+    width = carried.shape[2]
+    tiles = (rows + TILE - 1) // TILE
+    count_levels = len(levels)
+    for flat in numba.prange(experts * tiles):
+        e, first = flat // tiles, (flat % tiles) * TILE
+        count = min(TILE, rows - first)
+        top = qmax[e]
+        nought = top * 0
+        target, left = np.zeros((width, TILE), dtype=w.dtype), np.zeros((width, TILE), dtype=w.dtype)
+        chosen = np.zeros((width, TILE), dtype=np.uint8)
+        for r in range(count):
+            for k in range(width):
+                left[k, r] = w[e, first + r, start + k]
+                target[k, r] = carried[e, first + r, k] + left[k, r]
+        for k in range(width - 1, -1, -1):
+            column = start + k
+            g = group[e, column]
+            dk = d[e, column]
+            row, missed, code = target[k], left[k], chosen[k]
+            for r in range(count):
+                s, z, o = scale[e, first + r, g], zero[e, first + r, g], offset[e, first + r, g]
+                ratio = (row[r] - o) / s if s != nought else nought
+                if count_levels == 0:
+                    c = min(max(np.rint(ratio) + z, nought), top)
+                    step = c - z
+                else:
+                    low, high = 0, count_levels - 1
+                    while low < high:
+                        middle = (low + high) // 2
+                        if ratio >= (levels[middle] + levels[middle + 1]) / 2:
+                            low = middle + 1
+                        else:
+                            high = middle
+                    c = nought + low
+                    step = levels[low]
+                value = s * step + o
+                gap = row[r] - value
+                loss[e, first + r] += dk * gap * gap
+                missed[r] = missed[r] - value
+                code[r] = np.uint8(c)
+            for j in range(k):
+                weight = f[e, k, j]
+                ahead = target[j]
+                for r in range(TILE):
+                    ahead[r] += missed[r] * weight
+        for r in range(count):
+            for k in range(width):
+                codes[e, first + r, start + k] = chosen[k, r]
+                error[e, first + r, start + k] = left[k, r]
+
+
 def load() -> None:
     """Have the kernels for float32 ready, from numba's cache or compiled; for a thread of its own, while others read or multiply.
 
@@ -167,3 +224,33 @@ def gptq_block(
     follow_torch()
     arrays = [t.contiguous().numpy() for t in (w_EOI, carried_EOB, f_EBB, d_EI, scale_EOG, zero_EOG, group_EI, qmax_E)]
     _gptq_block(*arrays, start, codes_EOI.numpy(), error_EOI.numpy(), loss_EO.numpy())
+
+
+def gptq_block_general(
+    w_EOI: Tensor,
+    carried_EOB: Tensor,
+    f_EBB: Tensor,
+    d_EI: Tensor,
+    scale_EOG: Tensor,
+    zero_EOG: Tensor,
+    group_EI: Tensor,
+    qmax_E: Tensor,
+    start: int,
+    codes_EOI: Tensor,
+    error_EOI: Tensor,
+    loss_EO: Tensor,
+    offset_EOG: Tensor | None = None,
+    levels_L: Tensor | None = None,
+) -> None:
+    """Round as `gptq_block` does, on grids with offsets or with a table of levels.
+
+    Args:
+        offset_EOG: what code `zero` stands for; None for 0.
+        levels_L: the rising levels of a table, in multiples of the scale; None for evenly spaced ones.
+    """
+    follow_torch()
+    offset = torch.zeros_like(scale_EOG) if offset_EOG is None else offset_EOG
+    levels = torch.empty(0, dtype=w_EOI.dtype) if levels_L is None else levels_L.to(w_EOI.dtype)
+    before = [t.contiguous().numpy() for t in (w_EOI, carried_EOB, f_EBB, d_EI, scale_EOG, zero_EOG, offset)]
+    behind = [t.contiguous().numpy() for t in (group_EI, qmax_E, levels)]
+    _gptq_block_general(*before, *behind, start, codes_EOI.numpy(), error_EOI.numpy(), loss_EO.numpy())

@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moebit.tensor.grid import QTensor
+from moebit.tensor.grids.base import QTensor
 from moebit.tensor.solver import MIN_ROWS, ROW_BYTES
 
 
@@ -34,17 +34,17 @@ def refit_scales(q: QTensor, w_EOI: Tensor, h_EII: Tensor, usable_E: Tensor | No
         (the matrices with new scales, by how much their error tr(dW H dW^T) fell [E])
 
     Raises:
-        ValueError: float8, whose codes are no multiples of a step.
+        ValueError: a grid whose scales cannot be changed one by one (tables, scales that are stored as multiples of another).
     """
-    if q.scheme.float8:
-        raise ValueError("scales of float8 are not fitted again: its codes are floating-point numbers")
+    if not q.grid.refits:
+        raise ValueError(f"the scales of {type(q.grid).__name__} are not fitted again: set solver.refit: false")
     work = torch.float64 if w_EOI.dtype == torch.float64 else torch.float32
     experts, rows, inputs = w_EOI.shape
     step = max(MIN_ROWS, ROW_BYTES // (experts * inputs * work.itemsize))
-    h, scale, fallen = h_EII.to(work), q.scale.clone(), torch.zeros(experts, dtype=work, device=w_EOI.device)
+    h, scale, fallen = h_EII.to(work), q.params.scale.clone(), torch.zeros(experts, dtype=work, device=w_EOI.device)
     for some in (slice(start, start + step) for start in range(0, rows, step)):
-        fallen += _refit_rows(q.codes[:, some], scale[:, some], q.zero_point[:, some], w_EOI[:, some].to(work), h, usable_E)
-    return replace(q, scale=scale), fallen
+        fallen += _refit_rows(q.codes[:, some], scale[:, some], q.params.zero_point[:, some], w_EOI[:, some].to(work), h, usable_E)
+    return replace(q, params=replace(q.params, scale=scale)), fallen
 
 
 def _refit_rows(codes_EOI: Tensor, scale_EOG: Tensor, zero_EOG: Tensor, w_EOI: Tensor, h_EII: Tensor, usable_E: Tensor | None) -> Tensor:

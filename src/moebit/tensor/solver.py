@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from moebit.tensor import kernels
-from moebit.tensor.grid import QTensor, QuantScheme, as_bits, minmax_grid, round_to_float8, round_to_grid, search_grid
+from moebit.tensor.grids.base import Affine, Grid, QTensor, as_bits, rows_of
+from moebit.tensor.grids.uniform import UniformGrid
 from moebit.tensor.linalg import damp_, factor_, filled_diagonal, live_mean
 
 MIN_RAISED_DAMPING, MAX_DAMPING = 0.01, 1.0
@@ -47,33 +48,30 @@ class SolveInfo:
     fallback: Tensor
 
 
-def solve_rtn(
-    w_EOI: Tensor, bits: int | Tensor, scheme: QuantScheme, *, importance_EI: Tensor | None = None, clip_search: bool = True
-) -> QTensor:
-    """Round to nearest on the clipped (or min-max) grid.
+def solve_rtn(w_EOI: Tensor, bits: int | Tensor, grid: Grid, *, importance_EI: Tensor | None = None, clip_search: bool = True) -> QTensor:
+    """Round to nearest on a grid of searched (or covering) ranges.
 
     Args:
         w_EOI: weights.
         bits: one width, or int64 [E].
-        importance_EI: weighs the clipping error per input channel.
+        grid: which numbers the weights may become.
+        importance_EI: weighs the error per input channel when ranges are searched.
+        clip_search: search the ranges; else cover all weights.
     """
     bits_E = as_bits(bits, _experts(w_EOI), w_EOI.device)
-    parts = []
+    params = grid.fit(w_EOI, bits_E, importance_EI, clip_search)
+    codes, start = [], 0
     for w in _rows_of(w_EOI):
-        if scheme.float8:
-            rounded = round_to_float8(w, scheme)
-            parts.append((rounded.codes, rounded.scale, rounded.zero_point))
-            continue
-        scale, zero = search_grid(w, bits_E, scheme, importance_EI) if clip_search else minmax_grid(w, bits_E, scheme)
-        parts.append((round_to_grid(w, scale, zero, bits_E, scheme), scale.to(scheme.scale_dtype), zero.to(torch.uint8)))
-    return _joined(parts, bits_E, scheme)
+        codes.append(grid.round(w, rows_of(params, slice(start, start + w.shape[1])), bits_E))
+        start += w.shape[1]
+    return QTensor(torch.cat(codes, 1) if len(codes) > 1 else codes[0], params, bits_E, grid)
 
 
 def solve_gptq(
     w_EOI: Tensor,
     h_EII: Tensor,
     bits: int | Tensor,
-    scheme: QuantScheme,
+    grid: Grid,
     *,
     scales: Literal["static", "dynamic"] = "static",
     act_order: bool = True,
@@ -88,6 +86,7 @@ def solve_gptq(
         w_EOI: weights.
         h_EII: second moments of the inputs; any positive multiple gives the same result.
         bits: one width, or int64 [E].
+        grid: which numbers the weights may become.
         scales: `static` from the original weights, before rounding; `dynamic` from each group's columns as updated when its turn comes.
         act_order: columns in the order of descending diag(H); scales stay those of the original groups.
         damping: share of the mean diagonal added to the diagonal.
@@ -96,8 +95,8 @@ def solve_gptq(
         backend: what runs inside a block, `numba` (CPU), `triton` (CUDA) or `torch`; None takes `backend_of`'s.
 
     Raises:
-        ValueError: dynamic scales together with act_order (would need a group index per column), shapes that don't fit,
-            a group size that doesn't divide.
+        ValueError: dynamic scales together with act_order (would need a group index per column) or on a grid that is not uniform,
+            shapes that don't fit, a group size that doesn't divide.
     """
     experts, inputs = _experts(w_EOI), w_EOI.shape[-1]
     if h_EII.shape != (experts, inputs, inputs):
@@ -106,11 +105,16 @@ def solve_gptq(
         raise ValueError("dynamic scales and act_order exclude each other: the groups would need an index per column; use static scales")
     work = torch.float64 if w_EOI.dtype == torch.float64 else torch.float32
     bits_E = as_bits(bits, experts, w_EOI.device)
-    group_width = scheme.group_width(inputs)
+    group_width = grid.group_width(inputs)
+    dynamic = scales == "dynamic" and group_width != inputs
+    if dynamic and not isinstance(grid, UniformGrid):
+        raise ValueError(f"scales: dynamic takes a grid of integers, not {type(grid).__name__}; use static scales")
     h = h_EII.to(work)
     importance = filled_diagonal(h).nan_to_num().clamp(min=0)
     order = _reverse_order(importance, act_order)
     f, d, used, ok = _factor(h, order, damping)
+    params = None if dynamic else grid.fit(w_EOI, bits_E, importance, clip_search)
+    general = grid.levels is not None or (params is not None and grid.columns(params).offset is not None)
     problem = _Problem(
         f,
         d,
@@ -118,23 +122,29 @@ def solve_gptq(
         (order // group_width).contiguous(),
         importance,
         bits_E,
-        torch.exp2(bits_E.to(work)) - 1,
-        scheme,
-        scales == "dynamic" and group_width != inputs,
-        search_grid if clip_search else _minmax,
+        grid.qmax(bits_E, work),
+        grid,
+        clip_search,
         block,
-        _step(backend or backend_of(w_EOI.device)),
+        _step(backend or backend_of(w_EOI.device), general),
     )
-    parts, damped_loss, squared = [], torch.zeros_like(d[:, 0]), torch.zeros_like(d)
-    failed_loss = torch.zeros_like(d[:, 0])
+    codes: list[Tensor] = []
+    found: list[Affine] = []
+    damped_loss, squared, failed_loss = torch.zeros_like(d[:, 0]), torch.zeros_like(d), torch.zeros_like(d[:, 0])
     for w in _rows_of(w_EOI):
-        codes, scale, zero, loss, error = _solve_rows(problem, w)
-        parts.append((codes, scale.to(scheme.scale_dtype), zero.to(torch.uint8)))
+        start = sum(part.shape[1] for part in codes)
+        mine = None if params is None else rows_of(params, slice(start, start + w.shape[1]))
+        some, affine, loss, error = _solve_rows(problem, w, None if mine is None else grid.columns(mine))
+        codes.append(some)
+        found.append(affine)
         damped_loss += loss.sum(1)
         squared += error.square().sum(1)
         failed_loss[~ok] += _direct_loss(error[~ok], h[~ok], order[~ok])
     info = SolveInfo(torch.where(ok, _undamped(damped_loss, squared, h, order, used), failed_loss), used, ~ok)
-    return _joined(parts, bits_E, scheme), info
+    if params is None:
+        assert isinstance(grid, UniformGrid)
+        params = grid.stored(torch.cat([part.scale for part in found], 1), torch.cat([part.zero for part in found], 1))
+    return QTensor(torch.cat(codes, 1) if len(codes) > 1 else codes[0], params, bits_E, grid), info
 
 
 def backend_of(device: torch.device) -> Backend:
@@ -144,7 +154,10 @@ def backend_of(device: torch.device) -> Backend:
     return "triton" if importlib.util.find_spec("triton") else "torch"
 
 
-def _step(backend: Backend) -> Callable[..., None]:
+def _step(backend: Backend, general: bool) -> Callable[..., None]:
+    """What runs inside a block; Triton has a kernel for plain integers only, tables and offsets run in torch there."""
+    if general:
+        return kernels.gptq_block_general if backend == "numba" else gptq_block
     if backend == "triton":
         from moebit.tensor import triton_kernels  # not everyone has Triton, and importing it takes time
 
@@ -159,7 +172,6 @@ class _Problem:
     Attributes:
         f, d: the factor below its diagonal, and D. order: int64 [E, N] original column of every position. group: [E, N] scale group.
         importance: [E, N] diagonal of the Hessian by original column.
-        dynamic: scales of a group from its columns as updated when its turn comes.
     """
 
     f: Tensor
@@ -169,26 +181,29 @@ class _Problem:
     importance: Tensor
     bits: Tensor
     qmax: Tensor
-    scheme: QuantScheme
-    dynamic: bool
-    search: Callable[[Tensor, Tensor, QuantScheme, Tensor], tuple[Tensor, Tensor]]
+    grid: Grid
+    clip_search: bool
     block: int
     step: Callable[..., None]
 
 
-def _solve_rows(p: _Problem, w_EOI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(codes, scale, zero) in the original order of columns, (loss [E, O], error [E, O, N] in the solver's) of some rows."""
+def _solve_rows(p: _Problem, w_EOI: Tensor, affine: Affine | None) -> tuple[Tensor, Affine, Tensor, Tensor]:
+    """(codes in the original order of columns, what their scales were, loss [E, O], error [E, O, N] in the solver's order) of some rows.
+
+    Args:
+        affine: fixed scales; None takes each group's from its columns as updated when its turn comes.
+    """
     experts, rows, inputs = w_EOI.shape
-    groups = p.scheme.groups(inputs)
-    if p.dynamic:
-        scale, zero = (w_EOI.new_ones(experts, rows, groups) for _ in range(2))
-    else:
-        scale, zero = p.search(w_EOI, p.bits, p.scheme, p.importance)
+    groups, dynamic = p.grid.groups(inputs), affine is None
+    if affine is None:
+        affine = Affine(w_EOI.new_ones(experts, rows, groups), w_EOI.new_ones(experts, rows, groups))
+    affine = _as_type(affine, w_EOI.dtype)
+    levels = p.grid.levels
     index = p.order.unsqueeze(1).expand_as(w_EOI)
     w = w_EOI.gather(2, index)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     error, loss = torch.empty_like(w), w.new_zeros(w.shape[:2])
-    block = inputs // groups if p.dynamic else p.block
+    block = inputs // groups if dynamic else p.block
     for stop in range(inputs, 0, -block):
         start = max(0, stop - block)
         if stop < inputs:
@@ -196,15 +211,21 @@ def _solve_rows(p: _Problem, w_EOI: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
         else:
             carried = w.new_zeros(experts, rows, stop - start)
         corner = p.f[:, start:stop, start:stop].contiguous()
-        if p.dynamic:
-            # METHODS §1: the columns as the textbook would have updated them by now are W_g + (carried) F_gg^-1.
+        if dynamic:
+            # The columns as the textbook would have updated them by now are W_g + (carried) F_gg^-1.
             updated = w[:, :, start:stop] + torch.linalg.solve_triangular(corner, carried, upper=False, left=False, unitriangular=True)
             g = (inputs - stop) // block
             importance = p.importance.gather(1, p.order[:, start:stop])
-            s, z = p.search(updated.contiguous(), p.bits, p.scheme, importance.contiguous())
-            scale[:, :, g : g + 1], zero[:, :, g : g + 1] = s, z
-        p.step(w, carried, corner, p.d, scale, zero, p.group, p.qmax, start, codes, error, loss)
-    return torch.empty_like(codes).scatter_(2, index, codes), scale, zero, loss, error
+            mine = p.grid.columns(p.grid.fit(updated.contiguous(), p.bits, importance.contiguous(), p.clip_search))
+            affine.scale[:, :, g : g + 1], affine.zero[:, :, g : g + 1] = mine.scale, mine.zero
+        further = () if levels is None and affine.offset is None else (affine.offset, levels)
+        p.step(w, carried, corner, p.d, affine.scale, affine.zero, p.group, p.qmax, start, codes, error, loss, *further)
+    return torch.empty_like(codes).scatter_(2, index, codes), affine, loss, error
+
+
+def _as_type(affine: Affine, dtype: torch.dtype) -> Affine:
+    offset = None if affine.offset is None else affine.offset.to(dtype).contiguous()
+    return Affine(affine.scale.to(dtype).contiguous(), affine.zero.to(dtype).contiguous(), offset)
 
 
 def gptq_block(
@@ -220,8 +241,10 @@ def gptq_block(
     codes_EOI: Tensor,
     error_EOI: Tensor,
     loss_EO: Tensor,
+    offset_EOG: Tensor | None = None,
+    levels_L: Tensor | None = None,
 ) -> None:
-    """`kernels.gptq_block` in plain torch: any device, the same arguments and results."""
+    """Do what `kernels.gptq_block` and `kernels.gptq_block_general` do, in plain torch on any device."""
     width = carried_EOB.shape[2]
     target = carried_EOB + w_EOI[:, :, start : start + width]
     top = qmax_E[:, None]
@@ -229,13 +252,29 @@ def gptq_block(
         column = start + k
         index = group_EI[:, column, None, None].expand(-1, w_EOI.shape[1], 1)
         s, z = scale_EOG.gather(2, index)[..., 0], zero_EOG.gather(2, index)[..., 0]
-        code = (torch.round(target[:, :, k] / s) + z).clamp(min=0).minimum(top)
-        value = s * (code - z)
+        o = None if offset_EOG is None else offset_EOG.gather(2, index)[..., 0]
+        code, value = _nearest(target[:, :, k], s, z, o, levels_L, top)
         loss_EO += d_EI[:, column, None] * (target[:, :, k] - value).square()
         missed = w_EOI[:, :, column] - value
         codes_EOI[:, :, column] = code.to(torch.uint8)
         error_EOI[:, :, column] = missed
         target[:, :, :k] += missed.unsqueeze(-1) * f_EBB[:, k, None, :k]
+
+
+def _nearest(x: Tensor, s: Tensor, z: Tensor, o: Tensor | None, levels: Tensor | None, top: Tensor) -> tuple[Tensor, Tensor]:
+    """(code, value) nearest to x; a scale of 0 has one value only."""
+    if o is None and levels is None:
+        code = (torch.round(x / s) + z).clamp(min=0).minimum(top)
+        return code, s * (code - z)
+    ratio = torch.where(s == 0, 0.0, (x if o is None else x - o) / torch.where(s == 0, 1.0, s))
+    if levels is None:
+        code = (torch.round(ratio) + z).clamp(min=0).minimum(top)
+        steps = code - z
+    else:
+        table = levels.to(x.dtype).to(x.device)
+        code = torch.bucketize(ratio, (table[1:] + table[:-1]) / 2, right=True)
+        steps = table[code]
+    return code, s * steps if o is None else s * steps + o
 
 
 def _reverse_order(importance_EN: Tensor, act_order: bool) -> Tensor:
@@ -286,10 +325,6 @@ def _direct_loss(error_EON: Tensor, h_ENN: Tensor, order_EN: Tensor) -> Tensor:
     return torch.einsum("eoi,eij,eoj->e", error_EON, h, error_EON)
 
 
-def _minmax(w: Tensor, bits: Tensor, scheme: QuantScheme, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return minmax_grid(w, bits, scheme)
-
-
 def _experts(w_EOI: Tensor) -> int:
     if w_EOI.ndim != 3:
         raise ValueError(f"weights must be a stack [E, out, in], got shape {tuple(w_EOI.shape)}")
@@ -303,8 +338,3 @@ def _rows_of(w_EOI: Tensor) -> Iterator[Tensor]:
     step = max(MIN_ROWS, at_once // (w_EOI.shape[0] * w_EOI.shape[2] * work.itemsize))
     for start in range(0, w_EOI.shape[1], step):
         yield w_EOI[:, start : start + step].to(work).contiguous()
-
-
-def _joined(parts: list[tuple[Tensor, Tensor, Tensor]], bits: Tensor, scheme: QuantScheme) -> QTensor:
-    codes, scale, zero = (torch.cat(part, 1) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True))
-    return QTensor(codes, scale, zero, bits, scheme)

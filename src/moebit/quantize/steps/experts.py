@@ -25,7 +25,7 @@ from moebit.quantize.chunk import SAMPLED_SLOTS, ExpertChunk, ExpertInputs
 from moebit.quantize.context import LayerContext, LayerState
 from moebit.quantize.expert_inputs import expert_inputs
 from moebit.quantize.online import Transforms, chunk_transform, on_plain_inputs, transformed, with_transform
-from moebit.quantize.solve import relative_error, rows_of, widths_of
+from moebit.quantize.solve import relative_error, widths_of
 from moebit.quantize.statistics import drift_moments
 from moebit.tensor import QTensor, SolveInfo
 from moebit.tensor.blocks import BlockTransform
@@ -222,7 +222,7 @@ def _solve_projections(
     lead = projections[0]
     if all(torch.equal(bits[p], bits[lead]) for p in projections):
         stacked, info = work.context.solve(w, hessian, bits[lead], parts[lead].scale_dtype)
-        return {p: (rows_of(stacked, layout.rows(p)), info) for p in projections}
+        return {p: (stacked.rows(layout.rows(p)), info) for p in projections}
     return {p: work.context.solve(w[:, layout.rows(p)], hessian, bits[p], parts[p].scale_dtype) for p in projections}
 
 

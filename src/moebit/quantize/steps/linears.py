@@ -12,7 +12,7 @@ from moebit.methods.input_drift import correct_input_drift
 from moebit.quantize.context import LayerContext, LayerState
 from moebit.quantize.groups import in_order, quantized
 from moebit.quantize.online import on_plain_inputs, with_transform
-from moebit.quantize.solve import relative_error, rows_of, widths_of
+from moebit.quantize.solve import relative_error, widths_of
 from moebit.quantize.statistics import Statistics, group_statistics
 from moebit.tensor import QTensor, SolveInfo
 from moebit.tensor.blocks import BlockTransform
@@ -57,7 +57,7 @@ def _solve_group(context: LayerContext, state: LayerState, number: int, names: l
         begin = 0
         for name in some:
             matrix = matrices[name]
-            own = rows_of(q, slice(begin, begin + len(matrix)))
+            own = q.rows(slice(begin, begin + len(matrix)))
             rows[name] = _put(context, state.dtype, name, matrix, own, info, transform)
             begin += len(matrix)
     return state.noting(linears=rows, drift=drift)

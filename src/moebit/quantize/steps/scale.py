@@ -23,12 +23,12 @@ from moebit.model.proof.flow import NormSite
 from moebit.model.proof.sites import LayerScales, PairSite, scale_behind_norm, scale_down, scale_pair
 from moebit.model.structure import LayerSites, MoESite
 from moebit.quantize.context import LayerContext, LayerState
-from moebit.quantize.solve import scheme_of
+from moebit.quantize.solve import grid_of
 from moebit.quantize.statistics import shared_gate
 from moebit.storage.edits import Edit, joined
 from moebit.storage.weights import Weights
 from moebit.streaming.stream import Stream
-from moebit.tensor import QuantScheme
+from moebit.tensor import Grid
 from moebit.tensor.spacing import evenly_spaced
 
 TOKENS = 512  # that everything outside of the routed experts is judged on
@@ -42,7 +42,7 @@ def scale(context: LayerContext, state: LayerState) -> LayerState:
     plan, recipe, moe = context.plan, context.recipe, context.sites.moe
 
     def rounding(spec: PackedSpec) -> Rounding:
-        return Rounding(spec.bits, scheme_of(recipe, spec.scale_dtype))
+        return Rounding(spec.bits, grid_of(recipe, spec.scale_dtype))
 
     linears = {full: rounding(spec) for full, spec in plan.linears.items() if full.startswith(context.full(""))}
     parts = plan.experts.get(context.full(moe.experts), {}) if moe else {}
@@ -60,7 +60,7 @@ class Rounding:
     """How a stack of matrices will be rounded: a width each, and the grid."""
 
     bits: tuple[int, ...]
-    scheme: QuantScheme
+    grid: Grid
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class LayerAWQ:
     def _losses(self, w: Tensor, s: Tensor, x: Tensor, weight: Tensor, rounding: Rounding, span: tuple[int, int]) -> Tensor:
         """[R, C] of the matrices whose numbers are in a span."""
         device, bits = self.device, torch.tensor(rounding.bits[slice(*span)])
-        return losses(w.to(device), s.to(device), x.to(device), weight.to(device), bits.to(device), rounding.scheme).cpu()
+        return losses(w.to(device), s.to(device), x.to(device), weight.to(device), bits.to(device), rounding.grid).cpu()
 
     def _behind_linear(self, pair: PairSite, inputs: _Inputs, report: dict[str, Any]) -> Edits:
         """Rows of the first that reach several channels of the second have one scale for all of them."""
