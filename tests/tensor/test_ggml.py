@@ -131,6 +131,14 @@ def test_the_fit_loses_no_more_than_ggmls(name: str, kind: str, importance: bool
     assert ratio <= WORST_RATIO[name], ratio
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_searching_pays(name: str) -> None:
+    grid, w, importance = GRIDS[name], _weights("heavy"), _importance()
+    quick, searched = (grid.fit(w, _bits(grid), importance, search=search) for search in (False, True))
+    errors = [((grid.dequantize(grid.round(w, p), p) - w).square() * importance[:, None]).sum() for p in (quick, searched)]
+    assert 0.3 * errors[0] < errors[1] < 0.99 * errors[0]
+
+
 def _naive_q4_k(w_I: np.ndarray, weight_I: np.ndarray) -> float:
     """Weighted error of a row as Q4_K: each group's range, the largest scale and offset on 63, float64, no search at all."""
     total = 0.0
