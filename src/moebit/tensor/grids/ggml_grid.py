@@ -80,9 +80,9 @@ class GgmlGrid(ABC, Generic[P]):
         """The largest code."""
         return len(self.table) - 1 if self.table else 2**self.bits - 1
 
-    def qmax(self, bits_E: Tensor) -> Tensor:
-        """float32 [E]: the largest code of every expert."""
-        return torch.full(bits_E.shape, float(self.largest_code), device=bits_E.device)
+    def qmax(self, bits_E: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[E]: the largest code of every expert."""
+        return torch.full(bits_E.shape, float(self.largest_code), dtype=dtype, device=bits_E.device)
 
     def group_width(self, in_features: int) -> int:
         """Columns that share a scale."""
@@ -158,8 +158,11 @@ class GgmlGrid(ABC, Generic[P]):
     def columns(self, params: P) -> Affine:
         """What the parameters mean, one number per group of columns."""
 
-    def round(self, w_EOI: Tensor, params: P) -> Tensor:
-        """uint8 codes [E, O, I] of the nearest values; groups whose scale is 0 get the code that means 0."""
+    def round(self, w_EOI: Tensor, params: P, bits_E: Tensor | None = None) -> Tensor:
+        """uint8 codes [E, O, I] of the nearest values; groups whose scale is 0 get the code that means 0.
+
+        The widths `bits_E` are the type's own; grids with several widths need them here.
+        """
         affine = self.columns(params)
         by = inverse(affine.scale).unsqueeze(-1)
         target = (w_EOI.to(torch.float32).unflatten(-1, (-1, self.group)) - affine.offset.unsqueeze(-1)) * by
