@@ -12,31 +12,23 @@ every weight, of its own shape and small whole numbers, which float32 holds exac
 
 A tensor that is stored [.., in, out] and transposed by the converter has its lines along the other axis; `RowMap.transposed` says so. What
 fits none of this has been computed, and no map.
-
-A payload is constant along all axes but one and holds only that one: strides of 0. `_Thin` keeps the results of stacking and copying thin,
-so that the rows of 256 experts need no more memory than their numbers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moebit.errors import BadInputError
-from moebit.formats.gguf.converter import UNMAPPABLE, Converter, LazyTensor, stored_tensors, without_code
+from moebit.formats.gguf.converter import Converter, stored_tensors, without_code
+from moebit.formats.gguf.numbered import LARGEST, PAYLOADS, counted, lines_at_most, numbered, other_number, send, shuffle, thin, two_axes
 from moebit.storage.files import TensorSpec
-
-LARGEST = 2**24  # whole numbers that float32 tells apart
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -137,116 +129,15 @@ def find_rows(converter: Converter, checkpoint: Path, specs: Mapping[str, Tensor
     """
     given = specs if specs is not None else {name: tensor.spec for name, tensor in stored_tensors(checkpoint).items()}
     for name, spec in given.items():
-        if math.prod(spec.shape[:-1]) > LARGEST or (len(spec.shape) > 1 and math.prod(spec.shape[:-2]) * spec.shape[-1] > LARGEST):
-            raise BadInputError(
-                f"{name}: {spec.shape} has more lines than the {LARGEST} that can be numbered on their way through the converter"
-            )
+        if lines_at_most(spec.shape) > LARGEST:
+            raise BadInputError(f"{name}: {spec.shape} has more than {LARGEST} lines, which is as many as can be numbered")
     failed: dict[str, str] = {}
     came: dict[str, str] = {}
     arrived = {}
     with without_code(checkpoint, specs is not None) as directory:
         for kind, payload in PAYLOADS.items():
-            arrived[kind] = _send(converter, directory, _numbered(given, payload), came, failed)
+            arrived[kind] = send(converter, directory, numbered(given, payload), came, failed)
     return _judge(arrived, given, came, failed)
-
-
-Payload = Callable[[tuple[int, ...], int], Tensor]
-
-
-def _two(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape with at least two axes: a vector is lines of one place."""
-    return tuple(shape) if len(shape) > 1 else (math.prod(shape), 1)
-
-
-def _along_rows(shape: tuple[int, ...], numbers: Tensor) -> Tensor:
-    """One number for every line of [.., out, in], the same everywhere in it; only the numbers take memory."""
-    return numbers.view(*_two(shape)[:-1], 1).expand(_two(shape)).view(shape)
-
-
-def _along_places(shape: tuple[int, ...], numbers: Tensor) -> Tensor:
-    """One number for every place in a line, the same in every line with the same leading indices."""
-    *leading, _, width = _two(shape)
-    return numbers.view(*leading, 1, width).expand(_two(shape)).view(shape)
-
-
-def _counted(count: int) -> Tensor:
-    return torch.arange(count, dtype=torch.float32)
-
-
-def _shuffled(count: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(count)).to(torch.float32)
-
-
-def _scattered(number: float) -> float:
-    """A number of its own for every number of a tensor, not in their order: 7919 is a prime."""
-    return float(number * 7919 % LARGEST)
-
-
-def _rows_count(shape: tuple[int, ...]) -> int:
-    return math.prod(_two(shape)[:-1])
-
-
-def _places_count(shape: tuple[int, ...]) -> int:
-    *leading, _, width = _two(shape)
-    return math.prod(leading) * width
-
-
-def _one_number(shape: tuple[int, ...], number: float) -> Tensor:
-    return torch.full((1,) * len(shape), number).expand(shape)
-
-
-PAYLOADS: dict[str, Payload] = {
-    "line": lambda shape, _: _along_rows(shape, _counted(_rows_count(shape))),
-    "shuffled line": lambda shape, _: _along_rows(shape, _shuffled(_rows_count(shape))),
-    "place": lambda shape, _: _along_places(shape, _counted(_places_count(shape))),
-    "shuffled place": lambda shape, _: _along_places(shape, _shuffled(_places_count(shape))),
-    "tensor": lambda shape, number: _one_number(shape, float(number)),
-    "scattered tensor": lambda shape, number: _one_number(shape, _scattered(number)),
-}
-
-
-def _numbered(given: Mapping[str, TensorSpec], payload: Payload) -> dict[str, LazyTensor]:
-    def loader(shape: tuple[int, ...], number: int) -> Callable[[], Tensor]:
-        return lambda: payload(shape, number)
-
-    return {
-        name: LazyTensor(TensorSpec(torch.float32, spec.shape), loader(spec.shape, number))
-        for number, (name, spec) in enumerate(given.items())
-    }
-
-
-def _send(
-    converter: Converter, directory: Path, tensors: Mapping[str, LazyTensor], came: dict[str, str], failed: dict[str, str]
-) -> dict[str, Tensor]:
-    """GGUF name → what arrived there; `came` notes behind which tensor. Tensors on which the converter fails are noted and left out."""
-    arrived: dict[str, Tensor] = {}
-    with converter.active(), torch.inference_mode():
-        model = converter.model(directory, tensors)
-        back = _names_back(model, tensors)
-        with contextlib.suppress(*UNMAPPABLE):
-            model.dequant_model()
-        for name in list(model.model_tensors):
-            source = back.get(name, name)
-            if source not in tensors or source in failed:
-                continue
-            try:
-                with _Thin():
-                    for new_name, data in model.modify_tensors(tensors[source].load(), name, _block(name)):
-                        arrived[new_name], came[new_name] = data, source
-            except UNMAPPABLE as error:
-                failed[source] = f"{type(error).__name__}: {error}"
-    return arrived
-
-
-def _names_back(model: Any, tensors: Mapping[str, LazyTensor]) -> dict[str, str]:
-    """The converter's name of a tensor → the checkpoint's; the converter's filter renames some and drops others."""
-    items = ((name, model.filter_tensors((name, lambda: None))) for name in tensors)
-    return {item[0]: name for name, item in items if item}
-
-
-def _block(name: str) -> int | None:
-    """The number of the block as the converter takes it from a name: the first part that is a number."""
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def _judge(
@@ -275,8 +166,8 @@ def _judge(
 
 def _sources(numbers: Tensor, scattered: Tensor, names: tuple[str, ...]) -> tuple[str, ...]:
     """The tensors whose two numbers arrived, unchanged, in each other's places."""
-    pairs = torch.stack([_thin(numbers).flatten(), _thin(scattered).flatten()]).unique(dim=1).T.tolist()
-    valid = [first for first, second in pairs if first in range(len(names)) and _scattered(first) == second]
+    pairs = torch.stack([thin(numbers).flatten(), thin(scattered).flatten()]).unique(dim=1).T.tolist()
+    valid = [first for first, second in pairs if first in range(len(names)) and other_number(first) == second]
     return tuple(names[int(number)] for number in valid)
 
 
@@ -315,7 +206,7 @@ class _Lines:
 
     @classmethod
     def of(cls, specs: Sequence[TensorSpec], transposed: bool) -> _Lines:
-        shapes = [(1, *_two(spec.shape)) for spec in specs]
+        shapes = [(1, *two_axes(spec.shape)) for spec in specs]
         tall, wide = torch.tensor([shape[-2] for shape in shapes]), torch.tensor([shape[-1] for shape in shapes])
         per, length = (wide, tall) if transposed else (tall, wide)
         return cls(per, length, per * torch.tensor([math.prod(shape[:-2]) for shape in shapes]))
@@ -330,13 +221,13 @@ class _Lines:
         begins = begins.view(-1, rows)
         if across.stride(-2) == 0 and bool((begins == begins[:, :1]).all()):
             across, begins = across[..., :1, :], begins[:, :1]
-        return bool((across.reshape(-1, width) - begins.reshape(-1, 1) == _counted(width)).all())
+        return bool((across.reshape(-1, width) - begins.reshape(-1, 1) == counted(width)).all())
 
     def agree(self, line: Tensor, source: Tensor, shuffled: Tensor | None) -> bool:
         """Whether the shuffled numbers [R] say the same lines."""
         if shuffled is None:
             return False
-        tables = {count: _shuffled(count) for count in set(self.count.tolist())}
+        tables = {count: shuffle(count) for count in set(self.count.tolist())}
         table = torch.cat([tables[count] for count in self.count.tolist()])
         begins = self.count.cumsum(0) - self.count
         wanted = table[begins[source] + line.to(torch.int64)]
@@ -348,50 +239,10 @@ def _as_rows(values: Tensor) -> Tensor:
     return values.reshape(-1, 1) if values.ndim < 2 else values
 
 
-def _thin(values: Tensor) -> Tensor:
-    """The values without the repeats that strides of 0 make."""
-    for axis in range(values.ndim):
-        if values.stride(axis) == 0 and values.shape[axis] > 1:
-            values = values.narrow(axis, 0, 1)
-    return values
-
-
 def _constant(values: Tensor) -> Tensor | None:
     """[R] of values [.., rows, width] that are the same along every row, R = .. × rows; None if they are not."""
-    thin = _thin(values)
-    return values[..., 0].reshape(-1) if bool((thin == thin[..., :1]).all()) else None
-
-
-class _Thin(TorchDispatchMode):
-    """Stacks and copies of tensors with strides of 0 have them, too; everything else runs as it does anywhere."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (aten.stack.default, aten.cat.default):
-            return _joined(func, list(args[0]), args[1] if len(args) > 1 else kwargs.get("dim", 0))
-        if func in (aten.clone.default, aten._to_copy.default):
-            return func(_thin(args[0]), *args[1:], **kwargs).expand(args[0].shape)
-        if func in (aten.view.default, aten._unsafe_view.default):
-            try:
-                return func(*args, **kwargs)
-            except RuntimeError:  # a view that needs what a copy would have had
-                return func(args[0].clone(memory_format=torch.contiguous_format), *args[1:], **kwargs)
-        return func(*args, **kwargs)
-
-
-def _joined(func: Any, parts: list[Tensor], axis: int) -> Tensor:
-    """`stack` or `cat` of the one copy along every axis that all parts only repeat."""
-    stacking = func is aten.stack.default
-    joined = axis % (parts[0].ndim + stacking)
-    small, shape = parts, list(parts[0].shape)
-    for at in range(parts[0].ndim):
-        if (stacking or at != joined) and all(part.stride(at) == 0 and part.shape[at] > 1 for part in parts):
-            small = [part.narrow(at, 0, 1) for part in small]
-    if stacking:
-        shape.insert(joined, len(parts))
-    else:
-        shape[joined] = sum(part.shape[joined] for part in parts)
-    return func(small, axis).expand(shape)
+    few = thin(values)
+    return values[..., 0].reshape(-1) if bool((few == few[..., :1]).all()) else None
 
 
 def expert_orders(rows: Rows) -> dict[str, tuple[int, ...]]:
