@@ -145,7 +145,7 @@ def table(found: list[Row]) -> str:
         "",
         f"**{len(works)} of {len(found)} work.**",
         "",
-        "| | | F32 largest | mean | restored | Q8_0 | exchanged | router in the file | computed by the converter | quirks, less what is left out below |",
+        "| | | F32 largest | mean | restored | Q8_0 | exchanged | router in the file | computed | quirks, less those left out below |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line(row) for row in found]
