@@ -17,7 +17,7 @@ REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime bench-ebss bench-tasks quality quality-moequant \
-        quality-eaquant quality-routers quality-moqa quality-best architectures formats docs reference wheel-check
+        quality-eaquant quality-routers quality-moqa quality-best architectures formats gguf-architectures docs reference wheel-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ architectures: setup  ## which model types of the installed transformers work: d
 
 formats: setup  ## which format of which architecture runs where, as logits
 	$(BIN)/python -m benchmarks.formats
+
+gguf-architectures: setup  ## which architectures llama.cpp computes as transformers does, from files that moebit writes
+	$(BIN)/python -m benchmarks.gguf_architectures
 
 docs: setup  ## build the documentation site in runs/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
