@@ -9,6 +9,8 @@ TORCH_INDEX ?=
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 # `make reference` without runs/corpus: the directory with the source corpora (named in examples/reference_texts.py). `make bench-tasks`: items.
 DATA ?=
+# `make golden`: the revision that the working tree is compared with.
+BASE ?=
 
 BIN   := .venv/bin
 PIP   := $(BIN)/python -m pip
@@ -17,7 +19,7 @@ REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime bench-ebss bench-tasks quality quality-moequant \
-        quality-eaquant quality-routers quality-moqa quality-best architectures formats docs reference wheel-check
+        quality-eaquant quality-routers quality-moqa quality-best architectures formats golden docs reference wheel-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,6 +92,10 @@ architectures: setup  ## which model types of the installed transformers work: d
 
 formats: setup  ## which format of which architecture runs where, as logits
 	$(BIN)/python -m benchmarks.formats
+
+golden: setup  ## small outputs of every method, made by the revision BASE=... and by this tree, compared byte for byte (minutes)
+	@test -n "$(BASE)" || { echo "compare with which revision? make golden BASE=main" >&2; exit 2; }
+	$(BIN)/python -m tests.golden $(BASE)
 
 docs: setup  ## build the documentation site in runs/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
