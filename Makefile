@@ -9,6 +9,8 @@ TORCH_INDEX ?=
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 # `make reference` without runs/corpus: the directory with the source corpora (named in examples/reference_texts.py). `make bench-tasks`: items.
 DATA ?=
+# `make golden`: the revision that the working tree is compared with.
+BASE ?=
 
 BIN   := .venv/bin
 PIP   := $(BIN)/python -m pip
@@ -17,7 +19,8 @@ REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime bench-ebss bench-tasks quality quality-moequant \
-        quality-eaquant quality-routers quality-moqa quality-best architectures formats gguf-architectures docs reference wheel-check
+        quality-eaquant quality-routers quality-moqa quality-best architectures formats gguf-architectures golden docs \
+        reference wheel-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +96,10 @@ formats: setup  ## which format of which architecture runs where, as logits
 
 gguf-architectures: setup  ## which architectures llama.cpp computes as transformers does, from files that moebit writes
 	$(BIN)/python -m benchmarks.gguf_architectures
+
+golden: setup  ## small outputs of every method, made by the revision BASE=... and by this tree, compared byte for byte (minutes)
+	@test -n "$(BASE)" || { echo "compare with which revision? make golden BASE=main" >&2; exit 2; }
+	$(BIN)/python -m tests.golden $(BASE)
 
 docs: setup  ## build the documentation site in runs/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
