@@ -101,9 +101,9 @@ def calibration_set(output: OutputDirectory, checkpoint: Checkpoint, data: Data,
 
 def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: Texts, seed: int) -> Tensor | None:
     """The windows of given text; None where there are none to be."""
+    chosen, given = recipe.calibration, bool(parse_texts(text))  # a text that is not there is refused even where it is not needed
     if not recipe.needs_calibration:
         return None
-    chosen, given = recipe.calibration, bool(parse_texts(text))
     sampled = sampling_settings(recipe, given, seed)
     if sampled and not chosen.text_share:
         return None
