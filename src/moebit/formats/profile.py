@@ -19,7 +19,7 @@ from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
 from moebit.storage.files import ShardFile, TensorSpec, read_header, sync_directory
 
-VERSION = 1
+VERSION = 2  # 2: errors are shares of the layer's output, measured through the rest of the layer
 HEAD = "profile.json"
 
 
@@ -89,7 +89,7 @@ class Profile:
         try:
             data = json.loads((directory / HEAD).read_text(encoding="utf-8"))
             if data["version"] != VERSION:
-                raise BadInputError(f"{path}: profile version {data['version']}, this moebit reads {VERSION}; install a newer one")
+                raise BadInputError(f"{path}: profile version {data['version']}, this moebit reads {VERSION}; profile again")
             modules = {name: ProfiledModule.read(item) for name, item in data["modules"].items()}
             return cls(directory, dict(data["measured"]), modules, dict(data["sets"]))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
