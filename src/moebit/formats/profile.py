@@ -139,6 +139,13 @@ class Profile:
         """Whether every set has measured errors."""
         return bool(self.sets) and all(facts["errors"] for facts in self.sets.values())
 
+    @property
+    def has_sensitivities(self) -> bool:
+        """Whether every matrix that was priced has a sensitivity in every set."""
+        names = [f"{name}.{part}" if part else name for name, module in self.modules.items() for part in module.parts]
+        stored = [read_header(self.path / set_file(key)) for key in self.sets]
+        return bool(stored) and all(f"{name}.sensitivity" in entries for entries in stored for name in names)
+
     def over_sets(self, *names: str) -> Iterator[tuple[Tensor, ...]]:
         """The tensors of these names, set after set.
 

@@ -16,6 +16,7 @@ from moebit.methods.significance import ExpertEvidence, coactivation
 from moebit.model.experts import ExpertWeights, RoutedTokens, dispatch, finish
 from moebit.model.structure import LayerSites, Structure
 from moebit.profiling.prices import LINEAR_TOKENS, ExpertPrices, LinearTrials, Measure, token_weights
+from moebit.profiling.sensitivity import layer_gradients
 from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.budget import Budget
 from moebit.streaming.store import ActivationStore
@@ -39,12 +40,17 @@ def run_pass(
         windows: int64 [N, L] token ids. measure: None leaves errors out.
     """
     batch = budget.batch_tokens if measure is None else min(budget.batch_tokens, LINEAR_TOKENS)
+    gradients: dict[int, Tensor] = {}
+    if measure is not None:
+        progress("gradients", 0, 1)
+        sample = windows[: min(len(windows), -(-LINEAR_TOKENS // windows.shape[1]))]
+        gradients = layer_gradients(Stream(checkpoint, structure, sample, store, batch, budget.slots), budget.chunk)
     stream = Stream(checkpoint, structure, windows, store, batch, budget.slots)
     found: dict[str, Tensor] = {}
     for sites in structure.layers:
         progress("layers", sites.index, len(structure.layers))
         with stream.loaded(sites.index) as layer:
-            found |= _LayerPass(stream, sites, layer, budget.chunk.get(sites.index, 1), measure).run()
+            found |= _LayerPass(stream, sites, layer, budget.chunk.get(sites.index, 1), measure, gradients.get(sites.index)).run()
     progress("layers", len(structure.layers), len(structure.layers))
     return found
 
@@ -58,11 +64,12 @@ class _LayerPass:
     layer: nn.Module
     chunk: int
     measure: Measure | None
+    gradient: Tensor | None
 
     @torch.no_grad()
     def run(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        trials = LinearTrials(self.stream, self.sites, self.layer, self.measure) if self.measure is not None else None
+        trials = LinearTrials(self.stream, self.sites, self.layer, self.measure, self.gradient) if self.measure is not None else None
         routed, outputs = None, None
         if self.sites.moe is not None:
             routed = self.stream.capture_routing(self.sites.index)
@@ -117,9 +124,13 @@ class _LayerPass:
         assert moe is not None
         name, layout, module = f"{self.sites.name}.{moe.experts}", moe.layout, self.layer.get_submodule(moe.experts)
         slots = dispatch(routed.ids, routed.weights, layout.experts)
-        priced = ExpertPrices(self.stream, name, layout, module, routed, slots, token_weights(self.stream.hidden), measure)
+        weights_T = token_weights(self.stream.hidden)
+        priced = ExpertPrices(self.stream, name, layout, module, routed, slots, weights_T, measure, self.gradient)
         parts: dict[str, list[Tensor]] = {projection: [] for projection in layout.projections}
         for start, stop, weights in self._chunks(max(1, self.chunk // 2), torch.float32):  # rounded copies stand beside the weights
             for projection, prices in priced.chunk(weights, start, stop).items():
                 parts[projection].append(prices)
-        return {f"{name}.{projection}.error": torch.cat(columns, 1).float() for projection, columns in parts.items()}
+        return {
+            **{f"{name}.{projection}.error": torch.cat(columns, 1).float() for projection, columns in parts.items()},
+            **{f"{name}.{projection}.sensitivity": value for projection, value in priced.sensitivities().items()},
+        }

@@ -9,12 +9,15 @@ other experts, and the experts see other inputs. Nothing is linearised, so that 
 where the output includes the residual. The norm in front of the next layer divides every token by its own length, so this is what the
 next layer sees; a few tokens of huge norm (attention sinks) weigh as much as any others.
 
+How much of it reaches what the model predicts depends on where the change points. On a sample of tokens the same changes are also
+multiplied with gradients (sensitivity.py), which predicts their divergence; its ratio to the price above is the matrix's sensitivity.
+
 Shape suffixes: C experts of a chunk, S routed slots, T tokens, H hidden, I intermediate, W candidate widths, M trials.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from moebit.model.experts import ExpertsLayout, ExpertWeights, RoutedTokens, Slots, dispatch, finish, grouped_linear
 from moebit.model.seam import ExpertsHandler
 from moebit.model.structure import LayerSites
+from moebit.profiling.sensitivity import predicted_kl
 from moebit.streaming.stream import Stream, add_outputs
 from moebit.tensor import QuantScheme, add_second_moment, mirror_, solve_gptq, solve_rtn
 
@@ -72,6 +76,7 @@ class LinearTrials:
 
     Attributes:
         stream: the windows in front of the layer.
+        gradient: [T, H] of the sample (`layer_gradients`), for sensitivities; None leaves them out.
         names: the linears, by their names in the layer.
         x, ids, weights: [M·S, ...] what the experts are asked, one trial after the other; empty in a layer without experts.
         outputs: [M·S, H] float32, what the experts answer: `run` adds to it.
@@ -81,6 +86,7 @@ class LinearTrials:
     sites: LayerSites
     layer: nn.Module
     measure: Measure
+    gradient: Tensor | None = None
     names: list[str] = field(init=False)
     x: Tensor = field(init=False)
     ids: Tensor = field(init=False)
@@ -172,12 +178,24 @@ class LinearTrials:
         stream.run(index, experts=stream.replay(outputs_TH) if outputs_TH is not None else None, outputs=plain, stop=self.batches)
         weight_T = token_weights(plain[: self.windows])
         found: dict[str, list[float]] = {name: [] for name in self.names}
+        reached: dict[str, list[float]] = {name: [] for name in self.names}
         for number, name, _ in self._trials():
             mine = slice(number * self.tokens, (number + 1) * self.tokens)
             stream.run(index, experts=stream.replay(self.outputs[mine]) if moe else None, outputs=changed, stop=self.batches)
-            missed = (changed[: self.windows].double() - plain[: self.windows].double()).flatten(2).square().sum(2).flatten()
-            found[name].append(float(missed @ weight_T))
-        return {f"{self.sites.name}.{name}.error": torch.tensor(prices, dtype=torch.float32) for name, prices in found.items()}
+            change = (changed[: self.windows].double() - plain[: self.windows].double()).flatten(2).flatten(0, 1)
+            found[name].append(float(change.square().sum(1) @ weight_T))
+            if self.gradient is not None:
+                reached[name].append(predicted_kl(self.gradient[: len(change)], change))
+        return {
+            **{f"{self.sites.name}.{name}.error": torch.tensor(prices, dtype=torch.float32) for name, prices in found.items()},
+            **{f"{self.sites.name}.{name}.sensitivity": _ratio(kls, found[name]) for name, kls in reached.items() if kls},
+        }
+
+
+def _ratio(kls: Sequence[float], prices: Sequence[float]) -> Tensor:
+    """Return float64 [1], nats per unit of price: the mean over widths; 0 where nothing changes."""
+    ratios = [kl / price if price else 0.0 for kl, price in zip(kls, prices, strict=True)]
+    return torch.tensor([sum(ratios) / len(ratios)], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -188,6 +206,8 @@ class ExpertPrices:
         name: the full name of the experts module.
         routed, slots: what the experts are asked; slots are the layer's.
         weight_T: float64, what a token counts (`token_weights` of the layer's output).
+        gradient: [S, H] of the first tokens (`layer_gradients`), for sensitivities; None leaves them out.
+        changes: projection -> [W, S, H] float32, the changes of the output over these tokens, all experts rounded; added to by `chunk`.
     """
 
     stream: Stream
@@ -198,6 +218,25 @@ class ExpertPrices:
     slots: Slots
     weight_T: Tensor
     measure: Measure
+    gradient: Tensor | None = None
+    changes: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.gradient is not None:
+            shape = (len(self.measure.widths), *self.gradient.shape)
+            self.changes.update({p: self.stream.store.allocate(shape, torch.float32).zero_() for p in self.layout.projections})
+
+    def sensitivities(self) -> dict[str, Tensor]:
+        """Return projection -> float64 [1], nats per unit of price, once all chunks are done."""
+        if self.gradient is None:
+            return {}
+        weight_S = self.weight_T[: len(self.gradient)]
+        weight_S = weight_S * (len(self.weight_T) / len(weight_S))
+        found = {}
+        for projection, changes in self.changes.items():
+            prices = [float(change.double().square().sum(1) @ weight_S) for change in changes]
+            found[projection] = _ratio([predicted_kl(self.gradient, change) for change in changes], prices)
+        return found
 
     def chunk(self, weights: ExpertWeights, start: int, stop: int) -> dict[str, Tensor]:
         """Return projection -> float64 [W, C], the prices of experts [start, stop), whose weights are float32."""
@@ -250,8 +289,12 @@ class ExpertPrices:
                 inner = inner.clone()
                 inner[:, rows] += grouped_linear(x, missed, None, piece.bounds)
             after = finish(self.module, self._gated(inner), piece.affinity, changed, piece.bounds)
-            change = (after - y[piece.place]).square().sum(1).double() * self.weight_T[piece.tokens]
-            total.index_add_(0, torch.arange(stop - start).repeat_interleave(torch.tensor(piece.bounds).diff()), change)
+            change = after - y[piece.place]
+            cost = change.square().sum(1).double() * self.weight_T[piece.tokens]
+            total.index_add_(0, torch.arange(stop - start).repeat_interleave(torch.tensor(piece.bounds).diff()), cost)
+            if self.gradient is not None:
+                inside = piece.tokens < len(self.gradient)
+                self.changes[projection][self.measure.widths.index(bits)].index_add_(0, piece.tokens[inside], change[inside])
         return total
 
 
