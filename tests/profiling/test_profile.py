@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import moebit
 from moebit.errors import BadInputError
 from moebit.formats.profile import Profile
 from moebit.profiling import profile as verb
+from moebit.profiling.prices import token_weights
 from tests.support import reference
-from tests.support.models import ARCHITECTURES, EXPERTS, HIDDEN, INTERMEDIATE, LENGTH, WINDOWS, Checkpoints, windows
+from tests.support.models import ARCHITECTURES, EXPERTS, HIDDEN, INTERMEDIATE, LENGTH, WINDOWS, Checkpoints, Reference, windows
 from tests.support.outputs import Outputs, stored_tensors, token_file
 
 MIXTRAL, QWEN3 = ARCHITECTURES["mixtral"], ARCHITECTURES["qwen3_moe"]
@@ -68,47 +71,73 @@ def test_what_is_kept_is_what_transformers_routes(checkpoints: Checkpoints, mixt
         assert np.allclose(found[f"{name}.significance"].numpy(), significance, rtol=1e-3, atol=1e-6)
 
 
-def test_errors_of_down_are_what_arrives(checkpoints: Checkpoints, mixtral: Profile) -> None:
-    """sum_t |g dW h|^2 with the oracle's own rounding, an expert and a width at a time: nothing is approximated for down."""
-    model = checkpoints.reference(MIXTRAL)
-    routed, experts = model.routed[0], model.experts(0)
-    found = load_file(mixtral.path / "a.safetensors")[f"{model.layers_name}.0.mlp.experts.down_proj.error"]
-    for e, bits in ((0, 2), (3, 4)):
-        w = experts.down_proj[e].detach().double().numpy()
-        grid = reference.Grid(bits, 32, True, False, "float32")
-        missed = torch.from_numpy(reference.rtn(w, grid).weight_OI - w)
-        error = 0.0
-        for x, ids, weights in zip(routed.x, routed.ids, routed.weights, strict=True):
-            for chosen, g in zip(ids.tolist(), weights.tolist(), strict=True):
-                if chosen == e:
-                    gate, up = experts.gate_up_proj[e].detach().chunk(2)
-                    h = torch.nn.functional.silu(gate @ x) * (up @ x)
-                    error += float((g * (missed @ h.double())).square().sum())
-        assert float(found[verb.LADDER.index(bits), e]) == pytest.approx(error, rel=0.01)
-
-
-def test_errors_of_a_linear_are_what_arrives(checkpoints: Checkpoints, mixtral: Profile) -> None:
-    """The change of the layer's output with one linear rounded, routing and experts as they were: attention's own output here."""
-    model = checkpoints.reference(MIXTRAL)
-    layer = model.layers[0]
-    name = f"{model.layers_name}.0.self_attn.v_proj"
+def layer_change(model: Reference, index: int, change: Callable[[], AbstractContextManager[None]]) -> float:
+    """The mean over tokens of |change of a layer's output|^2 / |its output|^2, from transformers' own forward of the whole model."""
     seen: list[torch.Tensor] = []
-    hook = layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[0].detach().clone()))
-    weight = layer.self_attn.v_proj.weight
-    kept = weight.detach().clone()
-    rounded = reference.rtn(kept.double().numpy(), reference.Grid(3, 32, True, False, "float32")).weight_OI
+
+    def note(module: torch.nn.Module, args: Any, output: Any) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output).detach().double().flatten(0, 1))
+
+    hook = model.layers[index].register_forward_hook(note)
     try:
         with torch.no_grad():
             model.model(input_ids=windows(), use_cache=False)
-            weight.copy_(torch.from_numpy(rounded).float())
-            model.model(input_ids=windows(), use_cache=False)
+            with change():
+                model.model(input_ids=windows(), use_cache=False)
     finally:
         hook.remove()
-        with torch.no_grad():
-            weight.copy_(kept)
-    wanted = float((seen[1] - seen[0]).double().square().sum())
-    found = load_file(mixtral.path / "a.safetensors")[f"{name}.error"]
-    assert float(found[verb.LADDER.index(3)]) == pytest.approx(wanted, rel=0.01)
+    plain, changed = seen
+    return float(((changed - plain).square().sum(1) / plain.square().sum(1)).mean())
+
+
+@contextmanager
+def rounded(weight: torch.Tensor, bits: int, group: int) -> Iterator[None]:
+    """A weight [out, in], a view of a parameter, rounded by the oracle and then put back."""
+    kept = weight.detach().clone()
+    value = reference.rtn(kept.double().numpy(), reference.Grid(bits, group, True, False, "float32")).weight_OI
+    try:
+        weight.data.copy_(torch.from_numpy(value).float())
+        yield
+    finally:
+        weight.data.copy_(kept)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_prices_of_experts_are_what_the_layer_puts_out(index: int, bits: int, checkpoints: Checkpoints, mixtral: Profile) -> None:
+    """Every projection of every expert, one at a time, rounded in transformers' model."""
+    model = checkpoints.reference(MIXTRAL)
+    experts, found = model.experts(index), load_file(mixtral.path / "a.safetensors")
+    name = f"{model.layers_name}.{index}.mlp.experts"
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        prices = found[f"{name}.{projection}.error"][verb.LADDER.index(bits)]
+        for e in range(EXPERTS):
+            gate, up = experts.gate_up_proj.data[e].chunk(2)
+            weight = {"gate_proj": gate, "up_proj": up, "down_proj": experts.down_proj.data[e]}[projection]
+            wanted = layer_change(model, index, lambda weight=weight: rounded(weight, bits, 32))
+            assert float(prices[e]) == pytest.approx(wanted, rel=0.02, abs=1e-9), (projection, e)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_prices_of_linears_go_through_routing_and_experts(bits: int, checkpoints: Checkpoints, mixtral: Profile) -> None:
+    """A rounded linear of attention changes the experts' inputs and which of them are chosen: all of it is in the price."""
+    model = checkpoints.reference(MIXTRAL)
+    found = load_file(mixtral.path / "a.safetensors")
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        weight = model.layers[1].self_attn.get_submodule(name).weight
+        wanted = layer_change(model, 1, lambda weight=weight: rounded(weight, bits, 32))
+        price = float(found[f"{model.layers_name}.1.self_attn.{name}.error"][verb.LADDER.index(bits)])
+        assert price == pytest.approx(wanted, rel=0.02), name
+
+
+def test_a_token_of_huge_norm_does_not_dominate() -> None:
+    outputs = torch.ones(2, 3, 4)
+    outputs[0, 0] *= 1e4
+    weights = token_weights(outputs)
+    assert float(weights[0] * outputs[0, 0].double().square().sum()) == pytest.approx(
+        float(weights[1] * outputs[0, 1].double().square().sum())
+    )
+    assert float(weights @ outputs.flatten(0, 1).double().square().sum(1)) == pytest.approx(1.0)
 
 
 def test_more_bits_cost_less(mixtral: Profile) -> None:
@@ -234,12 +263,10 @@ def test_finer_choices_cost_less(mixtral: Profile) -> None:
         plan = moebit.allocate(mixtral, target_bits=4.0, method="knapsack", granularity=granularity).plan
         total = 0.0
         for name, module in mixtral.modules.items():
-            layer = name.split(".experts")[0].rpartition(".mlp")[0] or ".".join(name.split(".")[:3])
-            output = mixtral.stacked(f"{layer}.output")
             for part in module.parts:
                 error = mixtral.stacked(f"{name}.{part}.error" if part else f"{name}.error").double()
                 bits = plan.widths(name, part, module.experts, 0) if part else (plan.linears[name],)
-                shares = (error.view(len(error), len(verb.LADDER), -1) / output.unsqueeze(2)).mean(0)
+                shares = error.view(len(error), len(verb.LADDER), -1).mean(0)
                 total += sum(float(shares[verb.LADDER.index(width), e]) for e, width in enumerate(bits))
         errors.append(total)
     assert errors[2] <= errors[1] * 1.01 <= errors[0] * 1.03

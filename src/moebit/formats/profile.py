@@ -19,7 +19,7 @@ from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
 from moebit.storage.files import ShardFile, TensorSpec, read_header, sync_directory
 
-VERSION = 1
+VERSION = 2  # 2: errors are shares of the layer's output, measured through the rest of the layer
 HEAD = "profile.json"
 
 
@@ -89,7 +89,7 @@ class Profile:
         try:
             data = json.loads((directory / HEAD).read_text(encoding="utf-8"))
             if data["version"] != VERSION:
-                raise BadInputError(f"{path}: profile version {data['version']}, this moebit reads {VERSION}; install a newer one")
+                raise BadInputError(f"{path}: profile version {data['version']}, this moebit reads {VERSION}; profile again")
             modules = {name: ProfiledModule.read(item) for name, item in data["modules"].items()}
             return cls(directory, dict(data["measured"]), modules, dict(data["sets"]))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -138,6 +138,13 @@ class Profile:
     def has_errors(self) -> bool:
         """Whether every set has measured errors."""
         return bool(self.sets) and all(facts["errors"] for facts in self.sets.values())
+
+    @property
+    def has_sensitivities(self) -> bool:
+        """Whether every matrix that was priced has a sensitivity in every set."""
+        names = [f"{name}.{part}" if part else name for name, module in self.modules.items() for part in module.parts]
+        stored = [read_header(self.path / set_file(key)) for key in self.sets]
+        return bool(stored) and all(f"{name}.sensitivity" in entries for entries in stored for name in names)
 
     def over_sets(self, *names: str) -> Iterator[tuple[Tensor, ...]]:
         """The tensors of these names, set after set.

@@ -195,5 +195,6 @@ def head(model: PreTrainedModel, list_name: str, hidden: Tensor, returns: Sequen
         return returns[index].filled(value) if returns else value
 
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64)
-    with stubs(model, list_name, on_call), zeros_outside(model, list_name), torch.no_grad():
+    following = torch.set_grad_enabled(hidden.requires_grad)
+    with stubs(model, list_name, on_call), zeros_outside(model, list_name), following:
         return model(input_ids=tokens, use_cache=False).logits

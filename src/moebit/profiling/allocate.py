@@ -196,24 +196,22 @@ class _Problem:
         return items + list(groups.values())
 
     def _errors(self, items: list[list[Member]]) -> Tensor:
-        """float64 [N, K] share of the layer's output that an item's rounding costs, mean over data sets."""
-        columns = [self.profile.widths.index(width) for width in self.ladder]
-        by_part: dict[tuple[str, str], Tensor] = {}
-        outputs = {}
-        for name, module in self.profile.modules.items():
-            layer = self._layer_name(name, module)
-            if layer not in outputs:
-                outputs[layer] = self.profile.stacked(f"{layer}.output").clamp(min=1e-300)
-            for part in module.parts:
-                error = self.profile.stacked(f"{name}.{part}.error" if part else f"{name}.error").double()  # [D, W] or [D, W, E]
-                shares = error.view(len(error), len(self.profile.widths), -1) / outputs[layer].unsqueeze(2)
-                by_part[name, part] = shares.mean(0)[columns]
-        return torch.stack([sum((by_part[n, p][:, e] for n, p, e in members), torch.zeros(len(columns))) for members in items])
+        """Return float64 [N, K], what rounding an item costs, mean over data sets.
 
-    def _layer_name(self, name: str, module: ProfiledModule) -> str:
-        """The decoder layer that a module belongs to: the part of its name up to the layer's number."""
-        parts = name.split(".")
-        return ".".join(parts[: parts.index(str(module.layer)) + 1])
+        The unit is nats per token where sensitivities were measured, else a share of the layer's output.
+        """
+        columns = [self.profile.widths.index(width) for width in self.ladder]
+        weighed = self.profile.has_sensitivities
+        by_part: dict[tuple[str, str], Tensor] = {}
+        for name, module in self.profile.modules.items():
+            for part in module.parts:
+                full = f"{name}.{part}" if part else name
+                error = self.profile.stacked(f"{full}.error").double()  # [D, W] or [D, W, E]
+                error = error.view(len(error), len(self.profile.widths), -1)
+                if weighed:
+                    error = error * self.profile.stacked(f"{full}.sensitivity").view(-1, 1, 1)
+                by_part[name, part] = error.mean(0)[columns]
+        return torch.stack([sum((by_part[n, p][:, e] for n, p, e in members), torch.zeros(len(columns))) for members in items])
 
     def _bytes(self, members: list[Member], width: int) -> int:
         return sum(self._spec(name, part, (width,)).nbytes for name, part, _ in members)

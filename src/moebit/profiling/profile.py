@@ -16,7 +16,8 @@ from moebit.formats.profile import Profile, ProfiledModule, set_file
 from moebit.memory import DEFAULT_MEMORY, Memory, memory_bytes
 from moebit.model.structure import Structure, find_structure
 from moebit.plan.plan import Plan, make_plan
-from moebit.profiling.passes import Measure, Progress, run_pass
+from moebit.profiling.passes import Progress, run_pass
+from moebit.profiling.prices import Measure
 from moebit.recipe import BIT_WIDTHS, Recipe, load_recipe
 from moebit.storage.checkpoint import Checkpoint, checkpoint_fingerprint
 from moebit.streaming.budget import Budget, make_budget

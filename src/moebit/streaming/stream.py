@@ -166,6 +166,27 @@ class Stream:
                 outputs[rows] = output
             self.store.release()
 
+    def pull_back(self, index: int, entered: Tensor, gradient: Tensor, experts: Callable[[slice], ExpertsHandler] | None = None) -> Tensor:
+        """Return the gradient with respect to the input of one (loaded) layer, [N, L, H] float32.
+
+        Args:
+            entered: [N, L, H] what entered the layer.
+            gradient: [N, L, H] with respect to the layer's output.
+            experts: a differentiable handler for the windows of a batch; needed where the layer has experts.
+        """
+        found = torch.empty(entered.shape, dtype=torch.float32)
+        for rows, calls in zip(self.batches(), self._calls, strict=True):
+            with ExitStack() as stack:
+                stack.enter_context(torch.enable_grad())
+                if experts is not None:
+                    stack.enter_context(experts_handler(experts(rows)))
+                hidden = entered[rows].detach().clone().requires_grad_()
+                output = calls[index].run(self.layer(index), hidden)
+                (mine,) = torch.autograd.grad(output, hidden, gradient[rows].to(output.dtype))
+            found[rows] = mine.float()
+            self.store.release()
+        return found
+
     @torch.no_grad()
     def capture_routing(self, index: int, outputs: Tensor | None = None, kept: KeptInput | None = None) -> RoutedTokens:
         """What the layer's experts are asked: the routed tokens, in the order of the windows.
