@@ -27,7 +27,10 @@ from moebit.errors import BadInputError
 from moebit.model.decoder import Decoder, weight_bytes
 from moebit.model.structure import Structure, find_structure
 from moebit.recipe import Recipe
+from moebit.recipe.reading import TEXT_BYTES, parse_json, read_object, read_text
 from moebit.storage.checkpoint import Checkpoint, open_hub_checkpoint, resolve
+from moebit.storage.documents import GenerationSettings, checked, understood
+from moebit.storage.durable import replace_text
 from moebit.streaming.budget import PROCESS_BYTES
 from moebit.streaming.stream import named_tokens
 
@@ -291,7 +294,10 @@ def sampling_settings(recipe: Recipe, text: bool, seed: int) -> Settings | None:
 
 
 def kept_windows(path: Path, settings: Settings, memory: int, file: Path, *, whole: bool, progress: Progress | None = None) -> Tensor:
-    """The sequences that `file` holds, written now unless it is `whole`; what is finished of them is kept beside it."""
+    """The sequences that `file` holds, written now unless it is `whole`.
+
+    What is finished of them is kept beside it, in a file of the same name and `.partial`; whoever notes that `file` is whole removes it.
+    """
     if whole:
         return tokenize(file.name, file, None, 2**31).ids.view(settings.sequences, settings.length)
     identity = {"memory": memory, **asdict(settings)}
@@ -299,7 +305,6 @@ def kept_windows(path: Path, settings: Settings, memory: int, file: Path, *, who
     partial = Partial.take_up(begun, identity) if begun.exists() else Partial.begin(begun, identity)
     windows, _ = write_windows(path, settings, memory, partial, progress)
     write_sample(file, windows, load_tokenizer(path))
-    partial.remove()
     return windows
 
 
@@ -368,7 +373,8 @@ def _noise(settings: Settings, start: int) -> torch.Generator | None:
 def end_ids(checkpoint: Checkpoint) -> list[int]:
     """Tokens that end a text, as the generation settings or else the configuration name them."""
     file = checkpoint.path / "generation_config.json"
-    stated = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    stated = read_object(file, remedy="copy it again", infinite=True) if file.exists() else {}
+    checked(GenerationSettings, stated, file, "copy it again")
     ends = stated.get("eos_token_id", getattr(checkpoint.config.get_text_config(), "eos_token_id", None))
     return sorted({int(i) for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int) and i >= 0})
 
@@ -414,8 +420,10 @@ class Partial:
             BadInputError: the output exists, an interrupted run that would have to be decided about, or one of something else.
         """
         file = out.with_name(out.name + ".partial")
-        if out.exists() and not overwrite:
-            raise BadInputError(f"{out} exists; choose another -o, or --overwrite to replace it")
+        if not overwrite and not (resume and file.exists()):  # a run that ended after writing OUT, before it tidied up, left both
+            for there in (out, out.with_name(out.name + ".json")):
+                if os.path.lexists(there):
+                    raise BadInputError(f"{there} exists; choose another -o, or --overwrite to replace it")
         if file.exists() and not (resume or overwrite):
             raise BadInputError(f"{file} holds an interrupted run; --resume goes on with it, --overwrite starts again")
         return cls.take_up(file, identity) if file.exists() and resume else cls.begin(file, identity)
@@ -441,7 +449,8 @@ class Partial:
         if changed:
             raise BadInputError(f"{file} was started with another {', '.join(changed)}; give the same again, or --overwrite starts again")
         _replace(file, "".join(json.dumps(line) + "\n" for line in lines))
-        groups = [(torch.tensor(line["input_ids"]), torch.tensor(line["usage"], dtype=torch.int32)) for line in lines[1:]]
+        with understood(file, "--overwrite starts again"):
+            groups = [(torch.tensor(line["input_ids"]), torch.tensor(line["usage"], dtype=torch.int32)) for line in lines[1:]]
         return cls(file, groups)
 
     def add(self, tokens_NL: Tensor, usage_NME: Tensor) -> None:
@@ -458,11 +467,14 @@ class Partial:
 
 
 def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_text(file, limit=TEXT_BYTES).splitlines():
         try:
-            yield json.loads(line)
+            found = parse_json(line)
         except ValueError:
             return
+        if not isinstance(found, dict):
+            return
+        yield found
 
 
 def write_sample(file: Path, windows_SL: Tensor, tokenizer: Any | None) -> None:
@@ -480,12 +492,7 @@ def _replace(file: Path, text: str) -> None:
     Raises:
         BadInputError: it cannot be written.
     """
-    temporary = file.with_name(file.name + ".writing")
     try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
+        replace_text(file, text)
     except OSError as error:
         raise BadInputError(f"cannot write {file}: {error.strerror}; choose another place") from error

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moebit.errors import BadInputError, InterruptedWorkError
+from moebit.errors import BadInputError, InterruptedWorkError, is_out_of_memory
 
 SHOWN_FINDINGS = 30
 DONE, INTERNAL_ERROR, BAD_INPUT, INTERRUPTED, CTRL_C = 0, 1, 2, 3, 130
@@ -65,6 +65,11 @@ def main() -> None:
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # usage errors of the option parser
             err.print(f"[red]Error:[/red] {escape(error.format_message())} (see moebit --help)")
             sys.exit(BAD_INPUT)
+        if is_out_of_memory(error):
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            advice = "close other programs, or give a smaller --memory, and run the same command again"
+            err.print(f"[yellow]Interrupted:[/yellow] memory ran out ({escape(said)}); {advice}", soft_wrap=True)
+            sys.exit(INTERRUPTED)
         err.print_exception()
         err.print("[red]Internal error:[/red] this is a bug in moebit; please report it with the lines above.")
         sys.exit(INTERNAL_ERROR)

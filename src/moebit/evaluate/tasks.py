@@ -126,7 +126,7 @@ def answers(harness: Any, model: str | Path, tasks: Sequence[str], manager: Any 
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
         raise BadInputError(f"{model}: no tokenizer files here, so that tasks cannot be read; copy the model's tokenizer to it")
-    loaded = HFLM(pretrained=_load(directory), tokenizer=tokenizer, batch_size=BATCH)
+    loaded = HFLM(pretrained=_load(directory), tokenizer=tokenizer, batch_size=BATCH, trust_remote_code=False)
     result = harness.simple_evaluate(
         model=loaded, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True,
         random_seed=None, numpy_random_seed=None, torch_random_seed=None,
@@ -164,7 +164,7 @@ def _load(directory: Path) -> Any:
 
     load_config(directory)  # says what is wrong with it
     try:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+        return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False).eval()
     except (ValueError, OSError, ImportError, KeyError) as error:
         raise BadInputError(f"{directory}: transformers does not load it ({str(error).splitlines()[0]})") from error
 

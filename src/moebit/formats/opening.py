@@ -18,7 +18,10 @@ from moebit.model.experts import layout_of
 from moebit.model.inputs import Activations, attach
 from moebit.model.seam import is_experts
 from moebit.storage.checkpoint import Checkpoint, load_config, open_hub_checkpoint, read_config, resolve, skeleton
+from moebit.storage.documents import check_layers, understood
 from moebit.storage.files import read_index
+
+AGAIN = "`moebit verify` says what is damaged; copy or make this output again"
 
 
 def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float32) -> Checkpoint:
@@ -35,23 +38,27 @@ def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float
     path = resolve(model)
     quantization = read_config(path).get("quantization_config") or {}
     if compressed_tensors.is_output(path, quantization):
-        config = load_config(path)
-        model_of_it, stored = skeleton(config), read_index(path)
-        weights = CompressedWeights(model_of_it, stored, quantization)
-        for name, rounding in weights.inputs().items():
+        config, stored = load_config(path), read_index(path)
+        check_layers(config, len(stored), path)
+        model_of_it = skeleton(config)
+        with understood(path / "config.json", AGAIN):
+            compressed = CompressedWeights(model_of_it, stored, quantization)
+        for name, rounding in compressed.inputs().items():
             attach(model_of_it, Activations(rounding), [name])
-        return Checkpoint(path, config, model_of_it, weights, stored)
+        return Checkpoint(path, config, model_of_it, compressed, stored)
     if quantization.get("quant_method") != METHOD:
         return open_hub_checkpoint(path, compute)
     import moebit.runtime  # noqa: F401 - registers the quantizer, so that transformers can read this configuration
 
-    config = load_config(path)
+    config, entries = load_config(path), read_index(path)
+    check_layers(config, len(entries), path)
     skeleton_model = skeleton(config, compute or torch.float32)
-    entries = read_index(path)
     layouts = {name: layout_of(module, name) for name, module in skeleton_model.named_modules() if is_experts(module)}
-    specs, overlays = packed_specs(quantization), read_overlays(overlay_specs(quantization), entries)
-    attach(skeleton_model, read_activations(quantization), specs)
-    return Checkpoint(path, config, skeleton_model, NativeWeights(skeleton_model, entries, specs, layouts, overlays), entries)
+    with understood(path / "config.json", AGAIN):
+        specs, overlays = packed_specs(quantization), read_overlays(overlay_specs(quantization), entries)
+        attach(skeleton_model, read_activations(quantization), specs)
+        weights = NativeWeights(skeleton_model, entries, specs, layouts, overlays)
+    return Checkpoint(path, config, skeleton_model, weights, entries)
 
 
 def quantized_modules(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Mapping[str, PackedSpec]]] | None:

@@ -29,6 +29,7 @@ from moebit.model.structure import LayerSites, Structure
 from moebit.plan.inputs import ActivationPlan, plan_activations
 from moebit.plan.transforms import NO_TRANSFORMS, Transforms
 from moebit.recipe import BIT_WIDTHS, Recipe
+from moebit.recipe.reading import is_there, read_json
 from moebit.storage.checkpoint import Checkpoint, HubWeights
 from moebit.streaming.budget import Budget, make_budget
 from moebit.streaming.routing import not_linear
@@ -80,12 +81,9 @@ def load_bit_plan(file: str | Path) -> BitPlan:
         BadInputError: no such file, not JSON, another version, unknown keys.
     """
     path = Path(file)
-    if not path.is_file():
+    if not is_there(path):
         raise BadInputError(f"--plan: no such file: {path}")
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
-        raise BadInputError(f"--plan {path}: not valid JSON ({error})") from error
+    data = read_json(path, "--plan ")
     if (
         not isinstance(data, dict)
         or data.get("version") != 1

@@ -8,7 +8,6 @@ NaN, and written once.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from moebit.calibration.sampling import Settings, check_fits, kept_windows, sampling_settings
 from moebit.calibration.text import Texts, calibration_windows, digest, load_tokenizer, parse_texts, tokenize
-from moebit.errors import BadInputError
+from moebit.errors import BadInputError, InterruptedWorkError, is_out_of_memory
 from moebit.formats.compressed_tensors import CompressedWeights
 from moebit.formats.engines import ANY, verdicts
 from moebit.formats.inputs_config import describe_activations
@@ -42,9 +41,11 @@ from moebit.quantize.documents import documents
 from moebit.quantize.layer import LayerJob, LayerReport, Progress, drifting
 from moebit.recipe import Recipe, load_recipe
 from moebit.report.command import python_call
-from moebit.storage.checkpoint import Checkpoint, HubWeights, checkpoint_fingerprint
+from moebit.storage.checkpoint import Checkpoint, HubWeights, checkpoint_fingerprint, read_config
+from moebit.storage.contents import Seen, changed, look_through
+from moebit.storage.documents import one_line
 from moebit.storage.edits import EditedWeights, untied_config
-from moebit.storage.files import TensorSpec, check_finite, read_header
+from moebit.storage.files import TensorSpec, read_header
 from moebit.storage.shipped import check_shipped, plain_config
 from moebit.streaming.reference import captured_inputs
 from moebit.streaming.routing import Routing, reference_step
@@ -176,7 +177,6 @@ def quantize(
     if not 0 <= seed < 2**63:
         raise BadInputError(f"--seed {seed}: a number from 0 to 2^63 - 1")
     checkpoint = open_checkpoint(model, compute=None)
-    seen = _changed(checkpoint)
     if not isinstance(weights := checkpoint.weights, HubWeights):
         raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
     _check_output(out, checkpoint.path)
@@ -192,12 +192,11 @@ def quantize(
         check_free(out, resume=resume, overwrite=overwrite)
         return decided
     check_space(out, decided.size_bytes + _streamed(chosen, data) * _width(checkpoint) * 4 * 2)
-    if not (resume and read_journal(partial_of(out) / JOURNAL)):  # a run that began has looked, and knows the files again
-        check_finite(checkpoint.entries)
-        check_shipped(weights.entries.values())
+    seen = _seen(checkpoint, read_journal(partial_of(out) / JOURNAL) if resume else [])
+    check_shipped(weights.entries.values())
     identity = _identity(checkpoint, chosen, data, bits, memory, seed, device)
     try:
-        directory = OutputDirectory(out, {**identity, "device": device, "shards": seen}, resume=resume, overwrite=overwrite)
+        directory = OutputDirectory(out, {**identity, **_circumstances(device, seen)}, resume=resume, overwrite=overwrite)
         with directory as output, freed_memory_kept():
             if device == "cpu" and chosen.needs_hessians:
                 Thread(target=kernels.load).start()
@@ -227,6 +226,13 @@ def quantize(
             output.finish(checkpoint.path, sink.config(_config(checkpoint)), written)
     except OSError as error:
         raise disk_error(error, partial_of(out)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InterruptedWorkError(
+            f"memory ran out ({one_line(error)}); what is finished is kept in {partial_of(out)}: close other programs and go on with "
+            "--resume, or start again with a smaller --memory and --overwrite"
+        ) from error
     return Result(out, decided, checkpoint.size_bytes, size, reports, time.perf_counter() - began)
 
 
@@ -303,6 +309,7 @@ def _sampled(
     windows = kept_windows(checkpoint.path, settings, memory, output.partial / SAMPLE, whole=known, progress=progress)
     if not known:
         output.record("sample", [SAMPLE])
+    output.remove(f"{SAMPLE}.partial")  # only now: the journal has the whole sample
     return windows if text is None else torch.cat([windows, text])
 
 
@@ -370,18 +377,24 @@ def _identity(
     }
 
 
-def _changed(checkpoint: Checkpoint) -> dict[str, int]:
-    """When each shard was last written (0: it is gone): a run neither resumes nor finishes over a shard that changed underneath."""
-    files = sorted({entry.file for entry in checkpoint.entries.values()})
-    return {file.name: file.stat().st_mtime_ns if file.exists() else 0 for file in files}
+def _circumstances(device: str, seen: Seen) -> dict[str, Any]:
+    """What the bytes may depend on besides the identity: sums of floats differ with the number of threads that add them up."""
+    return {"device": device, "threads": torch.get_num_threads(), "shards": seen}
 
 
-def _check_unchanged(checkpoint: Checkpoint, seen: Mapping[str, int]) -> None:
+def _seen(checkpoint: Checkpoint, records: list[dict[str, Any]]) -> Seen:
+    """The content of the input, looked through once; a run that is resumed has looked, and knows the files again if they are the same."""
+    known = records[0].get("started", {}).get("shards") if records else None
+    if isinstance(known, dict) and not changed(checkpoint.entries, known):
+        return known
+    return look_through(checkpoint.entries.values())
+
+
+def _check_unchanged(checkpoint: Checkpoint, seen: Seen) -> None:
     """Refuse to finish what was read from two versions of the input."""
-    changed = [name for name, when in _changed(checkpoint).items() if when != seen[name]]
-    if changed:
+    if other := changed(checkpoint.entries, seen):
         raise BadInputError(
-            f"{checkpoint.path}: {', '.join(changed)} changed while it was being read, the result would mix two versions of it; "
+            f"{checkpoint.path}: {', '.join(other)} changed while it was being read, the result would mix two versions of it; "
             "--overwrite starts again"
         )
 
@@ -487,5 +500,5 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Nor does it say that the head is tied to the embeddings, where it is its own now.
     """
-    config = plain_config(json.loads((checkpoint.path / "config.json").read_text()))
+    config = plain_config(read_config(checkpoint.path))
     return untied_config(config) if isinstance(checkpoint.weights, EditedWeights) and checkpoint.weights.untied else config

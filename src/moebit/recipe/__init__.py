@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from moebit.errors import BadInputError
+from moebit.recipe.reading import is_there, parse_yaml, read_text
 
 GROUP_SIZES = (-1, 32, 64, 128)
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -507,9 +508,9 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not path:
         raise BadInputError(f"--set {text}: expected key.path=value, for example --set weights.bits=3")
     try:
-        return path, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise BadInputError(f"--set {text}: the value is not valid YAML ({str(error).splitlines()[0]})") from error
+        return path, parse_yaml(value)
+    except ValueError as error:
+        raise BadInputError(f"--set {text}: the value is not valid YAML ({error})") from error
 
 
 def _read(recipe: str | Path) -> dict[str, Any]:
@@ -517,18 +518,15 @@ def _read(recipe: str | Path) -> dict[str, Any]:
     path = Path(recipe)
     if str(recipe) in known:
         text = known[str(recipe)]
-    elif path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise BadInputError(f"recipe {recipe}: not UTF-8 text ({error})") from error
+    elif is_there(path):
+        text = read_text(path, "recipe ")
     else:
         near = difflib.get_close_matches(str(recipe), known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise BadInputError(f"recipe {str(recipe)!r}: neither a preset nor a file{hint} (presets: {', '.join(known)})")
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        data = parse_yaml(text)
+    except ValueError as error:
         raise BadInputError(f"recipe {recipe}: not valid YAML ({error})") from error
     if not isinstance(data, dict):
         raise BadInputError(f"recipe {recipe}: expected a mapping of sections, got {type(data).__name__}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moebit.errors import BadInputError
+from moebit.recipe.reading import read_object, read_text
 from moebit.report import words
 
 THIN = 0.1  # an expert with less than this part of an even share of the tokens is named
@@ -58,7 +59,7 @@ def read_documents(out: Path, evaluations: Sequence[Path] = ()) -> Documents:
         out.resolve().name,
         _read(out / "report.json"),
         _read(out / "moebit.json") if (out / "moebit.json").is_file() else {},
-        recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        read_text(recipe) if recipe.is_file() else "",
         [_read(file) for file in evaluations],
     )
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))  # as `evaluate` counts
@@ -71,13 +72,7 @@ def read_documents(out: Path, evaluations: Sequence[Path] = ()) -> Documents:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInputError(f"{file}: cannot be read as JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise BadInputError(f"{file}: not a JSON object")
-    return document
+    return read_object(file, infinite=True)
 
 
 ExpertRow = tuple[int, str, str, Sequence[str], str]  # expert, tokens, bits, errors by projection, note

@@ -17,6 +17,7 @@ from moebit.report import facts, words
 from moebit.report.facts import Documents, read_documents
 from moebit.report.plots import figures
 from moebit.report.svg import DARK, LIGHT
+from moebit.storage.durable import replace_text
 
 
 def report(out: str | Path, output: str | Path | None = None, *, evaluation: Sequence[str | Path] | str | Path = ()) -> Path:
@@ -110,7 +111,7 @@ def write_page(file: Path, page: str) -> Path:
         BadInputError: the file cannot be written.
     """
     try:
-        file.write_text(page, encoding="utf-8")
+        replace_text(file, page)
     except OSError as error:
         raise BadInputError(f"{file}: cannot be written ({error.strerror}); choose another -o") from error
     return file

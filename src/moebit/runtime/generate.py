@@ -155,7 +155,7 @@ def _run(name: str | File, prompt: str, max_new_tokens: int, sampling: dict[str,
 def _load(directory: File) -> Any:
     load_config(directory)  # says what is wrong with it
     try:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+        return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False).eval()
     except (ValueError, OSError, ImportError, KeyError) as error:
         raise BadInputError(f"{directory}: transformers does not load it ({str(error).splitlines()[0]})") from error
 

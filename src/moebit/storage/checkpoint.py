@@ -31,22 +31,30 @@ from transformers.utils import logging as transformers_logging
 from moebit.errors import BadInputError
 from moebit.model.adapters import adapt
 from moebit.model.seam import SEAM
+from moebit.recipe.reading import is_there, read_object
+from moebit.storage.documents import check_config, check_layers
 from moebit.storage.files import PIECE, Entry, TensorEntry, TensorSpec, pieces, read_header, read_index
+from moebit.storage.places import check_links
 from moebit.storage.shipped import Shipped, check_plain, read_shipped, shipped_config
 
 INSIDE = "language_model"  # what transformers calls the language model inside a wrapper
 
 
-def resolve(model: str | Path, revision: str | None = None) -> Path:
+def resolve(model: str | Path, revision: str | None = None, *, follow_links: bool = False) -> Path:
     """The local directory of a checkpoint: a path, or a hub id that is downloaded (safetensors, configuration, tokenizer).
 
+    Args:
+        follow_links: read files that are links out of the checkpoint's folder, too.
+
     Raises:
-        BadInputError: neither a directory with a config.json nor a hub id that can be fetched.
+        BadInputError: neither a directory with a config.json nor a hub id that can be fetched; a link that leads out of the folder.
     """
     path = Path(model)
-    if path.is_dir():
+    if is_there(path) and path.is_dir():
         if not (path / "config.json").exists():
             raise BadInputError(f"{path}: no config.json here; give the directory of a Hugging Face checkpoint")
+        if not follow_links:
+            check_links(path)
         return path
     if str(model).count("/") != 1 or str(model).startswith((".", "/")):
         raise BadInputError(f"{model}: no such directory; give a checkpoint directory or a hub id like org/name")
@@ -336,12 +344,8 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         BadInputError: not a JSON object.
     """
-    try:
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise BadInputError(f"{path / 'config.json'}: not valid JSON ({error}); copy it again") from error
-    if not isinstance(raw, dict):
-        raise BadInputError(f"{path / 'config.json'}: expected a JSON object, got {type(raw).__name__}")
+    raw = read_object(path / "config.json", remedy="copy it again", infinite=True)
+    check_config(raw, path / "config.json")
     return raw
 
 
@@ -359,7 +363,7 @@ def load_config(path: Path) -> Any:
     """
     raw = read_config(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise BadInputError(
             f"{path}: transformers does not know the architecture {raw.get('model_type')!r} ({_short(error)}); a newer transformers may"
@@ -513,6 +517,7 @@ def open_hub_checkpoint(path: Path, dtype: torch.dtype | None = torch.float32) -
     config = load_config(path)
     quantization = shipped_config(read_config(path))
     stored = read_index(path)
+    check_layers(config, len(stored), path)
     shipped = read_shipped(path, stored, quantization) if quantization else None
     if shipped is None:
         check_plain(path, stored)
