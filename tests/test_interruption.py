@@ -193,7 +193,7 @@ def test_nothing_is_relied_on_before_it_is_durable(place: Workplace) -> None:
             at = after(at, "remove", gone)
             assert sum(moment == Moment("remove", (gone,)) for moment in trace) == 1
     opened = [i for i, moment in enumerate(trace) if moment == Moment("write", (journal,))]
-    assert len(opened) == LAYERS + 1, "once per layer and for the rest"
+    assert len(opened) == LAYERS + 2, "once per layer, for the rest, and for what finishing makes"
     named = last(trace, "rename", "out")
     for name in place.undisturbed(GPTQ)[1]:
         stem = f"{partial}/{name}" + (".writing" if name.endswith(".safetensors") else "")

@@ -189,6 +189,8 @@ def test_links_out_of_the_folder_are_not_followed(name: str, model: Path, tmp_pa
     with pytest.raises(BadInputError, match="is a link"):
         moebit.inspect(model)
     assert not (tmp_path / "out").exists()
+    run(model, tmp_path / "out", follow_links=True)
+    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
 
 
 def test_links_inside_the_folder_and_of_the_hubs_cache_are_followed(model: Path, tmp_path: Path) -> None:

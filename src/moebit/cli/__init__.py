@@ -40,6 +40,7 @@ MemoryOption = Annotated[str, typer.Option("--memory", metavar="SIZE", help="Mem
 FormatOption = Annotated[str | None, typer.Option("--format", help="native, compressed-tensors or dense, instead of the recipe's.")]
 EngineOption = Annotated[str, typer.Option("--engine", help="What has to run the output: transformers, vllm or any.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON ('-' for standard output).")]
+LinksOption = Annotated[bool, typer.Option("--follow-links", help="Read files of the checkpoint that are links out of its folder, too.")]
 TasksOption = Annotated[str | None, typer.Option("--tasks", metavar="NAME,NAME", help="Tasks of lm-evaluation-harness (moebit\\[eval]).")]
 TaskDataOption = Annotated[
     Path | None, typer.Option("--task-data", metavar="DIR", help="Local items of the tasks (docs/evaluation.md); else they are fetched.")
@@ -87,12 +88,13 @@ def inspect(
     output_format: FormatOption = None,
     engine: EngineOption = "any",
     memory: MemoryOption = "4GiB",
+    follow_links: LinksOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """What a model is made of, and what a recipe would make of it. Reads headers only."""
     import moebit
 
-    result = moebit.inspect(model, recipe, format=output_format, engine=engine, memory=parse_size(memory))
+    result = moebit.inspect(model, recipe, format=output_format, engine=engine, memory=parse_size(memory), follow_links=follow_links)
     if _write_json(json_file, result):
         return
     _show_structure(result)
@@ -130,6 +132,7 @@ def quantize(
     accept_unquantized: Annotated[
         bool, typer.Option("--accept-unquantized", help="Go on though more than 5% of the expert parameters stay in full precision.")
     ] = False,
+    follow_links: LinksOption = False,
 ) -> None:
     """Quantize a checkpoint."""
     import moebit
@@ -140,7 +143,7 @@ def quantize(
         result: Any = moebit.quantize(
             model, output, recipe=recipe, text=text or [], overrides=overrides, plan=plan_file, profile=profile_dir, format=output_format,
             engine=engine, device=device, memory=parse_size(memory), seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
-            accept_unquantized=accept_unquantized, progress=progress, command=_command(),
+            accept_unquantized=accept_unquantized, follow_links=follow_links, progress=progress, command=_command(),
         )  # fmt: skip
     if dry_run:
         _show_plan(result.describe(), None)

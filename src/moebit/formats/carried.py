@@ -25,8 +25,11 @@ NOT_CARRIED = {*OWN, INDEX, "training.json", "requirements.txt"}
 OWN_KINDS = ("report.", "stream-", "model.safetensors", "calibration.jsonl", "journal.jsonl")
 
 
-def carried_files(source: Path, taken: Collection[str] = ()) -> list[Path]:
+def carried_files(source: Path, taken: Collection[str] = (), *, follow_links: bool = False) -> list[Path]:
     """The files of a checkpoint that its output takes over, by name. `taken`: names that the output has for something else.
+
+    Args:
+        follow_links: take what links out of the checkpoint's folder lead to.
 
     Raises:
         BadInputError: a link that leads out of the checkpoint's folder; one that is no regular file, or too large for what it is called.
@@ -34,12 +37,13 @@ def carried_files(source: Path, taken: Collection[str] = ()) -> list[Path]:
     found = {file for pattern in PATTERNS for file in source.glob(pattern) if not file.is_dir()}
     chosen = sorted(file for file in found if file.name not in {*NOT_CARRIED, *taken} and not file.name.startswith(OWN_KINDS))
     for file in chosen:
+        if not follow_links:
+            check_inside(file)
         _check(file)
     return chosen
 
 
 def _check(file: Path) -> None:
-    check_inside(file)
     found = file.stat()
     if not is_plain(file.name) or not stat.S_ISREG(found.st_mode):
         raise BadInputError(f"{file}: no regular file; remove it, so that it is not carried into the output")

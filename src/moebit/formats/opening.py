@@ -24,18 +24,19 @@ from moebit.storage.files import read_index
 AGAIN = "`moebit verify` says what is damaged; copy or make this output again"
 
 
-def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float32) -> Checkpoint:
+def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float32, *, follow_links: bool = False) -> Checkpoint:
     """A checkpoint directory or hub id; moebit's own outputs are dequantized as they are read, and inputs are rounded where they say so.
 
     Args:
         compute: the type in which its layers are to be computed; None takes what is fastest here without losing accuracy that is stored.
+        follow_links: read files that are links out of the checkpoint's folder, too.
 
     Raises:
         BadInputError: whatever is wrong with it, by name.
     """
     if str(model).endswith(".partial"):
         raise BadInputError(f"{model}: unfinished output of an interrupted run; finish it with `moebit quantize ... --resume`")
-    path = resolve(model)
+    path = resolve(model, follow_links=follow_links)
     quantization = read_config(path).get("quantization_config") or {}
     if compressed_tensors.is_output(path, quantization):
         config, stored = load_config(path), read_index(path)

@@ -81,7 +81,8 @@ class OutputDirectory:
 
     def _make(self) -> None:
         try:
-            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            if not self.partial.parent.exists():
+                self.partial.parent.mkdir(parents=True, exist_ok=True)
             self.partial.mkdir()
         except OSError as error:
             raise BadInputError(f"cannot write {self.partial}: {error.strerror}; choose another -o") from error
@@ -192,7 +193,7 @@ class OutputDirectory:
         """Delete a file that a recorded one has replaced."""
         (self.partial / name).unlink(missing_ok=True)
 
-    def finish(self, source: Path, config: Mapping[str, Any], documents: Mapping[str, str]) -> None:
+    def finish(self, source: Path, config: Mapping[str, Any], documents: Mapping[str, str], *, follow_links: bool = False) -> None:
         """Index, configuration, tokenizer and documents; then the directory gets its name.
 
         Args:
@@ -202,7 +203,7 @@ class OutputDirectory:
         checksums = {name: digest for entry in self.entries for name, digest in entry["files"].items() if not name.startswith("stream-")}
         shards = [name for name in checksums if name.startswith("model-")]
         _check_whole(self.partial, shards)
-        carried = carried_files(source, {*documents, *checksums})
+        carried = carried_files(source, {*documents, *checksums}, follow_links=follow_links)
         small = {INDEX, "config.json", *(file.name for file in carried), *documents}
         if not any(entry["kind"] == "finish" and set(entry["names"]) == small for entry in self.entries):
             self._append({"kind": "finish", "files": {}, "names": sorted(small)})

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from moebit.calibration.sampling import Settings, check_fits, kept_windows, sampling_settings
 from moebit.calibration.text import Texts, calibration_windows, digest, load_tokenizer, parse_texts, tokenize
 from moebit.errors import BadInputError, InterruptedWorkError, is_out_of_memory
+from moebit.formats.carried import carried_files
 from moebit.formats.compressed_tensors import CompressedWeights
 from moebit.formats.engines import ANY, verdicts
 from moebit.formats.inputs_config import describe_activations
@@ -93,13 +94,14 @@ def inspect(
     format: str | None = None,
     engine: str = ANY,
     memory: int = DEFAULT_MEMORY,
+    follow_links: bool = False,
 ) -> dict[str, Any]:
     """Structure, sizes and, with a recipe, what it would make of the model. Reads headers, no weights.
 
     Raises:
         BadInputError: not a model that moebit understands, or a recipe that does not fit it.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, follow_links=follow_links)
     structure = find_structure(checkpoint.model)
     result = describe_structure(checkpoint, structure)
     packed = quantized_modules(checkpoint)
@@ -139,6 +141,7 @@ def quantize(
     overwrite: bool = False,
     dry_run: bool = False,
     accept_unquantized: bool = False,
+    follow_links: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> Result | Plan:
@@ -158,6 +161,7 @@ def quantize(
             machine, with as many threads: float sums differ between them).
         resume: go on with an interrupted run after its last whole layer.
         accept_unquantized: go on even if more than 5% of the expert parameters would stay in full precision.
+        follow_links: read and carry files of the checkpoint that are links out of its folder, too.
         progress: called with (what, done, total).
         command: what to write into the report as the way to make it again; by default, this call.
 
@@ -176,7 +180,7 @@ def quantize(
     out = Path(out).resolve() if not Path(out).name else Path(out)
     if not 0 <= seed < 2**63:
         raise BadInputError(f"--seed {seed}: a number from 0 to 2^63 - 1")
-    checkpoint = open_checkpoint(model, compute=None)
+    checkpoint = open_checkpoint(model, compute=None, follow_links=follow_links)
     if not isinstance(weights := checkpoint.weights, HubWeights):
         raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
     _check_output(out, checkpoint.path)
@@ -191,6 +195,7 @@ def quantize(
     if dry_run:
         check_free(out, resume=resume, overwrite=overwrite)
         return decided
+    carried_files(checkpoint.path, follow_links=follow_links)  # refused now, and not after hours
     check_space(out, decided.size_bytes + _streamed(chosen, data) * _width(checkpoint) * 4 * 2)
     seen = _seen(checkpoint, read_journal(partial_of(out) / JOURNAL) if resume else [])
     check_shipped(weights.entries.values())
@@ -223,7 +228,7 @@ def quantize(
             }
             written = documents(checkpoint, decided, identity, reports, time.perf_counter() - began, run)
             _check_unchanged(checkpoint, seen)
-            output.finish(checkpoint.path, sink.config(_config(checkpoint)), written)
+            output.finish(checkpoint.path, sink.config(_config(checkpoint)), written, follow_links=follow_links)
     except OSError as error:
         raise disk_error(error, partial_of(out)) from error
     except (MemoryError, RuntimeError) as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moebit.errors import BadInputError
-from moebit.recipe.reading import read_object, read_text
+from moebit.recipe.reading import is_there, read_object, read_text
 from moebit.report import words
 
 THIN = 0.1  # an expert with less than this part of an even share of the tokens is named
@@ -52,7 +52,7 @@ def read_documents(out: Path, evaluations: Sequence[Path] = ()) -> Documents:
     Raises:
         BadInputError: not an output of `quantize`, a damaged document, an evaluation of another model.
     """
-    if not out.is_dir() or not (out / "report.json").is_file():
+    if not is_there(out) or not out.is_dir() or not (out / "report.json").is_file():
         raise BadInputError(f"{out}: no report.json here; give the output of `moebit quantize`")
     recipe = out / "recipe.yaml"
     documents = Documents(

@@ -17,6 +17,7 @@ from moebit.report import facts, words
 from moebit.report.facts import Documents, read_documents
 from moebit.report.plots import figures
 from moebit.report.svg import DARK, LIGHT
+from moebit.storage.documents import understood
 from moebit.storage.durable import replace_text
 
 
@@ -35,7 +36,9 @@ def report(out: str | Path, output: str | Path | None = None, *, evaluation: Seq
         BadInputError: no output of moebit, a document that cannot be read, an evaluation of another model, a file that cannot be written.
     """
     given = [evaluation] if isinstance(evaluation, str | Path) else list(evaluation)
-    page = report_page(read_documents(Path(out), [Path(file) for file in given]))
+    documents = read_documents(Path(out), [Path(file) for file in given])
+    with understood(Path(out) / "report.json", "quantize again, or leave the page as it is"):
+        page = report_page(documents)
     return write_page(Path(output) if output is not None else Path(out) / "report.html", page)
 
 

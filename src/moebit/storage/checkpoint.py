@@ -32,7 +32,7 @@ from moebit.errors import BadInputError
 from moebit.model.adapters import adapt
 from moebit.model.seam import SEAM
 from moebit.recipe.reading import is_there, read_object
-from moebit.storage.documents import check_config, check_layers
+from moebit.storage.documents import check_config, check_layers, understood
 from moebit.storage.files import PIECE, Entry, TensorEntry, TensorSpec, pieces, read_header, read_index
 from moebit.storage.places import check_links
 from moebit.storage.shipped import Shipped, check_plain, read_shipped, shipped_config
@@ -518,7 +518,8 @@ def open_hub_checkpoint(path: Path, dtype: torch.dtype | None = torch.float32) -
     quantization = shipped_config(read_config(path))
     stored = read_index(path)
     check_layers(config, len(stored), path)
-    shipped = read_shipped(path, stored, quantization) if quantization else None
+    with understood(path / "config.json", "copy it again"):
+        shipped = read_shipped(path, stored, quantization) if quantization else None
     if shipped is None:
         check_plain(path, stored)
     entries: Mapping[str, Entry] = shipped.entries if shipped else stored

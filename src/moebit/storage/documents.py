@@ -77,6 +77,7 @@ class ConfigFields(_Open):
     norm_eps: Positive | None = None
     rope_theta: Positive | dict[str, Any] | None = None
     routed_scaling_factor: Finite | None = None
+    quantization_config: dict[str, Any] | None = None
     layer_types: Annotated[list[str], Field(max_length=MOST_LAYERS)] | None = None
 
 

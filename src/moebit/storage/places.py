@@ -53,7 +53,8 @@ def check_inside(file: Path) -> Path:
     real = file.resolve()
     if not any(real.is_relative_to(home) for home in home_of(file.parent)):
         raise BadInputError(
-            f"{file}: is a link to {real}, outside of the checkpoint's folder; copy the file there if you trust it, or say --follow-links"
+            f"{file}: is a link to {real}, outside of the checkpoint's folder; "
+            "copy the file there if you trust it, or say --follow-links (to inspect and quantize)"
         )
     return file
 
