@@ -20,7 +20,7 @@ from moebit.calibration.timing import TEMPLATE_SECONDS, time_limit
 from moebit.errors import BadInputError
 from moebit.recipe.reading import TEXT_BYTES, is_there, parse_json, read_text
 from moebit.storage import documents
-from moebit.storage.documents import one_line
+from moebit.storage.documents import one_line, understood
 
 Texts = Sequence[str] | Mapping[str, str | Path]  # `[NAME=]FILE` items, or files by name
 
@@ -87,10 +87,13 @@ def tokenize(name: str, file: Path, tokenizer: Any | None, vocabulary: int) -> T
         BadInputError: not UTF-8, a malformed jsonl line, no tokenizer for plain text, an id outside of the vocabulary.
     """
     raw = read_text(file, limit=TEXT_BYTES)
-    if file.suffix == ".jsonl":
-        pieces = [_document(file, number, line, tokenizer, vocabulary) for number, line in enumerate(raw.split("\n"), 1) if line.strip()]
-    else:
-        pieces = [_encode(file, raw, tokenizer)]
+    with understood(f"{file}: what the tokenizer makes of it", "copy the tokenizer's files again"):
+        if file.suffix == ".jsonl":
+            pieces = [
+                _document(file, number, line, tokenizer, vocabulary) for number, line in enumerate(raw.split("\n"), 1) if line.strip()
+            ]
+        else:
+            pieces = [_encode(file, raw, tokenizer)]
     ids = torch.tensor([i for piece in pieces for i in piece.ids], dtype=torch.int64)
     _check_ids(file, [int(ids.min()), int(ids.max())] if len(ids) else [], vocabulary)
     return TokenText(name, ids, _join_starts(pieces))

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moebit.cli.interrupts import Interrupts
 from moebit.errors import BadInputError, InterruptedWorkError, is_out_of_memory
 
 SHOWN_FINDINGS = 30
@@ -544,10 +545,11 @@ def _progress() -> Iterator[Any]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as bars:
+    with Interrupts() as interrupts, Progress(*columns, console=err, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def update(what: str, done: int, total: int) -> None:
+            interrupts.check()
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
             bars.update(tasks[what], completed=done, total=total)

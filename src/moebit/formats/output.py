@@ -125,7 +125,7 @@ class OutputDirectory:
         if not records and {file.name for file in self.partial.iterdir()} <= {f"{JOURNAL}.writing"}:
             return False
         if not records:
-            raise BadInputError(f"{self.partial / JOURNAL} is missing or damaged; remove {self.partial} to start again (--overwrite)")
+            raise BadInputError(f"{self.partial / JOURNAL} is missing or damaged; remove {self.partial} yourself to start again")
         if records[0].get("started") != dict(identity):
             other = _difference(records[0], identity)
             raise BadInputError(f"{self.partial} was started with another {other}; give the same again, or --overwrite starts again")

@@ -279,7 +279,9 @@ def _unfinished(output: _Output) -> dict[str, Any]:
     records = read_journal(output.path / JOURNAL)
     entries = [record for record in records if isinstance(record.get("files"), dict)]
     if not records and any(output.path.glob("model-*.safetensors")):
-        output.say("is missing or damaged, so that nobody knows which shards are whole", JOURNAL, RESTART)
+        output.say(
+            "is missing or damaged, so that nobody knows which shards are whole", JOURNAL, "remove this directory and quantize again"
+        )
     for number, entry in enumerate(entries):
         output.progress("checksums", number, len(entries))
         for name, digest in entry["files"].items():

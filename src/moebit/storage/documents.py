@@ -21,6 +21,7 @@ MOST_LAYERS = 10_000  # an order of magnitude above any model; how many there ar
 MOST = 2**31 - 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 TOKENIZER_DOCUMENTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+PANIC = "PanicException"  # of libraries written in Rust, such as tokenizers, which derive it from BaseException
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -86,28 +87,6 @@ class Index(_Open):
 
     weight_map: dict[str, PlainName]
     metadata: dict[str, Any] | None = None
-
-
-class JournalLine(_Open):
-    """A line of a journal behind its first."""
-
-    kind: Literal["sample", "profile", "layer", "rest", "finish", "replacing"]
-    files: dict[PlainName, Sha256]
-    names: list[PlainName] = []
-    index: CountOrNone | None = None
-    report: dict[str, Any] | None = None
-    seal: str | None = None
-
-
-class PlanFile(BaseModel):
-    """Bit widths, as docs/format.md has them."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    version: Literal[1]
-    experts: dict[str, dict[str, Width | list[Width]]] = {}
-    linears: dict[str, Width] = {}
-    made: dict[str, Any] | None = None
 
 
 class _ProfiledSet(_Open):
@@ -220,7 +199,9 @@ def understood(where: str | Path, remedy: str = "copy it again") -> Iterator[Non
         yield
     except (MoebitError, MemoryError, OSError):
         raise
-    except Exception as error:  # libraries that read a file by themselves raise what they like
+    except BaseException as error:  # libraries that read a file by themselves raise what they like
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
         raise BadInputError(f"{where}: cannot be understood ({type(error).__name__}: {one_line(error)}); {remedy}") from error
 
 
@@ -255,9 +236,4 @@ def load_tokenizer(path: Path) -> Any | None:
     with understood(f"{path}: its tokenizer", "copy the tokenizer's files again"):
         from transformers import AutoTokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":  # the Rust part of the library, which derives it from BaseException
-                raise
-            raise ValueError(one_line(error)) from None
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from moebit.errors import BadInputError
 from moebit.recipe.reading import read_object
+from moebit.storage.documents import Index, checked
 from moebit.storage.headers import check_covered, stored_tensors
-from moebit.storage.places import check_plain
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -182,7 +182,6 @@ def read_index(directory: Path) -> dict[str, TensorEntry]:
         weight_map = _weight_map(index)
         shards: dict[str, dict[str, TensorEntry]] = {}
         for shard in sorted(set(weight_map.values())):
-            check_plain(shard, index)
             if not (directory / shard).exists():
                 raise BadInputError(f"{directory}: shard {shard} is named in {INDEX} but missing; download it again")
             shards[shard] = read_header(directory / shard)
@@ -202,10 +201,7 @@ def read_index(directory: Path) -> dict[str, TensorEntry]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_object(index, remedy="download it again").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise BadInputError(f"{index}: not a safetensors index: weight_map does not map tensors to files; download it again")
-    return weight_map
+    return checked(Index, read_object(index, remedy="download it again"), index, "download it again").weight_map
 
 
 def check_finite(entries: Mapping[str, TensorEntry]) -> None:

@@ -21,21 +21,6 @@ def is_plain(name: object) -> bool:
     return size <= NAME_BYTES and not any(letter in "/\\" or ord(letter) < 32 or ord(letter) == 127 for letter in name)
 
 
-def check_plain(name: object, where: str | Path) -> str:
-    """A name that a document gives to a file beside it.
-
-    Raises:
-        BadInputError: a path, an empty name, control characters, more than 255 bytes.
-    """
-    if not is_plain(name):
-        shown = repr(name)
-        raise BadInputError(
-            f"{where}: names the file {shown if len(shown) <= 100 else shown[:100] + '…'}; "
-            "a plain name in the same folder is expected, so this document is damaged or hostile"
-        )
-    return str(name)
-
-
 def home_of(directory: Path) -> tuple[Path, ...]:
     """The folders in which the files of a checkpoint may lie: itself, and for a snapshot of the hub's cache, the blobs beside it."""
     real = directory.resolve()
