@@ -184,6 +184,13 @@ def test_lines_of_a_text(line: str, said: str, model: Path, tmp_path: Path) -> N
         tokenize("t", tmp_path / "t.jsonl", load_tokenizer(model), 257)
 
 
+def test_tokenizers_that_fail_when_they_are_used(model: Path, tmp_path: Path) -> None:
+    change(model / "tokenizer_config.json", model_max_length=[1])
+    (tmp_path / "t.txt").write_text("words")
+    with pytest.raises(BadInputError, match=r"t\.txt: what the tokenizer makes of it|its tokenizer"):
+        tokenize("t", tmp_path / "t.txt", load_tokenizer(model), 257)
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -211,6 +218,11 @@ def test_a_time_limit_ends_with_what_it_is_for() -> None:
     time.sleep(0.1)
 
 
+def test_a_prompt_that_is_no_text(model: Path) -> None:
+    with pytest.raises(BadInputError, match="not UTF-8"):
+        moebit.generate(model, prompt=os.fsdecode(b"caf\xe9"))
+
+
 # --- outputs and what belongs to them
 
 
@@ -230,8 +242,7 @@ def test_undo_writes_what_was_sealed_and_nothing_else(model: Path, tmp_path: Pat
         assert moebit.load_recipe(out / "recipe.yaml")
 
 
-@pytest.mark.parametrize("name", ["report.html", "plan.json"])
-def test_nothing_is_written_through_a_link(name: str, model: Path, tmp_path: Path) -> None:
+def test_nothing_is_written_through_a_link(model: Path, tmp_path: Path) -> None:
     out, victim = tmp_path / "out", tmp_path / "victim"
     moebit.quantize(model, out, recipe=RTN)
     victim.write_text("mine")

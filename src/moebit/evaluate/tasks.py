@@ -19,9 +19,10 @@ from typing import Any
 import yaml
 
 from moebit.calibration.text import load_tokenizer
-from moebit.errors import BadInputError
+from moebit.errors import BadInputError, is_out_of_memory
 from moebit.evaluate import task_data
 from moebit.storage.checkpoint import load_config, resolve
+from moebit.storage.documents import one_line
 
 CONFIDENCE = 1.959964  # standard normal quantile of a two-sided 95% interval
 BATCH = 8
@@ -165,8 +166,10 @@ def _load(directory: Path) -> Any:
     load_config(directory)  # says what is wrong with it
     try:
         return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False).eval()
-    except (ValueError, OSError, ImportError, KeyError) as error:
-        raise BadInputError(f"{directory}: transformers does not load it ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # whatever a library raises about files that it does not understand
+        if is_out_of_memory(error):
+            raise
+        raise BadInputError(f"{directory}: transformers does not load it ({one_line(error)})") from error
 
 
 def _row(task: str, mine: Sequence[Item], theirs: Sequence[Item] | None) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from moebit.calibration.text import load_tokenizer
-from moebit.errors import BadInputError
+from moebit.errors import BadInputError, is_out_of_memory
 from moebit.runtime.packed import PackedModule, multiplied, use
 from moebit.runtime.paths import PATHS, Path
 from moebit.storage.checkpoint import load_config, resolve
+from moebit.storage.documents import one_line, understood
 from moebit.streaming.store import resident_bytes
 
 WARM_UP_TOKENS = 2
@@ -93,6 +94,10 @@ def generate(
     Raises:
         BadInputError: no tokenizer, an empty prompt, numbers that make no sense, a model that does not load.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise BadInputError("the prompt is not UTF-8 text; write it in a terminal or a file that is") from error
     if max_new_tokens < 1:
         raise BadInputError(f"{max_new_tokens} new tokens: ask for one at least")
     if not temperature >= 0:
@@ -124,7 +129,8 @@ def _run(name: str | File, prompt: str, max_new_tokens: int, sampling: dict[str,
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
         raise BadInputError(f"{name}: no tokenizer files here, so that a prompt cannot be read; copy the model's tokenizer to it")
-    ids: Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with understood(f"{name}: what its tokenizer makes of the prompt", "copy the tokenizer's files again"):
+        ids: Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise BadInputError("the prompt is empty: give at least one token to go on from")
     model, ids = _load(directory).to(device), ids.to(device)
@@ -156,8 +162,10 @@ def _load(directory: File) -> Any:
     load_config(directory)  # says what is wrong with it
     try:
         return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False).eval()
-    except (ValueError, OSError, ImportError, KeyError) as error:
-        raise BadInputError(f"{directory}: transformers does not load it ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # whatever a library raises about files that it does not understand
+        if is_out_of_memory(error):
+            raise
+        raise BadInputError(f"{directory}: transformers does not load it ({one_line(error)})") from error
 
 
 def _continue(model: Any, ids: Tensor, count: int, sampling: dict[str, Any], clock: _Clock | None) -> list[int]:

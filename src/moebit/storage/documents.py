@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from moebit.errors import BadInputError, MoebitError
+from moebit.errors import BadInputError, MoebitError, is_out_of_memory
 from moebit.recipe.reading import read_object, read_text
 from moebit.storage.places import is_plain
 
@@ -200,7 +200,7 @@ def understood(where: str | Path, remedy: str = "copy it again") -> Iterator[Non
     except (MoebitError, MemoryError, OSError):
         raise
     except BaseException as error:  # libraries that read a file by themselves raise what they like
-        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+        if is_out_of_memory(error) or (not isinstance(error, Exception) and type(error).__name__ != PANIC):
             raise
         raise BadInputError(f"{where}: cannot be understood ({type(error).__name__}: {one_line(error)}); {remedy}") from error
 
