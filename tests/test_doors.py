@@ -254,6 +254,23 @@ def test_nothing_is_written_through_a_link(model: Path, tmp_path: Path) -> None:
     assert not (out / "report.html").is_symlink()
 
 
+def test_a_profile_overwrites_no_other_files(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.safetensors").write_text("mine")
+    options: dict[str, Any] = {
+        "text": {"a": token_file(tmp_path / "a.jsonl", 500)},
+        "recipe": RTN,
+        "samples": 2,
+        "length": 16,
+        "errors": False,
+    }
+    with pytest.raises(BadInputError, match="holds files, and no profile"):
+        moebit.profile(model, tmp_path / "mine", **options)
+    assert (tmp_path / "mine" / "a.safetensors").read_text() == "mine"
+    moebit.profile(model, tmp_path / "new", **options)
+    moebit.profile(model, tmp_path / "new", **options)
+
+
 @pytest.mark.parametrize(
     "plan",
     [

@@ -110,8 +110,9 @@ class Profile:
         replace_text(self.path / HEAD, json.dumps(document, indent=1) + "\n")
 
     def add(self, name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Store one data set: its file first, then its line in profile.json."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Store one data set: its file first, then its line in profile.json, which is there before the first file."""
+        if not (self.path / HEAD).exists():
+            self.write()
         with ShardFile(self.path / set_file(name), {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in tensors.items()}) as shard:
             for key, tensor in tensors.items():
                 shard.write(key, tensor)
