@@ -14,11 +14,13 @@ BASE ?=
 
 BIN   := .venv/bin
 PIP   := $(BIN)/python -m pip
+# `make torture`: for so long.
+SECONDS ?= 600
 STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all demo bench-solver bench-speed bench-memory bench-runtime bench-ebss bench-tasks quality quality-moequant \
+.PHONY: help setup lint test test-all torture demo bench-solver bench-speed bench-memory bench-runtime bench-ebss bench-tasks quality quality-moequant \
         quality-eaquant quality-routers quality-moqa quality-best architectures formats gguf-architectures golden docs \
         reference wheel-check
 
@@ -45,6 +47,9 @@ test: lint  ## what has to pass before a commit: lint, and the tests that are no
 
 test-all: lint  ## lint and every test, the slow ones too
 	$(BIN)/pytest
+
+torture: setup  ## kills, damages and mutated documents for SECONDS (600), with the counts of what was found
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.torture --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 demo: setup  ## quantize a shipped reference model and show what it cost
 	$(BIN)/python examples/demo.py

@@ -15,6 +15,7 @@ from moebit.calibration.beam import Rules, ancestral, ebss
 from moebit.calibration.sampling import describe_text, end_ids, kept_windows
 from moebit.calibration.settings import Settings, balancing_temperature
 from moebit.errors import BadInputError
+from moebit.formats.output import OutputDirectory
 from moebit.model.decoder import Decoder
 from moebit.model.opening import open_hub_checkpoint
 from moebit.model.structure import find_structure
@@ -344,6 +345,51 @@ def test_a_recipe_samples_by_itself(checkpoints: Checkpoints, tmp_path: Path) ->
             assert content == (tmp_path / "text" / name).read_bytes()
     assert told["calibration"] == json.loads((tmp_path / "text" / "moebit.json").read_text())["calibration"]
     assert len(rows) == 5
+
+
+def test_a_whole_sample_is_taken_up(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ended between writing its file and tidying up: nothing is sampled again, and nothing is refused."""
+    path, out = checkpoints.path(ARCHITECTURES["olmoe"]), tmp_path / "a.jsonl"
+
+    def stop(self: object) -> None:
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moebit.calibration.sampling.Partial.remove", stop)
+        with pytest.raises(StopError):
+            sampled(path, out)
+    before, seen = out.read_bytes(), list[str]()
+    sampled(path, out, resume=True, progress=lambda what, done, total: seen.append(what))
+    assert "tokens" not in seen
+    assert out.read_bytes() == before
+    assert not (tmp_path / "a.jsonl.partial").exists()
+
+
+def test_the_facts_beside_a_sample_are_not_overwritten(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.json").write_text("mine")
+    with pytest.raises(BadInputError, match=r"a\.jsonl\.json exists"):
+        sampled(checkpoints.path(ARCHITECTURES["olmoe"]), tmp_path / "a.jsonl")
+    assert (tmp_path / "a.jsonl.json").read_text() == "mine"
+
+
+def test_a_sample_is_kept_until_the_journal_names_it(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = OutputDirectory.record
+
+    def stop(self: OutputDirectory, kind: str, files: list[str], **facts: Any) -> None:
+        if kind == "sample":
+            assert (self.partial / "calibration.jsonl").exists()
+            assert (self.partial / "calibration.jsonl.partial").exists()
+            raise StopError
+        record(self, kind, files, **facts)
+
+    path, seen = checkpoints.path(ARCHITECTURES["olmoe"]), list[str]()
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputDirectory, "record", stop)
+        with pytest.raises(StopError):
+            moebit.quantize(path, tmp_path / "out", recipe=ebss_recipe())
+    moebit.quantize(path, tmp_path / "out", recipe=ebss_recipe(), resume=True, progress=lambda what, done, total: seen.append(what))
+    assert "tokens" not in seen
+    assert not (tmp_path / "out" / "calibration.jsonl.partial").exists()
 
 
 def test_resume_does_not_sample_again(checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -207,10 +207,23 @@ def test_adapt_leaves_the_base_alone_and_can_be_taken_back(mine: Path, texts: di
     assert file_bytes(mine, set()) == before
 
 
+def test_an_adapted_copy_shares_sealed_weights_and_nothing_else(mine: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+    (mine / "notes.txt").write_text("no part of the output")
+    apart = moebit.adapt(mine, text={"few": texts["few"]}, to=tmp_path / "apart", **SIZES).path
+    shared = {file.name for file in apart.iterdir() if (mine / file.name).exists() and file.samefile(mine / file.name)}
+    assert shared
+    assert {Path(name).suffix for name in shared} == {".safetensors"}
+    assert not (apart / "notes.txt").exists()
+    before = (mine / "report.html").read_bytes()
+    with open(apart / "report.html", "a") as page:
+        page.write("changed")
+    assert (mine / "report.html").read_bytes() == before
+
+
 def test_an_adaptation_that_was_cut_short_can_be_taken_back(mine: Path, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from moebit.profiling import adapt as verb
 
-    before, replace, done = file_bytes(mine, set()), verb._replace, []
+    before, replace, done = file_bytes(mine, set()), verb.replace_text, []
 
     def cut(file: Path, text: str) -> None:
         done.append(file)
@@ -218,7 +231,7 @@ def test_an_adaptation_that_was_cut_short_can_be_taken_back(mine: Path, texts: d
             raise KeyboardInterrupt
         replace(file, text)
 
-    monkeypatch.setattr(verb, "_replace", cut)
+    monkeypatch.setattr(verb, "replace_text", cut)
     with pytest.raises(KeyboardInterrupt):
         moebit.adapt(mine, text={"few": texts["few"]}, in_place=True, **SIZES)
     monkeypatch.undo()

@@ -13,9 +13,11 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,7 +82,8 @@ class Victims:
 
         Args:
             harm: `at`: number of the moment (from 0) at which it is sent `signal` (SIGKILL); `after`: the same, seconds after its first
-                moment; `file_size`: how large its files may become; `user`: who it runs as.
+                moment; `torn`: what was not synced until `at` is lost, as by a power cut; `file_size`: how large its files may
+                become; `user`: who it runs as.
         """
         ended = self._ask({"arguments": list(map(str, arguments)), "watch": str(self.directory), **harm})
         moments = [json.loads(line) for line in ended["trace"].splitlines()]
@@ -154,13 +157,79 @@ def suffer(job: dict[str, Any], log: int, trace: int) -> None:
         os._exit(code)
 
 
+def in_directory(path: Any, handle: Any) -> Any:
+    """A path that may be relative to an open directory."""
+    if isinstance(handle, int) and handle >= 0 and isinstance(path, str):
+        return os.path.join(os.readlink(f"/proc/self/fd/{handle}"), path)
+    return path
+
+
+class Unsynced:
+    """What a power cut would take: contents since a file's last sync, and names since their directory's last one.
+
+    A disk may keep all of it, some or nothing. Here half of a file's content that was not synced stays, which is also what a write that was
+    cut off leaves, and every name that was not is gone; a name that was replaced gets back what it stood for.
+    """
+
+    def __init__(self) -> None:
+        self.contents: set[str] = set()
+        self.names: list[tuple[str, str, str]] = []  # what happened, new name, and the former name or a copy of what was replaced
+        self.copies = 0
+
+    def note(self, what: str, names: list[str]) -> None:
+        """A moment that is about to pass."""
+        if what == "write":
+            self.contents.add(names[0])
+            if not os.path.lexists(names[0]):
+                self.names.append(("made", names[0], ""))
+        elif what == "sync":
+            self.contents.discard(names[0])
+            self.names = [item for item in self.names if os.path.dirname(item[1]) != names[0]]
+        elif what == "rename" and len(names) == 2:
+            self._rename(*names)
+
+    def _rename(self, old: str, new: str) -> None:
+        copy = ""
+        if os.path.isfile(new):
+            self.copies += 1
+            copy = os.path.join(tempfile.gettempdir(), f"moebit-victim-{os.getpid()}-{self.copies}")
+            shutil.copyfile(new, copy)
+        if os.path.isfile(old):
+            self.contents = {new if name == old else name for name in self.contents}
+            self.names = [item for item in self.names if item[1] != old]
+        else:
+            self.contents = {new + name[len(old) :] if name.startswith(old + os.sep) else name for name in self.contents}
+            self.names = [(w, new + n[len(old) :] if n.startswith(old + os.sep) else n, f) for w, n, f in self.names]
+        self.names.append(("replaced" if copy else "renamed", new, copy or old))
+
+    def lose(self) -> None:
+        """The power is cut."""
+        for name in self.contents:
+            if os.path.isfile(name):
+                os.truncate(name, os.path.getsize(name) // 2)
+        for what, name, former in reversed(self.names):
+            if not os.path.lexists(name):
+                continue
+            if what == "made":
+                os.unlink(name)
+            elif what == "replaced":
+                shutil.move(former, name)
+            elif not os.path.lexists(former):
+                os.rename(name, former)
+
+
 def watch(job: dict[str, Any], trace: int) -> None:
     """Count moments from here on."""
     count, below = 0, job["watch"] + os.sep
+    unsynced = Unsynced()
     wanted, number = job.get("at"), job.get("signal", signal.SIGKILL)
 
+    busy = False
+
     def happens(what: str, *paths: object) -> None:
-        nonlocal count
+        nonlocal count, busy
+        if busy:
+            return
         names = [os.path.abspath(os.fspath(path)) for path in paths if isinstance(path, str | os.PathLike)]
         if not names or not names[0].startswith(below):
             return
@@ -168,16 +237,26 @@ def watch(job: dict[str, Any], trace: int) -> None:
             threading.Timer(job["after"], lambda: os.kill(os.getpid(), number)).start()
         os.write(trace, (json.dumps([what, [name.removeprefix(below) for name in names]]) + "\n").encode())
         if count == wanted:
+            busy = True  # what follows is the power cut's doing, not the victim's
+            if job.get("torn"):
+                unsynced.lose()
             os.kill(os.getpid(), number)
+            busy = False
         count += 1
+        if job.get("torn"):
+            busy = True
+            unsynced.note(what, [name for name in names if name.startswith(below)])
+            busy = False
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
-            happens("write" if set("wax+") & set(arguments[1] or "") else "open", arguments[0])
+            flags = arguments[2] if isinstance(arguments[2], int) else 0
+            written = set("wax+") & set(arguments[1] or "") or flags & (os.O_WRONLY | os.O_RDWR)
+            happens("write" if written else "open", arguments[0])
         elif event == "os.rename":
             happens("rename", arguments[0], arguments[1])
         elif event in ("os.remove", "os.mkdir", "os.rmdir"):
-            happens(event.removeprefix("os."), arguments[0])
+            happens(event.removeprefix("os."), in_directory(arguments[0], arguments[-1]))
 
     really_sync = os.fsync
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moebit.errors import BadInputError
+from moebit.recipe.reading import is_there
 
 Item = str | os.PathLike[str]  # `[NAME=]FILE`, or a path
 Texts = Item | Sequence[Item] | Mapping[str, Item]  # one file, several, or files by name
@@ -26,9 +27,9 @@ def parse_texts(items: Texts) -> dict[str, Path]:
     for name, path in pairs:
         if name in result:
             raise BadInputError(f"--text: the name {name!r} is given twice ({result[name]} and {path}); write NAME=FILE to tell them apart")
-        if path.is_dir():
+        if is_there(path) and path.is_dir():
             raise BadInputError(f"--text: {path} is a directory; give the files in it, one --text for each")
-        if not path.is_file():
+        if not is_there(path) or not path.is_file():
             raise BadInputError(f"--text: no such file: {path}")
         result[name] = path
     return result
@@ -44,6 +45,6 @@ def _pair(item: Item) -> tuple[str, Path]:
     if not isinstance(item, str):
         return _path(item).name, _path(item)
     name, equals, file = item.partition("=")
-    if equals and not Path(item).exists():
+    if equals and not is_there(item):
         return name, Path(file)
     return Path(item).name, Path(item)

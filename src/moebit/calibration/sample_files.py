@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from moebit.errors import BadInputError
+from moebit.recipe.reading import TEXT_BYTES, parse_json, read_text
+from moebit.storage.documents import understood
+from moebit.storage.durable import replace_text
 
 
 def fingerprint(path: Path) -> str:
@@ -43,8 +46,10 @@ class Partial:
             BadInputError: the output exists, an interrupted run that would have to be decided about, or one of something else.
         """
         file = out.with_name(out.name + ".partial")
-        if out.exists() and not overwrite:
-            raise BadInputError(f"{out} exists; choose another -o, or --overwrite to replace it")
+        if not overwrite and not (resume and file.exists()):  # a run that ended after writing OUT, before it tidied up, left both
+            for there in (out, out.with_name(out.name + ".json")):
+                if os.path.lexists(there):
+                    raise BadInputError(f"{there} exists; choose another -o, or --overwrite to replace it")
         if file.exists() and not (resume or overwrite):
             raise BadInputError(f"{file} holds an interrupted run; --resume goes on with it, --overwrite starts again")
         return cls.take_up(file, identity) if file.exists() and resume else cls.begin(file, identity)
@@ -70,7 +75,8 @@ class Partial:
         if changed:
             raise BadInputError(f"{file} was started with another {', '.join(changed)}; give the same again, or --overwrite starts again")
         write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
-        groups = [(torch.tensor(line["input_ids"]), torch.tensor(line["usage"], dtype=torch.int32)) for line in lines[1:]]
+        with understood(file, "--overwrite starts again"):
+            groups = [(torch.tensor(line["input_ids"]), torch.tensor(line["usage"], dtype=torch.int32)) for line in lines[1:]]
         return cls(file, groups)
 
     def add(self, tokens_NL: Tensor, usage_NME: Tensor) -> None:
@@ -87,11 +93,14 @@ class Partial:
 
 
 def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_text(file, limit=TEXT_BYTES).splitlines():
         try:
-            yield json.loads(line)
+            found = parse_json(line)
         except ValueError:
             return
+        if not isinstance(found, dict):
+            return
+        yield found
 
 
 def write_sample(file: Path, windows_SL: Tensor, tokenizer: Any | None) -> None:
@@ -109,12 +118,7 @@ def write_whole(file: Path, text: str) -> None:
     Raises:
         BadInputError: it cannot be written.
     """
-    temporary = file.with_name(file.name + ".writing")
     try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
+        replace_text(file, text)
     except OSError as error:
         raise BadInputError(f"cannot write {file}: {error.strerror}; choose another place") from error

@@ -29,7 +29,9 @@ from moebit.model.decoder import Decoder, weight_bytes
 from moebit.model.embeddings import named_tokens
 from moebit.model.opening import open_hub_checkpoint
 from moebit.model.structure import Structure, find_structure
+from moebit.recipe.reading import read_object
 from moebit.storage.checkpoint import Checkpoint, resolve
+from moebit.storage.documents import GenerationSettings, checked
 from moebit.streaming.budget import PROCESS_BYTES
 
 
@@ -178,7 +180,10 @@ def _write_groups(decoder: Decoder, settings: Settings, temperature: float, memo
 
 
 def kept_windows(path: Path, settings: Settings, memory: int, file: Path, *, whole: bool, progress: Progress | None = None) -> Tensor:
-    """The sequences that `file` holds, written now unless it is `whole`; what is finished of them is kept beside it."""
+    """The sequences that `file` holds, written now unless it is `whole`.
+
+    What is finished of them is kept beside it, in a file of the same name and `.partial`; whoever notes that `file` is whole removes it.
+    """
     if whole:
         return tokenize(file.name, file, None, 2**31).ids.view(settings.sequences, settings.length)
     identity = {"memory": memory, **asdict(settings)}
@@ -186,7 +191,6 @@ def kept_windows(path: Path, settings: Settings, memory: int, file: Path, *, who
     partial = Partial.take_up(begun, identity) if begun.exists() else Partial.begin(begun, identity)
     windows, _ = write_windows(path, settings, memory, partial, progress)
     write_sample(file, windows, load_tokenizer(path))
-    partial.remove()
     return windows
 
 
@@ -251,7 +255,8 @@ def _noise(settings: Settings, start: int) -> torch.Generator | None:
 def end_ids(checkpoint: Checkpoint) -> list[int]:
     """Tokens that end a text, as the generation settings or else the configuration name them."""
     file = checkpoint.path / "generation_config.json"
-    stated = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    stated = read_object(file, remedy="copy it again", infinite=True) if file.exists() else {}
+    checked(GenerationSettings, stated, file, "copy it again")
     ends = stated.get("eos_token_id", getattr(checkpoint.config.get_text_config(), "eos_token_id", None))
     return sorted({int(i) for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int) and i >= 0})
 

@@ -7,7 +7,6 @@ tokenizer's chat template) or `{"text": ...}`, in this order of preference.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,11 @@ from torch import Tensor
 
 from moebit.calibration.named_texts import Texts as Texts
 from moebit.calibration.named_texts import parse_texts as parse_texts
+from moebit.calibration.timing import TEMPLATE_SECONDS, time_limit
 from moebit.errors import BadInputError
+from moebit.recipe.reading import TEXT_BYTES, parse_json, read_text
+from moebit.storage import documents
+from moebit.storage.documents import one_line, understood
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,7 @@ class _Piece:
 
 def load_tokenizer(path: Path) -> Any | None:
     """The checkpoint's tokenizer, or None where it has none."""
-    from transformers import AutoTokenizer
-
-    if not any(
-        (path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
-    ):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (ValueError, OSError, ImportError) as error:
-        raise BadInputError(f"{path}: its tokenizer does not load ({error})") from error
+    return documents.load_tokenizer(path)
 
 
 def tokenize(name: str, file: Path, tokenizer: Any | None, vocabulary: int) -> TokenText:
@@ -68,21 +62,24 @@ def tokenize(name: str, file: Path, tokenizer: Any | None, vocabulary: int) -> T
     Raises:
         BadInputError: not UTF-8, a malformed jsonl line, no tokenizer for plain text, an id outside of the vocabulary.
     """
-    try:
-        raw = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInputError(f"{file}: not UTF-8 text ({error}); convert it first") from error
-    if file.suffix == ".jsonl":
-        pieces = [_document(file, number, line, tokenizer) for number, line in enumerate(raw.split("\n"), 1) if line.strip()]
-    else:
-        pieces = [_encode(file, raw, tokenizer)]
+    raw = read_text(file, limit=TEXT_BYTES)
+    with understood(f"{file}: what the tokenizer makes of it", "copy the tokenizer's files again"):
+        if file.suffix == ".jsonl":
+            pieces = [
+                _document(file, number, line, tokenizer, vocabulary) for number, line in enumerate(raw.split("\n"), 1) if line.strip()
+            ]
+        else:
+            pieces = [_encode(file, raw, tokenizer)]
     ids = torch.tensor([i for piece in pieces for i in piece.ids], dtype=torch.int64)
-    if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
-        outside = int(ids.min() if int(ids.min()) < 0 else ids.max())
-        raise BadInputError(
-            f"{file}: token id {outside} is outside of the model's vocabulary of {vocabulary}; is this the model's own tokenizer?"
-        )
+    _check_ids(file, [int(ids.min()), int(ids.max())] if len(ids) else [], vocabulary)
     return TokenText(name, ids, _join_starts(pieces))
+
+
+def _check_ids(file: Path, ids: Sequence[int], vocabulary: int) -> None:
+    outside = next((i for i in ids if not 0 <= i < vocabulary), None)
+    if outside is not None:
+        remedy = "leave label padding out" if outside < 0 else "is this the model's own tokenizer?"
+        raise BadInputError(f"{file}: token id {outside} is outside of the model's vocabulary of {vocabulary}; {remedy}")
 
 
 def _join_starts(pieces: list[_Piece]) -> Tensor | None:
@@ -95,9 +92,9 @@ def _join_starts(pieces: list[_Piece]) -> Tensor | None:
     return torch.tensor([*starts, base], dtype=torch.int64)
 
 
-def _document(file: Path, number: int, line: str, tokenizer: Any | None) -> _Piece:
+def _document(file: Path, number: int, line: str, tokenizer: Any | None, vocabulary: int) -> _Piece:
     try:
-        item = json.loads(line)
+        item = parse_json(line)
     except ValueError as error:
         raise BadInputError(f"{file}, line {number}: not valid JSON ({error})") from error
     if not isinstance(item, dict) or not {"input_ids", "messages", "text"}.intersection(item):
@@ -106,6 +103,7 @@ def _document(file: Path, number: int, line: str, tokenizer: Any | None) -> _Pie
         ids = item["input_ids"]
         if not isinstance(ids, list) or not all(type(i) is int and abs(i) < 2**31 for i in ids):
             raise BadInputError(f"{file}, line {number}: input_ids must be a list of token ids (integers)")
+        _check_ids(file, ids, vocabulary)
         return _Piece(ids, _starts_by_decoding(ids, tokenizer))
     if "messages" in item:
         if not isinstance(item["messages"], list):
@@ -115,9 +113,12 @@ def _document(file: Path, number: int, line: str, tokenizer: Any | None) -> _Pie
                 f"{file}, line {number}: messages need a chat template, which this model's tokenizer lacks; give text instead"
             )
         try:
-            text = tokenizer.apply_chat_template(item["messages"], tokenize=False)
+            with time_limit(TEMPLATE_SECONDS):
+                text = tokenizer.apply_chat_template(item["messages"], tokenize=False)
         except Exception as error:  # whatever a template, which is a program, raises about these messages
-            raise BadInputError(f"{file}, line {number}: the chat template refuses these messages ({error})") from error
+            raise BadInputError(f"{file}, line {number}: the chat template refuses these messages ({one_line(error)})") from error
+        if not isinstance(text, str):
+            raise BadInputError(f"{file}, line {number}: the chat template gives no text for these messages")
         return _encode(file, text, tokenizer)
     if not isinstance(item["text"], str):
         raise BadInputError(f"{file}, line {number}: text must be a string, got {type(item['text']).__name__}")

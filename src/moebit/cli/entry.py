@@ -11,11 +11,10 @@ import typer
 from moebit.cli.root import app
 from moebit.cli.terminal import complain
 from moebit.cli.verbs import register_verbs
-from moebit.errors import BadInputError, InterruptedWorkError
+from moebit.errors import BadInputError, InterruptedWorkError, is_out_of_memory
 
 DONE, INTERNAL_ERROR, BAD_INPUT, INTERRUPTED, CTRL_C = 0, 1, 2, 3, 130
 KEPT = {"quantize": "layers", "sample": "groups of sequences"}  # what an interrupted verb keeps of its work
-NO_MEMORY = ("can't allocate memory", "out of memory")  # as torch says it, in a RuntimeError
 
 register_verbs()
 
@@ -56,7 +55,7 @@ def _unexpected(error: Exception) -> int:
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # usage errors of the option parser
         complain("Error:", "red", f"{error.format_message()} (see moebit --help)")
         return BAD_INPUT
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(said in str(error) for said in NO_MEMORY)):
+    if is_out_of_memory(error):
         kept = _kept()
         again = f"{kept} Free some memory, then the same command with --resume goes on." if kept else "Give a smaller --memory."
         complain("Interrupted:", "yellow", f"The machine has no memory left for this. {again}")

@@ -87,6 +87,7 @@ MemoryOption = Annotated[
 SettingsOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one value of the recipe; repeat for several.")
 ]
+LinksOption = Annotated[bool, typer.Option("--follow-links", help="Read files of the checkpoint that are links out of its folder, too.")]
 FormatOption = Annotated[str | None, typer.Option("--format", help="native, compressed-tensors or dense, instead of the recipe's.")]
 EngineOption = Annotated[str, typer.Option("--engine", help="What has to run the output: transformers, vllm or any.")]
 JsonOption = Annotated[

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from moebit.cli.interrupts import Interrupts
 from moebit.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -126,10 +127,11 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("left", markup=False),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+    with Interrupts() as interrupts, Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 
         def update(what: str, done: int, total: int) -> None:
+            interrupts.check()
             if what not in tasks:
                 tasks[what] = bars.add_task(safe(what), total=total)
             bars.update(tasks[what], completed=done, total=total)

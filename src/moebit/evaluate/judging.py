@@ -196,7 +196,7 @@ def _quiet() -> Iterator[None]:
 
 def _load(path: Path) -> tuple[Any, dict[str, Any]]:
     with _quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True, trust_remote_code=False)
     return model.eval(), info
 
 
@@ -249,7 +249,7 @@ def _values(held: Tensor) -> Tensor | None:
 def _score(model: Any, original: Checkpoint, path: Path, text: Texts, window: int, max_tokens: int | None) -> dict[str, dict[str, Any]]:
     """Perplexity, KL and top-1 agreement, one window at a time, with both models whole in memory."""
     with _quiet():
-        reference: Any = AutoModelForCausalLM.from_pretrained(original.path, dtype=torch.float32).eval()
+        reference: Any = AutoModelForCausalLM.from_pretrained(original.path, dtype=torch.float32, trust_remote_code=False).eval()
     tokenizer = load_tokenizer(original.path) or load_tokenizer(path)
     vocabulary = int(original.config.get_text_config().vocab_size)
     result = {}

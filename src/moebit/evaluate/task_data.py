@@ -7,13 +7,13 @@ A reader per task turns the files that the task's authors publish into documents
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from moebit.errors import BadInputError
+from moebit.recipe.reading import TEXT_BYTES, parse_json, read_text
 
 Document = dict[str, Any]
 LETTERS = "abcdefgh"
@@ -46,9 +46,9 @@ def expected(task: str) -> str:
 
 
 def _lines(file: Path) -> Iterator[Document]:
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in read_text(file, limit=TEXT_BYTES).splitlines():
         if line.strip():
-            item = json.loads(line)
+            item = parse_json(line)
             if not isinstance(item, dict):
                 raise ValueError(f"a line is no JSON object: {line[:60]}")
             yield item
@@ -62,7 +62,7 @@ def _arc(file: Path) -> Iterator[Document]:
 
 
 def _piqa(file: Path, labels: Path) -> Iterator[Document]:
-    answers = labels.read_text(encoding="utf-8").split()
+    answers = read_text(labels, limit=TEXT_BYTES).split()
     for item, label in zip(_lines(file), answers, strict=True):
         yield {"goal": item["goal"], "sol1": item["sol1"], "sol2": item["sol2"], "label": int(label)}
 
@@ -72,7 +72,7 @@ def _hellaswag(file: Path) -> Iterator[Document]:
 
     The published data has the context in two parts of which the second is an unfinished sentence; the harness begins it with a capital.
     """
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = read_text(file, limit=TEXT_BYTES).splitlines()
     if len(lines) % 6:
         raise ValueError(f"{len(lines)} lines are no multiple of 6")
     for start in range(0, len(lines), 6):

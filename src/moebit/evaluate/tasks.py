@@ -19,10 +19,11 @@ from typing import Any
 import yaml
 
 from moebit.calibration.text import load_tokenizer
-from moebit.errors import BadInputError
+from moebit.errors import BadInputError, is_out_of_memory
 from moebit.evaluate import task_data
 from moebit.storage.checkpoint import resolve
 from moebit.storage.config import load_config
+from moebit.storage.documents import one_line
 
 CONFIDENCE = 1.959964  # standard normal quantile of a two-sided 95% interval
 BATCH = 8
@@ -127,7 +128,7 @@ def answers(harness: Any, model: str | Path, tasks: Sequence[str], manager: Any 
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
         raise BadInputError(f"{model}: no tokenizer files here, so that tasks cannot be read; copy the model's tokenizer to it")
-    loaded = HFLM(pretrained=_load(directory), tokenizer=tokenizer, batch_size=BATCH)
+    loaded = HFLM(pretrained=_load(directory), tokenizer=tokenizer, batch_size=BATCH, trust_remote_code=False)
     result = harness.simple_evaluate(
         model=loaded, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True,
         random_seed=None, numpy_random_seed=None, torch_random_seed=None,
@@ -165,9 +166,11 @@ def _load(directory: Path) -> Any:
 
     load_config(directory)  # says what is wrong with it
     try:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
-    except (ValueError, OSError, ImportError, KeyError) as error:
-        raise BadInputError(f"{directory}: transformers does not load it ({str(error).splitlines()[0]})") from error
+        return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False).eval()
+    except Exception as error:  # whatever a library raises about files that it does not understand
+        if is_out_of_memory(error):
+            raise
+        raise BadInputError(f"{directory}: transformers does not load it ({one_line(error)})") from error
 
 
 def _row(task: str, mine: Sequence[Item], theirs: Sequence[Item] | None) -> dict[str, Any]:

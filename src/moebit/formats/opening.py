@@ -22,38 +22,45 @@ from moebit.model.seam import is_experts
 from moebit.model.skeleton import skeleton
 from moebit.storage.checkpoint import Checkpoint, resolve
 from moebit.storage.config import load_config, read_config
+from moebit.storage.documents import check_layers, understood
 from moebit.storage.files import read_index
 
+AGAIN = "`moebit verify` says what is damaged; copy or make this output again"
 
-def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float32) -> Checkpoint:
+
+def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float32, *, follow_links: bool = False) -> Checkpoint:
     """A checkpoint directory or hub id; moebit's own outputs are dequantized as they are read, and inputs are rounded where they say so.
 
     Args:
         compute: the type in which its layers are to be computed; None takes what is fastest here without losing accuracy that is stored.
+        follow_links: read files that are links out of the checkpoint's folder, too.
 
     Raises:
         BadInputError: whatever is wrong with it, by name.
     """
     if str(model).endswith(".partial"):
         raise BadInputError(f"{model}: unfinished output of an interrupted run; finish it with `moebit quantize ... --resume`")
-    path = resolve(model)
+    path = resolve(model, follow_links=follow_links)
     quantization = read_config(path).get("quantization_config") or {}
     if compressed_tensors.is_output(path, quantization):
-        config = load_config(path)
-        model_of_it, stored = skeleton(config), read_index(path)
-        compressed = CompressedWeights(model_of_it, stored, quantization)
+        config, stored = load_config(path), read_index(path)
+        check_layers(config, len(stored), path)
+        model_of_it = skeleton(config)
+        with understood(path / "config.json", AGAIN):
+            compressed = CompressedWeights(model_of_it, stored, quantization)
         for name, rounding in compressed.inputs().items():
             attach(model_of_it, Activations(rounding), [name])
         return Checkpoint(path, config, model_of_it, compressed, stored)
     if quantization.get("quant_method") != METHOD:
         return open_hub_checkpoint(path, compute)
-    config = load_config(path)
+    config, entries = load_config(path), read_index(path)
+    check_layers(config, len(entries), path)
     skeleton_model = skeleton(config, compute or torch.float32)
-    entries = read_index(path)
     layouts = {name: layout_of(module, name) for name, module in skeleton_model.named_modules() if is_experts(module)}
-    specs, overlays = packed_specs(quantization), read_overlays(overlay_specs(quantization), entries)
-    attach(skeleton_model, read_activations(quantization), specs)
-    weights = NativeWeights(skeleton_model, entries, specs, layouts, overlays)
+    with understood(path / "config.json", AGAIN):
+        specs, overlays = packed_specs(quantization), read_overlays(overlay_specs(quantization), entries)
+        attach(skeleton_model, read_activations(quantization), specs)
+        weights = NativeWeights(skeleton_model, entries, specs, layouts, overlays)
     beside = (path / SIDE_FILE,) if (path / SIDE_FILE).is_file() else ()
     return Checkpoint(path, config, skeleton_model, weights, entries, beside=beside)
 

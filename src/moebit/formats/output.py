@@ -2,7 +2,8 @@
 
 Work goes on in OUT.partial: shards that have their final name are whole and synced, journal.jsonl says which there are. `finish` adds what
 belongs to the whole model and renames the directory. The order is always the same: a file's content reaches the disk, then its name, then
-the journal entry that speaks of it, then what it replaces is removed.
+the journal entry that speaks of it, then what it replaces is removed. The directory is locked before anything in it is touched, and the one
+that gets the name OUT is the one that was locked.
 """
 
 from __future__ import annotations
@@ -16,87 +17,134 @@ from pathlib import Path
 from typing import Any
 
 from moebit.errors import BadInputError, InterruptedWorkError
+from moebit.formats.carried import carried_files, copy_carried
+from moebit.formats.ownership import (
+    JOURNAL,
+    LINE,
+    PROFILE_DIRECTORY,
+    SAMPLE,
+    chained,
+    check_own,
+    empty,
+    foreign_to_output,
+    foreign_to_partial,
+    read_journal,
+    remove_output,
+    seal_of,
+)
 from moebit.formats.seal import SEALED, is_report, seal
+from moebit.storage.durable import replace_text, write_new
 from moebit.storage.files import INDEX, ShardFile, TensorSpec, read_header, sha256, sync_directory
 
-JOURNAL = "journal.jsonl"
-SAMPLE = "calibration.jsonl"  # text that the model wrote for its own calibration; beginning with this name, what is finished of it
-PROFILE_DIRECTORY = "profile"  # in OUT.partial: whole after every data set, gone when the output is finished
-# Everything beside the weights that makes a checkpoint usable is carried along; weights, code and papers are not.
-CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-NOT_CARRIED = {"config.json", INDEX, "training.json", "report.json", SEALED, "requirements.txt"}
+__all__ = [
+    "JOURNAL", "PROFILE_DIRECTORY", "SAMPLE", "OutputDirectory", "check_free", "check_space", "disk_error", "partial_of", "read_journal",
+]  # fmt: skip
 
 
 class OutputDirectory:
-    """The writer of one output."""
+    """The writer of one output.
+
+    Raises:
+        BadInputError: OUT or OUT.partial is in the way, or not moebit's own; another run is writing there; an interrupted run of something
+            else, or one whose files are not what its journal says.
+    """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-        self.path, self.partial = path, partial_of(path)
+        self.path, self.partial, self.replaced = path, partial_of(path), path.with_name(path.name + ".replaced")
         self.entries: list[dict[str, Any]] = []
+        self._line = ""
         self._held: int | None = None
         if resume:
             self._reopen(identity)
         check_free(path, resume=resume, overwrite=overwrite)
-        for directory in (path, self.partial):
-            _check_own(directory)
-        if self.partial.exists() and resume:
-            self._lock()
-            try:
-                self._take_up(identity)
-            except BaseException:
-                self.release()
-                raise
-            return
-        if self.partial.exists():
-            shutil.rmtree(self.partial)
+        there = os.path.lexists(self.partial)
+        if there:
+            _check_no_link(self.partial)
+        else:
+            self._make()
+        self._lock()
         try:
-            self.partial.mkdir(parents=True)
+            self._begin(identity, there=there, resume=resume)
+        except BaseException:
+            self.release()
+            raise
+
+    def _begin(self, identity: Mapping[str, Any], *, there: bool, resume: bool) -> None:
+        """Behind the lock: go on with what is there, or start over."""
+        check_own(self.partial, foreign_to_partial(self.partial) if not resume else None)
+        if there and resume and self._take_up(identity):
+            return
+        assert self._held is not None
+        self._check_replaced([])
+        empty(self._held, keep=[JOURNAL])  # the journal, which proves what this is, is replaced last
+        self._write_journal([{"started": dict(identity)}])
+
+    def _make(self) -> None:
+        try:
+            if not self.partial.parent.exists():
+                self.partial.parent.mkdir(parents=True, exist_ok=True)
+            self.partial.mkdir()
         except OSError as error:
             raise BadInputError(f"cannot write {self.partial}: {error.strerror}; choose another -o") from error
         sync_directory(self.partial.parent)
-        self._lock()
-        self._write_journal([{"started": dict(identity)}])
 
     def _lock(self) -> None:
         """One run at a time may write here; the lock ends with the process, however it ends."""
-        self._held = os.open(self.partial, os.O_RDONLY)
         try:
+            self._held = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            held = self._is_held(self.partial)
+        except OSError:
+            held = False
+        if not held:
             self.release()
-            raise BadInputError(f"{self.partial}: another run is writing there; wait for it, or choose another -o") from error
+            raise BadInputError(f"{self.partial}: another run is writing there; wait for it, or choose another -o")
+
+    def _is_held(self, path: Path) -> bool:
+        """Whether this path is the directory that was locked, and not one that has come in its place."""
+        assert self._held is not None
+        ours, there = os.fstat(self._held), os.stat(path, follow_symlinks=False)
+        return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
 
     def _reopen(self, identity: Mapping[str, Any]) -> None:
         """A run that ended between the last rename and the tidying up left its journal in OUT: it is finished once more."""
+        if self.path.is_symlink() or os.path.lexists(self.partial):
+            return
         records = read_journal(self.path / JOURNAL)
-        if records and records[0].get("started") == dict(identity) and not self.partial.exists():
+        if records and records[0].get("started") == dict(identity) and foreign_to_output(self.path) is None:
             os.replace(self.path, self.partial)
             sync_directory(self.path.parent)
 
-    def _take_up(self, identity: Mapping[str, Any]) -> None:
-        """Go on with an interrupted run: every journaled shard is checked, what is not in the journal is removed."""
+    def _take_up(self, identity: Mapping[str, Any]) -> bool:
+        """Go on with an interrupted run: every journaled shard is checked, what is not in the journal is removed.
+
+        Returns:
+            False for one that ended before its first line, so that nothing is lost by starting over.
+        """
         records = read_journal(self.partial / JOURNAL)
-        if not records and not any(self.partial.glob("model-*.safetensors")):
-            records = [{"started": dict(identity)}]  # it ended before the first line: nothing is lost
+        if not records and {file.name for file in self.partial.iterdir()} <= {f"{JOURNAL}.writing"}:
+            return False
         if not records:
-            raise BadInputError(f"{self.partial / JOURNAL} is missing or damaged; --overwrite starts again")
+            raise BadInputError(f"{self.partial / JOURNAL} is missing or damaged; remove {self.partial} yourself to start again")
         if records[0].get("started") != dict(identity):
             other = _difference(records[0], identity)
             raise BadInputError(f"{self.partial} was started with another {other}; give the same again, or --overwrite starts again")
+        check_own(self.partial, foreign_to_partial(self.partial))
+        self._check_replaced(records)
         self.entries = records[1:]
-        keep = {JOURNAL, PROFILE_DIRECTORY}
-        for entry in self.entries:
-            for name, checksum in entry["files"].items():
-                file = self.partial / name
-                if name.startswith("stream-") and entry is not self.entries[-1]:
-                    continue  # only the state behind the last layer is needed to go on
-                if not file.exists() or sha256(file) != checksum:
-                    raise BadInputError(f"{file} is not what the journal says; --overwrite starts again")
-                keep.add(name)
-        for file in self.partial.iterdir():
-            if file.name not in keep and not file.name.startswith(SAMPLE):
-                file.unlink() if file.is_file() else shutil.rmtree(file)
+        _check_order(self.partial, self.entries)
+        kept = {JOURNAL, PROFILE_DIRECTORY, SAMPLE, f"{SAMPLE}.partial", *_check_files(self.partial, self.entries)}
+        assert self._held is not None
+        empty(self._held, keep=kept)
         self._write_journal([{"started": dict(identity)}, *self.entries])
+        return True
+
+    def _check_replaced(self, records: list[dict[str, Any]]) -> None:
+        """OUT.replaced is where the former OUT goes for a moment; what is there already is the user's, unless the journal put it there."""
+        moved = [record["seal"] for record in records if record.get("kind") == "replacing"]
+        wanted = os.path.lexists(self.path) or moved
+        if wanted and os.path.lexists(self.replaced) and seal_of(self.replaced) not in moved:
+            raise BadInputError(f"{self.replaced} is in the way: the former {self.path.name} is put there for a moment; move it away")
 
     def __enter__(self) -> OutputDirectory:
         return self
@@ -120,27 +168,32 @@ class OutputDirectory:
 
     def record(self, kind: str, files: list[str], **facts: Any) -> None:
         """Note in the journal that these files are whole; from here on a resumed run will not make them again."""
-        entry = {"kind": kind, "files": {name: sha256(self.partial / name) for name in files}, **facts}
-        self.entries.append(entry)
-        self._append(entry)
+        self._append({"kind": kind, "files": {name: sha256(self.partial / name) for name in files}, **facts})
 
     def _append(self, record: dict[str, Any]) -> None:
-        with open(self.partial / JOURNAL, "a") as journal:
-            journal.write(json.dumps(record) + "\n")
+        entry = self._chain(record)
+        self.entries.append(entry)
+        with open(self.partial / JOURNAL, "a", encoding="utf-8") as journal:
+            journal.write(json.dumps(entry) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
 
+    def _chain(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        entry = chained(json.loads(json.dumps(record)), self._line)
+        self._line = entry[LINE]
+        return entry
+
     def _write_journal(self, records: list[dict[str, Any]]) -> None:
-        temporary = f"{JOURNAL}.writing"
-        self._document(temporary, "".join(json.dumps(record) + "\n" for record in records))
-        os.replace(self.partial / temporary, self.partial / JOURNAL)
-        sync_directory(self.partial)
+        self._line = ""
+        lines = [self._chain(record) for record in records]
+        self.entries = lines[1:]
+        replace_text(self.partial / JOURNAL, "".join(json.dumps(line) + "\n" for line in lines))
 
     def remove(self, name: str) -> None:
         """Delete a file that a recorded one has replaced."""
         (self.partial / name).unlink(missing_ok=True)
 
-    def finish(self, source: Path, config: Mapping[str, Any], documents: Mapping[str, str]) -> None:
+    def finish(self, source: Path, config: Mapping[str, Any], documents: Mapping[str, str], *, follow_links: bool = False) -> None:
         """Index, configuration, tokenizer and documents; then the directory gets its name.
 
         Args:
@@ -148,30 +201,29 @@ class OutputDirectory:
             documents: further files, name -> text; `moebit.json` gets the checksums of all the others.
         """
         checksums = {name: digest for entry in self.entries for name, digest in entry["files"].items() if not name.startswith("stream-")}
-        self._index([name for name in checksums if name.startswith("model-")])
-        small = {INDEX, "config.json", *self._carry(source), *documents} - {SEALED}
+        shards = [name for name in checksums if name.startswith("model-")]
+        _check_whole(self.partial, shards)
+        carried = carried_files(source, {*documents, *checksums}, follow_links=follow_links)
+        small = {INDEX, "config.json", *(file.name for file in carried), *documents}
+        if not any(entry["kind"] == "finish" and set(entry["names"]) == small for entry in self.entries):
+            self._append({"kind": "finish", "files": {}, "names": sorted(small)})
+        self._index(shards)
+        copy_carried(carried, self.partial)
         self._document("config.json", json.dumps(config, indent=2) + "\n")
         for name, text in documents.items():
             if name != SEALED:
                 self._document(name, text)
-        checksums |= {name: sha256(self.partial / name) for name in small if not is_report(name)}
+        checksums |= {name: sha256(self.partial / name) for name in small - {SEALED} if not is_report(name)}
         self._document(SEALED, seal(json.loads(documents[SEALED]), checksums))
-        for file in self.partial.glob("stream-*"):
-            file.unlink()
-        shutil.rmtree(self.partial / PROFILE_DIRECTORY, ignore_errors=True)
+        self._tidy({*checksums, *small, JOURNAL})
         sync_directory(self.partial)
         self._give_name()
 
-    def _carry(self, source: Path) -> list[str]:
-        """Copy tokenizer, generation and template files; their names."""
-        files = {file for pattern in CARRIED for file in source.glob(pattern)}
-        chosen = sorted(f for f in files if f.is_file() and f.name not in NOT_CARRIED and not f.name.startswith("model.safetensors"))
-        for file in chosen:
-            with open(file, "rb") as original, open(self.partial / file.name, "wb") as copy:
-                shutil.copyfileobj(original, copy)
-                copy.flush()
-                os.fsync(copy.fileno())
-        return [file.name for file in chosen]
+    def _tidy(self, keep: set[str]) -> None:
+        """Work in progress goes: what is left is what the seal names, and the journal."""
+        assert self._held is not None
+        check_own(self.partial, foreign_to_partial(self.partial))
+        empty(self._held, keep=keep)
 
     def _index(self, shards: list[str]) -> None:
         headers = {name: read_header(self.partial / name) for name in shards}
@@ -180,62 +232,86 @@ class OutputDirectory:
         self._document(INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=1))
 
     def _give_name(self) -> None:
-        replaced = self.path.with_name(self.path.name + ".replaced")
-        if self.path.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(self.path, replaced)
+        if not self._is_held(self.partial):
+            raise InterruptedWorkError(f"{self.partial} was moved or replaced while it was being written; {self.path} is left as it was")
+        if os.path.lexists(self.path):
+            check_own(self.path, foreign_to_output(self.path))
+            if os.path.lexists(self.replaced):
+                self._check_replaced(self.entries)
+                remove_output(self.replaced)
+            self._append({"kind": "replacing", "files": {}, "seal": seal_of(self.path)})
+            os.replace(self.path, self.replaced)
         os.replace(self.partial, self.path)
         sync_directory(self.path.parent)
         # OUT is whole. What follows only tidies up; the journal goes last, because --resume takes OUT up again as long as it is there.
-        shutil.rmtree(replaced, ignore_errors=True)
+        moved = {entry["seal"] for entry in self.entries if entry["kind"] == "replacing"}
+        if os.path.lexists(self.replaced) and seal_of(self.replaced) in moved:
+            remove_output(self.replaced)
         (self.path / JOURNAL).unlink()
 
     def _document(self, name: str, text: str) -> None:
-        with open(self.partial / name, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        write_new(self.partial / name, text)
 
 
 def check_free(path: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse an output that exists, or whose interrupted run would have to be decided about.
+    """Refuse an output that exists or is not moebit's to replace, or whose interrupted run would have to be decided about.
 
     Raises:
         BadInputError: naming it and the options.
     """
     partial = partial_of(path)
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise BadInputError(f"{path} exists; choose another -o, or --overwrite to replace it")
-    if partial.exists() and not resume and not overwrite:
+    if os.path.lexists(partial) and not resume and not overwrite:
         raise BadInputError(f"{partial} holds an interrupted run; --resume goes on with it, --overwrite starts again")
+    if os.path.lexists(path):
+        check_own(path, foreign_to_output(path))
 
 
-def _check_own(directory: Path) -> None:
-    """Only what moebit wrote is ever replaced or tidied up: an empty directory, an output, an interrupted run."""
-    if not directory.exists():
-        return
-    names = {file.name for file in directory.iterdir()} if directory.is_dir() else {"a file"}
-    if names and not names & {JOURNAL, f"{JOURNAL}.writing", SEALED} and not any(name.startswith("model-") for name in names):
-        raise BadInputError(f"{directory} is no output of moebit and would be deleted; choose another -o, or remove it yourself")
+def _check_no_link(partial: Path) -> None:
+    if partial.is_symlink() or not partial.is_dir():
+        raise BadInputError(f"{partial}: is {'a link' if partial.is_symlink() else 'no directory'}; moebit works in a directory of its own")
+
+
+def _check_order(partial: Path, entries: list[dict[str, Any]]) -> None:
+    """Layers are finished one after the other, and the rest behind the last: a journal that says otherwise is not believed."""
+    indices = [entry.get("index") for entry in entries if entry["kind"] == "layer"]
+    if indices != list(range(len(indices))):
+        raise BadInputError(f"{partial / JOURNAL} lacks a layer; --overwrite starts again")
+
+
+def _check_files(partial: Path, entries: list[dict[str, Any]]) -> set[str]:
+    """The names of the files that a journal says are whole, and are.
+
+    Raises:
+        BadInputError: one is missing, or its bytes are others.
+    """
+    keep = set()
+    for number, entry in enumerate(entries):
+        for name, checksum in entry["files"].items():
+            file = partial / name
+            if name.startswith("stream-") and number < len(entries) - 1:
+                continue  # only the state behind the last layer is needed to go on
+            if not file.is_file() or sha256(file) != checksum:
+                raise BadInputError(f"{file} is not what the journal says; --overwrite starts again")
+            keep.add(name)
+    return keep
+
+
+def _check_whole(partial: Path, shards: list[str]) -> None:
+    """All parts are there, as their names say.
+
+    Raises:
+        InterruptedWorkError: one is missing.
+    """
+    total = int(shards[0].rpartition("-of-")[2].removesuffix(".safetensors")) if shards else 0
+    if len(set(shards)) != total:
+        raise InterruptedWorkError(f"{partial}: {len(set(shards))} of {total} parts are finished; --overwrite starts again")
 
 
 def partial_of(path: Path) -> Path:
     """Where the work for an output goes on."""
     return path.with_name(path.name + ".partial")
-
-
-def read_journal(file: Path) -> list[dict[str, Any]]:
-    """The lines of a journal up to the one that was being written when the run ended; none where there is no journal."""
-    records: list[dict[str, Any]] = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(record, dict):
-            break
-        records.append(record)
-    return records
 
 
 def _difference(started: Mapping[str, Any], identity: Mapping[str, Any]) -> str:

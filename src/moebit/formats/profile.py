@@ -6,7 +6,6 @@ Specified in docs/format.md. Sets are files of their own, so that one more chang
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,10 @@ from torch import Tensor
 
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
-from moebit.storage.files import ShardFile, TensorSpec, read_header, sync_directory
+from moebit.recipe.reading import is_there, read_object
+from moebit.storage.documents import ProfileFile, checked
+from moebit.storage.durable import replace_text
+from moebit.storage.files import ShardFile, TensorSpec, read_header
 
 VERSION = 2  # 2: errors are shares of the layer's output, measured through the rest of the layer
 HEAD = "profile.json"
@@ -84,12 +86,13 @@ class Profile:
             BadInputError: no profile there, damaged, or of a later version.
         """
         directory = Path(path)
-        if not (directory / HEAD).is_file():
+        if not is_there(directory / HEAD):
             raise BadInputError(f"{path}: no {HEAD} here; give the directory that `moebit profile MODEL -o PROFILE` wrote")
         try:
-            data = json.loads((directory / HEAD).read_text(encoding="utf-8"))
+            data = read_object(directory / HEAD, remedy="profile again")
             if data["version"] != VERSION:
                 raise BadInputError(f"{path}: profile version {data['version']}, this moebit reads {VERSION}; profile again")
+            checked(ProfileFile, data, directory / HEAD, "profile again")
             modules = {name: ProfiledModule.read(item) for name, item in data["modules"].items()}
             return cls(directory, dict(data["measured"]), modules, dict(data["sets"]))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -104,17 +107,12 @@ class Profile:
             "sets": self.sets,
             "modules": {name: module.describe() for name, module in self.modules.items()},
         }
-        temporary = self.path / f"{HEAD}.writing"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(document, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / HEAD)
-        sync_directory(self.path)
+        replace_text(self.path / HEAD, json.dumps(document, indent=1) + "\n")
 
     def add(self, name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Store one data set: its file first, then its line in profile.json."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Store one data set: its file first, then its line in profile.json, which is there before the first file."""
+        if not (self.path / HEAD).exists():
+            self.write()
         with ShardFile(self.path / set_file(name), {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in tensors.items()}) as shard:
             for key, tensor in tensors.items():
                 shard.write(key, tensor)

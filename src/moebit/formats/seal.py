@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from moebit.recipe.reading import parse_json
+
 SEALED = "moebit.json"
 KEY = "sha256"
 _BLANK = "0" * 64
@@ -37,7 +39,7 @@ def is_intact(text: str) -> bool:
     Raises:
         ValueError: not a JSON object. KeyError: no `sha256` in it.
     """
-    document = json.loads(text)
+    document = parse_json(text)
     if not isinstance(document, dict):
         raise ValueError("not a JSON object")
     return hashlib.sha256(text.replace(_field(document[KEY]), _field(_BLANK)).encode()).hexdigest() == document[KEY]

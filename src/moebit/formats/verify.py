@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from moebit.errors import BadInputError
 from moebit.formats.consistency import AGAIN, CHECKS, CONFIG, Finding, against_model, finite, format_of, native_specs, place
@@ -21,14 +19,19 @@ from moebit.formats.native import FORMAT_VERSION, average_bits
 from moebit.formats.output import JOURNAL, partial_of, read_journal
 from moebit.formats.seal import SEALED, is_intact, is_report
 from moebit.formats.switch import SIDE_FILE
+from moebit.recipe.reading import is_there, parse_yaml, read_object, read_text
 from moebit.storage.files import INDEX, TensorEntry, read_header, sha256
+from moebit.storage.places import is_plain
 
 Progress = Callable[[str, int, int], None]
 RECIPE, REPORT, PAGE = "recipe.yaml", "report.json", "report.html"
 EXTRA = "move it away: it is no part of this output"
 RESTART = "`moebit quantize` with --overwrite starts again"
 # What a loader reads when it lies in the directory: a file of this kind that the output does not have may change the model.
-LOADED = ("*.bin", "*.py", "*.jinja", "*.model", "*config.json", "*token*", "vocab*", "merges.txt")
+LOADED = (
+    "*.bin", "*.pt", "*.pth", "*.gguf", "*.py", "*.jinja", "*.model", "*.tiktoken", "*config.json", "*token*", "vocab*", "merges.txt",
+    "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
 
 
 @dataclass
@@ -53,18 +56,14 @@ class _Output:
 
     def document(self, name: str) -> dict[str, Any]:
         """A JSON file of the output; an empty one, and a finding, if it is none."""
-        try:
-            document = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not (self.path / name).exists():
             self.say("is missing", name)
             return {}
-        except ValueError as error:
-            self.say(f"is not a JSON document ({error})", name)
+        try:
+            return read_object(self.path / name)
+        except BadInputError as error:
+            self.findings.append(Finding.of(error, name))
             return {}
-        if not isinstance(document, dict):
-            self.say("is not a JSON object", name)
-            return {}
-        return document
 
 
 def verify(out: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -82,9 +81,9 @@ def verify(out: str | Path, *, progress: Progress | None = None) -> dict[str, An
         BadInputError: no output of moebit.
     """
     path = Path(out)
-    if not path.exists() and partial_of(path).exists():
+    if not is_there(path) and is_there(partial_of(path)):
         path = partial_of(path)
-    if not path.is_dir():
+    if not is_there(path) or not path.is_dir():
         raise BadInputError(f"{out}: no such directory; give the output of `moebit quantize`")
     output = _Output(path, progress or (lambda what, done, total: None))
     try:
@@ -131,7 +130,7 @@ def _manifest(output: _Output) -> None:
     if not output.manifest:
         return
     try:
-        if not is_intact((output.path / SEALED).read_text(encoding="utf-8")):
+        if not is_intact(read_text(output.path / SEALED)):
             output.say("was changed after it was written", SEALED)
     except KeyError:
         output.say("has no checksum of itself: it was changed, or written by a program that makes none", SEALED)
@@ -148,7 +147,7 @@ def _checksums(output: _Output) -> None:
     for number, (name, digest) in enumerate(sorted(wanted.items())):
         output.progress("checksums", number, len(wanted))
         file = output.path / name
-        if Path(name).name != name:
+        if not is_plain(name):
             output.say(f"speaks of {name!r}, which is no file of the output", SEALED)
         elif not file.is_file():
             output.say("is missing", name)
@@ -156,7 +155,7 @@ def _checksums(output: _Output) -> None:
             other = f": it holds what {owner[found]} should hold" if found in owner else ", it is empty" if not file.stat().st_size else ""
             output.say(f"is not what was written: its sha256 is another{other}", name)
     output.progress("checksums", len(wanted), len(wanted))
-    there = {file.name for pattern in LOADED for file in output.path.glob(pattern)}
+    there = {str(file.relative_to(output.path)) for pattern in LOADED for file in output.path.glob(pattern) if file.is_file()}
     for name in sorted(there - wanted.keys() - {SEALED}):
         if not is_report(name):
             output.say("was not there when the output was written, and loaders may read it", name, EXTRA)
@@ -177,7 +176,6 @@ def _shards(output: _Output) -> bool:
         except (BadInputError, TypeError) as error:
             output.findings.append(Finding.of(error, file.name))
             continue
-        _covered(output, file, header)
         for name, entry in header.items():
             if weight_map and weight_map.get(name) != file.name:
                 elsewhere = weight_map.get(name, "no file")
@@ -203,19 +201,6 @@ def _index(output: _Output) -> tuple[dict[str, str], Any]:
         output.say("does not map tensors to files", INDEX)
         return {}, None
     return (dict(weight_map), metadata.get("total_size")) if weight_map and metadata else ({}, None)
-
-
-def _covered(output: _Output, file: Path, header: Mapping[str, TensorEntry]) -> None:
-    """The tensors of a file follow each other without gap or overlap, from its header to its end."""
-    with open(file, "rb") as f:
-        at = 8 + int.from_bytes(f.read(8), "little")
-    for entry in sorted(header.values(), key=lambda e: (e.offset, e.spec.nbytes)):
-        if entry.offset != at:
-            output.say(f"lies at byte {entry.offset}, the tensor before it ends at {at}: the header is damaged", place(entry))
-            return
-        at += entry.spec.nbytes
-    if at != file.stat().st_size:
-        output.say(f"goes on behind its last tensor: {file.stat().st_size} bytes where the header speaks of {at}", file.name)
 
 
 def _values(output: _Output) -> None:
@@ -252,15 +237,18 @@ def _documents(output: _Output) -> None:
 
 def _recipe(output: _Output) -> str | None:
     """The digest of recipe.yaml's content, and that its first line agrees."""
-    try:
-        text = (output.path / RECIPE).read_text(encoding="utf-8")
-        data = yaml.safe_load(text)
-        digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-    except FileNotFoundError:
+    if not (output.path / RECIPE).exists():
         if RECIPE not in output.files:
             output.say("is missing", RECIPE)
         return None
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+    try:
+        text = read_text(output.path / RECIPE)
+        data = parse_yaml(text)
+        digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    except BadInputError as error:
+        output.findings.append(Finding.of(error, RECIPE))
+        return None
+    except (ValueError, TypeError) as error:
         output.say(f"is not the YAML of a recipe ({str(error).splitlines()[0]})", RECIPE)
         return None
     if digest not in text.partition("\n")[0]:
@@ -291,7 +279,9 @@ def _unfinished(output: _Output) -> dict[str, Any]:
     records = read_journal(output.path / JOURNAL)
     entries = [record for record in records if isinstance(record.get("files"), dict)]
     if not records and any(output.path.glob("model-*.safetensors")):
-        output.say("is missing or damaged, so that nobody knows which shards are whole", JOURNAL, RESTART)
+        output.say(
+            "is missing or damaged, so that nobody knows which shards are whole", JOURNAL, "remove this directory and quantize again"
+        )
     for number, entry in enumerate(entries):
         output.progress("checksums", number, len(entries))
         for name, digest in entry["files"].items():

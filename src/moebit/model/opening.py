@@ -11,6 +11,7 @@ import torch
 from moebit.model.skeleton import skeleton
 from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.config import load_config, read_config
+from moebit.storage.documents import check_layers, understood
 from moebit.storage.files import Entry, read_index
 from moebit.storage.hub import HubWeights
 from moebit.storage.shipped.reading import check_plain, read_shipped, shipped_config
@@ -42,7 +43,9 @@ def open_hub_checkpoint(path: Path, dtype: torch.dtype | None = torch.float32) -
     config = load_config(path)
     quantization = shipped_config(read_config(path))
     stored = read_index(path)
-    shipped = read_shipped(path, stored, quantization) if quantization else None
+    check_layers(config, len(stored), path)
+    with understood(path / "config.json", "copy it again"):
+        shipped = read_shipped(path, stored, quantization) if quantization else None
     if shipped is None:
         check_plain(path, stored)
     entries: Mapping[str, Entry] = shipped.entries if shipped else stored

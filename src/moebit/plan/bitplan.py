@@ -12,6 +12,7 @@ from typing import Any
 
 from moebit.errors import BadInputError
 from moebit.recipe import BIT_WIDTHS
+from moebit.recipe.reading import is_there, read_json
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,9 @@ def load_bit_plan(file: str | Path) -> BitPlan:
         BadInputError: no such file, not JSON, another version, unknown keys.
     """
     path = Path(file)
-    if not path.is_file():
+    if not is_there(path):
         raise BadInputError(f"--plan: no such file: {path}")
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
-        raise BadInputError(f"--plan {path}: not valid JSON ({error})") from error
+    data = read_json(path, "--plan ")
     if not _has_form(data):
         raise BadInputError(f'--plan {path}: expected {{"version": 1, "experts": {{...}}, "linears": {{...}}}} as docs/format.md has it')
     unknown = sorted(set(data) - {"version", "made", "experts", "linears"})

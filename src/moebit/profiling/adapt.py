@@ -6,9 +6,9 @@ are kept in overlay.json, so that `undo` gives back the bytes that were.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,11 +20,13 @@ from torch import Tensor
 
 from moebit.calibration.text import Texts
 from moebit.errors import BadInputError
+from moebit.formats.carried import copy_carried
 from moebit.formats.native import pack_stack
 from moebit.formats.opening import native_modules
 from moebit.formats.output import partial_of
 from moebit.formats.overlay import FULL, OVERLAY_FILE, OverlaySpec, overlay_specs
-from moebit.formats.seal import KEY, SEALED, seal
+from moebit.formats.ownership import REPORTS, sealed_names
+from moebit.formats.seal import KEY, SEALED, is_intact, seal
 from moebit.formats.switch import Kept, read_kept
 from moebit.memory import DEFAULT_MEMORY, Memory
 from moebit.methods.allocation import fuzzy_widths
@@ -33,7 +35,10 @@ from moebit.profiling.passes import Progress
 from moebit.profiling.profile import LADDER
 from moebit.profiling.usage import Observed, observe
 from moebit.recipe import load_recipe
+from moebit.recipe.reading import parse_json, read_object
+from moebit.storage.durable import replace_text
 from moebit.storage.files import INDEX, ShardFile, TensorSpec, sha256, sync_directory
+from moebit.storage.places import check_inside
 from moebit.tensor import QTensor, UniformGrid, solve_rtn
 
 BEFORE = "overlay.json"
@@ -174,7 +179,7 @@ def _parts(seen: Observed, name: str, kept: Kept, widths_E: Tensor) -> dict[str,
 def _write(path: Path, seen: Observed, parts: Mapping[str, Mapping[str, _Part]], keep: bool, facts: dict[str, Any]) -> int:
     """The overlay and the documents that name it; returns the overlay's bytes."""
     texts = {name: (path / name).read_text(encoding="utf-8") for name in (INDEX, CONFIG, SEALED)}
-    _replace(path / BEFORE, json.dumps({"version": 1, "before": texts}, indent=1) + "\n")
+    replace_text(path / BEFORE, json.dumps({"version": 1, "before": texts}, indent=1) + "\n")
     config, index, sealed = (json.loads(texts[name]) for name in (CONFIG, INDEX, SEALED))
     modules = config["quantization_config"]["modules"]
     for name, found in parts.items():
@@ -193,11 +198,11 @@ def _write(path: Path, seen: Observed, parts: Mapping[str, Mapping[str, _Part]],
             shard.write(name, tensor)
     index["weight_map"] = dict(sorted({**index["weight_map"], **dict.fromkeys(tensors, OVERLAY_FILE)}.items()))
     index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
-    _replace(path / INDEX, json.dumps(index, indent=1))
-    _replace(path / CONFIG, json.dumps(config, indent=2) + "\n")
+    replace_text(path / INDEX, json.dumps(index, indent=1))
+    replace_text(path / CONFIG, json.dumps(config, indent=2) + "\n")
     files = sealed.pop("files") | {name: sha256(path / name) for name in (INDEX, CONFIG, OVERLAY_FILE, BEFORE)}
     sealed.pop(KEY)
-    _replace(path / SEALED, seal({**sealed, "adapted": facts}, files))
+    replace_text(path / SEALED, seal({**sealed, "adapted": facts}, files))
     return (path / OVERLAY_FILE).stat().st_size
 
 
@@ -216,31 +221,55 @@ def _undo(path: Path) -> Adaptation:
     began = time.perf_counter()
     if not (path / BEFORE).is_file():
         raise BadInputError(f"{path}: not adapted, so there is nothing to take back")
-    for name, text in json.loads((path / BEFORE).read_text(encoding="utf-8"))["before"].items():
-        _replace(path / name, text)
+    for name, text in former_texts(path).items():
+        replace_text(path / name, text)
     for name in (OVERLAY_FILE, BEFORE):
         (path / name).unlink(missing_ok=True)
     sync_directory(path)
     return Adaptation(path, {}, 0, 0, time.perf_counter() - began, 0.0)
 
 
+def former_texts(path: Path) -> dict[str, str]:
+    """What index, config.json and moebit.json were before an adaptation, as overlay.json keeps them.
+
+    Raises:
+        BadInputError: overlay.json speaks of other files, or its texts are not those that the former moebit.json sealed.
+    """
+    document = read_object(path / BEFORE)
+    before = document.get("before")
+    damaged = BadInputError(f"{path / BEFORE}: is not what `moebit adapt` wrote, so that nothing is taken back")
+    if document.get("version") != 1 or not isinstance(before, dict) or set(before) != {INDEX, CONFIG, SEALED}:
+        raise damaged
+    try:
+        if not is_intact(before[SEALED]):
+            raise damaged
+        files = parse_json(before[SEALED])["files"]
+        digests = {name: hashlib.sha256(before[name].encode()).hexdigest() for name in (INDEX, CONFIG)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged from error
+    if any(files.get(name) != digest for name, digest in digests.items()):
+        raise damaged
+    return before
+
+
 def _copy(source: Path, target: Path) -> None:
-    """The same files under another directory: linked where the disk can, else copied. What changes is replaced, never written into."""
+    """The output once more under another directory: its sealed weights are linked where the disk can, all else is copied.
+
+    Links share their bytes, and nothing ever changes sealed weights; a page or a document may change.
+
+    Raises:
+        BadInputError: the output's seal is not intact.
+    """
+    names = sealed_names(source)
+    if names is None:
+        raise BadInputError(f"{source}: has no intact {SEALED}; `moebit verify {source}` says what is wrong")
     target.mkdir(parents=True)
-    for file in sorted(source.iterdir()):
-        if not file.is_file():
-            continue
-        try:
-            os.link(file, target / file.name)
-        except OSError:
-            shutil.copyfile(file, target / file.name)
-
-
-def _replace(file: Path, text: str) -> None:
-    """Put a document in place, all of it or none."""
-    temporary = file.with_name(f"{file.name}.writing")
-    with open(temporary, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
+    for file in sorted(source / name for name in {*names, *REPORTS}):
+        if file.suffix == ".safetensors" and not file.is_symlink():
+            try:
+                os.link(file, target / file.name)
+                continue
+            except OSError:  # another disk, or one without links
+                pass
+        if file.is_file() and (file.name not in REPORTS or not file.is_symlink()):
+            copy_carried([check_inside(file)], target)

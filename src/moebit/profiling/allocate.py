@@ -22,6 +22,7 @@ from moebit.methods.significance import baseline, expert_shares
 from moebit.plan.bitplan import BitPlan
 from moebit.profiling.profile import LADDER
 from moebit.recipe import BIT_WIDTHS
+from moebit.storage.durable import replace_text
 
 METHODS = ("fuzzy", "knapsack", "frequency", "uniform")
 GRANULARITIES = ("expert", "projection", "layer")
@@ -98,7 +99,7 @@ def allocate(
     result = Allocation(plan, average, problem.counts(plan), {**made, "average_bits": round(average, 6)})
     if out is not None:
         try:
-            Path(out).write_text(result.document())
+            replace_text(Path(out), result.document())
         except OSError as error:
             raise BadInputError(f"-o {out}: {error.strerror}") from error
     return result

@@ -19,6 +19,7 @@ from moebit.plan.plan import Plan, make_plan
 from moebit.profiling.passes import Progress, run_pass
 from moebit.profiling.prices import Measure
 from moebit.recipe import BIT_WIDTHS, Recipe, load_recipe
+from moebit.recipe.reading import is_there
 from moebit.storage.checkpoint import Checkpoint, checkpoint_fingerprint
 from moebit.streaming.budget import Budget, make_budget
 from moebit.tensor import UniformGrid
@@ -142,6 +143,8 @@ def _opened(checkpoint: Checkpoint, structure: Structure, plan: Plan, out: Path,
     }
     found = Profile(out, facts, profiled_modules(structure, plan))
     if not (out / "profile.json").exists():
+        if is_there(out) and (not out.is_dir() or {file.name for file in out.iterdir()} - {"profile.json.writing"}):
+            raise BadInputError(f"{out}: holds files, and no profile; choose another -o, so that none of them is overwritten")
         return found
     known = Profile.read(out)
     other = sorted(key for key in facts if known.facts.get(key) != facts[key])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,9 @@ from moebit.methods.switching import usage_distance
 from moebit.model.structure import find_structure
 from moebit.profiling.passes import Progress, run_pass
 from moebit.profiling.profile import data_sets
+from moebit.recipe.reading import read_object
 from moebit.storage.checkpoint import Checkpoint
+from moebit.storage.documents import Sealed, checked
 from moebit.streaming.budget import make_budget
 
 DRIFTED = 1.5  # times the distance of a data set to the nearest other one, from which on a text counts as other data
@@ -65,7 +66,9 @@ def observe(
     if not (path / SEALED).is_file():
         raise BadInputError(f"{out}: no {SEALED} here; give the output of `moebit quantize`")
     known = read_usage(path)
-    manifest = json.loads((path / SEALED).read_text(encoding="utf-8"))
+    manifest = read_object(path / SEALED)
+    if checked(Sealed, manifest, path / SEALED).profile is None:
+        raise BadInputError(f"{path / SEALED}: does not say which data the output was made for; make it again")
     checkpoint = open_checkpoint(path)
     if not native_modules(checkpoint):
         raise BadInputError(f"{out}: not in the native format, the only one whose channels can be looked at one by one")

@@ -96,6 +96,7 @@ def calibration_set(output: OutputDirectory, checkpoint: Checkpoint, data: Data,
     windows = kept_windows(checkpoint.path, data.sampled, memory, output.partial / SAMPLE, whole=known, progress=progress)
     if not known:
         output.record("sample", [SAMPLE])
+    output.remove(f"{SAMPLE}.partial")  # only now: the journal has the whole sample
     return windows if data.windows is None else torch.cat([windows, data.windows])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -16,6 +15,7 @@ from moebit.plan.bitplan import BitPlan
 from moebit.quantize.data import Data
 from moebit.recipe import Recipe
 from moebit.storage.checkpoint import Checkpoint, checkpoint_fingerprint
+from moebit.storage.contents import Seen, changed, look_through
 from moebit.tensor import backend_of
 
 
@@ -46,21 +46,27 @@ def _digest_of(sets: dict[str, Tensor] | Profile) -> dict[str, Any]:
     return {name: digest(windows) for name, windows in sets.items()}
 
 
-def last_written(checkpoint: Checkpoint) -> dict[str, int]:
-    """When each shard was last written (0: it is gone): a run neither resumes nor finishes over a shard that changed underneath."""
-    files = sorted({entry.file for entry in checkpoint.entries.values()})
-    return {file.name: file.stat().st_mtime_ns if file.exists() else 0 for file in files}
+def circumstances(device: str, seen: Seen) -> dict[str, Any]:
+    """What the bytes may depend on besides the identity: sums of floats differ with the number of threads that add them up."""
+    return {"device": device, "threads": torch.get_num_threads(), "shards": seen}
 
 
-def check_unchanged(checkpoint: Checkpoint, seen: Mapping[str, int]) -> None:
+def seen_contents(checkpoint: Checkpoint, records: list[dict[str, Any]]) -> Seen:
+    """The content of the input, looked through once; a run that is resumed has looked, and knows the files again if they are the same."""
+    known = records[0].get("started", {}).get("shards") if records else None
+    if isinstance(known, dict) and not changed(checkpoint.entries, known):
+        return known
+    return look_through(checkpoint.entries.values())
+
+
+def check_unchanged(checkpoint: Checkpoint, seen: Seen) -> None:
     """Refuse to finish what was read from two versions of the input.
 
     Raises:
-        BadInputError: shards that were written after `seen` was noted.
+        BadInputError: shards whose content is not what was seen.
     """
-    changed = [name for name, when in last_written(checkpoint).items() if when != seen[name]]
-    if changed:
+    if other := changed(checkpoint.entries, seen):
         raise BadInputError(
-            f"{checkpoint.path}: {', '.join(changed)} changed while it was being read, the result would mix two versions of it; "
+            f"{checkpoint.path}: {', '.join(other)} changed while it was being read, the result would mix two versions of it; "
             "--overwrite starts again"
         )

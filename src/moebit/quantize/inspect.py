@@ -26,13 +26,14 @@ def inspect(
     format: str | None = None,
     engine: str = ANY,
     memory: Memory = DEFAULT_MEMORY,
+    follow_links: bool = False,
 ) -> dict[str, Any]:
     """Structure, sizes and, with a recipe, what it would make of the model. Reads headers, no weights.
 
     Raises:
         BadInputError: not a model that moebit understands, or a recipe that does not fit it.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, follow_links=follow_links)
     structure = find_structure(checkpoint.model)
     result = describe_structure(checkpoint, structure)
     quantized = _quantized(checkpoint, structure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ import torch
 
 from moebit.calibration.sampling import check_fits
 from moebit.calibration.text import Texts, digest
-from moebit.errors import BadInputError
+from moebit.errors import BadInputError, InterruptedWorkError, is_out_of_memory
+from moebit.formats.carried import carried_files
 from moebit.formats.engines import ANY
 from moebit.formats.opening import open_checkpoint, quantized_modules
 from moebit.formats.output import JOURNAL, OutputDirectory, check_free, check_space, disk_error, partial_of, read_journal
@@ -28,14 +28,16 @@ from moebit.profiling.prepare import prepare
 from moebit.quantize.context import Progress
 from moebit.quantize.data import Data, Sources, Windows, calibration_set, gather
 from moebit.quantize.documents import RunFacts, documents
-from moebit.quantize.identity import check_unchanged, identity, last_written
+from moebit.quantize.identity import check_unchanged, circumstances, identity, seen_contents
 from moebit.quantize.report import Result
 from moebit.quantize.run import Work, run
 from moebit.recipe import Recipe, load_recipe
 from moebit.report.command import python_call
 from moebit.storage.checkpoint import Checkpoint
+from moebit.storage.config import read_config
+from moebit.storage.contents import Seen
+from moebit.storage.documents import one_line
 from moebit.storage.edits import EditedWeights, untied_config
-from moebit.storage.files import check_finite
 from moebit.storage.shipped.entries import check_shipped
 from moebit.storage.shipped.reading import plain_config
 from moebit.streaming.store import freed_memory_kept, peak_resident_bytes
@@ -60,6 +62,7 @@ def quantize(
     overwrite: bool = False,
     dry_run: bool = False,
     accept_unquantized: bool = False,
+    follow_links: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> Result | Plan:
@@ -79,6 +82,7 @@ def quantize(
             machine, with as many threads: float sums differ between them).
         resume: go on with an interrupted run after its last whole layer.
         accept_unquantized: go on even if more than 5% of the expert parameters would stay in full precision.
+        follow_links: read and carry files of the checkpoint that are links out of its folder, too.
         progress: called with (what, done, total).
         command: what to write into the report as the way to make it again; by default, this call.
 
@@ -97,16 +101,17 @@ def quantize(
     out = Path(out).resolve() if not Path(out).name else Path(out)
     if not 0 <= seed < 2**63:
         raise BadInputError(f"--seed {seed}: a number from 0 to 2^63 - 1")
-    checkpoint = open_checkpoint(model, compute=None)
+    checkpoint = open_checkpoint(model, compute=None, follow_links=follow_links)
     _check_input(model, checkpoint, out)
     bits = load_bit_plan(plan) if isinstance(plan, str | Path) else plan
-    asking = _Request(chosen, bits, engine, device, memory_bytes(memory), seed, out, asked, progress or (lambda what, done, total: None))
+    report = progress or (lambda what, done, total: None)
+    asking = _Request(chosen, bits, engine, device, memory_bytes(memory), seed, out, asked, report, follow_links)
     job = _prepare(asking, checkpoint, text, profile, accept_unquantized)
     if dry_run:
         check_free(out, resume=resume, overwrite=overwrite)
         return job.plan
-    job.check_before_work(resume)
-    return job.run(began, resume=resume, overwrite=overwrite)
+    seen = job.check_before_work(resume)
+    return job.run(began, seen, resume=resume, overwrite=overwrite)
 
 
 def _check_input(model: str | Path, checkpoint: Checkpoint, out: Path) -> None:
@@ -135,11 +140,11 @@ class _Request:
     out: Path
     command: str
     progress: Progress
+    follow_links: bool
 
 
 def _prepare(asking: _Request, checkpoint: Checkpoint, text: Texts, profile: str | Path | None, accept_unquantized: bool) -> _Job:
     """Find the structure, decide the plan and gather the data: everything that can be refused before the work begins."""
-    seen = last_written(checkpoint)
     structure = find_structure(checkpoint.model)
     checkpoint, weights, transforms = transformed(checkpoint, structure, asking.recipe, asking.seed)
     plan = make_plan(checkpoint, structure, asking.recipe, asking.memory, asking.bits, asking.engine, transforms)
@@ -147,7 +152,7 @@ def _prepare(asking: _Request, checkpoint: Checkpoint, text: Texts, profile: str
     data = gather(checkpoint, asking.recipe, Sources(text, profile, asking.bits, asking.seed))
     if data.sampled:
         check_fits(checkpoint, asking.memory)
-    return _Job(asking, checkpoint, weights, plan, data, seen)
+    return _Job(asking, checkpoint, weights, plan, data)
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,6 @@ class _Job:
 
     Attributes:
         weights: those of the checkpoint, to which edits are added layer by layer.
-        seen: when each shard of the input was last written.
     """
 
     asking: _Request
@@ -164,36 +168,41 @@ class _Job:
     weights: EditedWeights
     plan: Plan
     data: Data
-    seen: dict[str, int]
 
-    def check_before_work(self, resume: bool) -> None:
-        """Refuse a disk that is too small, and values that are not finite.
+    def check_before_work(self, resume: bool) -> Seen:
+        """Return the content of the input; refuse a disk that is too small, files that cannot be carried, values that are not finite.
 
         Raises:
             BadInputError: naming the disk, or the tensor.
         """
         out, width = self.asking.out, int(self.checkpoint.config.get_text_config().hidden_size)
+        carried_files(self.checkpoint.path, follow_links=self.asking.follow_links)  # refused now, and not after hours
         check_space(out, self.plan.size_bytes + self.data.streamed(self.asking.recipe) * width * 4 * 2)
-        if not (resume and read_journal(partial_of(out) / JOURNAL)):  # a run that began has looked, and knows the files again
-            check_finite(self.checkpoint.entries)
-            check_shipped(self.checkpoint.weights.entries.values())
+        seen = seen_contents(self.checkpoint, read_journal(partial_of(out) / JOURNAL) if resume else [])
+        check_shipped(self.checkpoint.weights.entries.values())
+        return seen
 
-    def run(self, began: float, *, resume: bool, overwrite: bool) -> Result:
+    def run(self, began: float, seen: Seen, *, resume: bool, overwrite: bool) -> Result:
         """Do the work and finish the output."""
         asking = self.asking
         facts = identity(
             self.checkpoint, asking.recipe, self.data, asking.bits, memory=asking.memory, seed=asking.seed, device=asking.device
         )
         try:
-            directory = OutputDirectory(
-                asking.out, {**facts, "device": asking.device, "shards": self.seen}, resume=resume, overwrite=overwrite
-            )
+            directory = OutputDirectory(asking.out, {**facts, **circumstances(asking.device, seen)}, resume=resume, overwrite=overwrite)
             with directory as output, freed_memory_kept():
-                return self._fill(output, facts, began)
+                return self._fill(output, facts, seen, began)
         except OSError as error:
             raise disk_error(error, partial_of(asking.out)) from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InterruptedWorkError(
+                f"memory ran out ({one_line(error)}); what is finished is kept in {partial_of(asking.out)}: close other programs and go on "
+                "with --resume, or start again with a smaller --memory and --overwrite"
+            ) from error
 
-    def _fill(self, output: OutputDirectory, facts: dict[str, Any], began: float) -> Result:
+    def _fill(self, output: OutputDirectory, facts: dict[str, Any], seen: Seen, began: float) -> Result:
         asking, checkpoint, plan, coactivation = self.asking, self.checkpoint, self.plan, dict[int, list[list[int]]]()
         if asking.device == "cpu" and asking.recipe.needs_hessians:
             Thread(target=kernels.load).start()
@@ -210,8 +219,8 @@ class _Job:
         size = sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
         told = RunFacts(asking.out.name, size, time.perf_counter() - began, asking.command, peak_resident_bytes(), coactivation)
         written = documents(checkpoint, plan, facts, reports, told)
-        check_unchanged(checkpoint, self.seen)
-        output.finish(checkpoint.path, sink.config(_config(checkpoint, self.weights)), written)
+        check_unchanged(checkpoint, seen)
+        output.finish(checkpoint.path, sink.config(_config(checkpoint, self.weights)), written, follow_links=asking.follow_links)
         return Result(asking.out, plan, checkpoint.size_bytes, size, reports, time.perf_counter() - began)
 
 
@@ -220,5 +229,5 @@ def _config(checkpoint: Checkpoint, weights: EditedWeights) -> dict[str, Any]:
 
     Nor does it say that the head is tied to the embeddings, where it is its own now.
     """
-    config = plain_config(json.loads((checkpoint.path / "config.json").read_text()))
+    config = plain_config(read_config(checkpoint.path))
     return untied_config(config) if weights.untied else config

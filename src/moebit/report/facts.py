@@ -16,6 +16,7 @@ from typing import Any
 
 from moebit import words
 from moebit.errors import BadInputError
+from moebit.recipe.reading import is_there, read_object, read_text
 
 THIN = 0.1  # an expert with less than this part of an even share of the tokens is named
 LARGE_ERROR = 0.5  # |dW|^2 / |W|^2 at which a matrix has lost its meaning; 2 bits have about 0.15
@@ -51,14 +52,14 @@ def read_documents(out: Path, evaluations: Sequence[Path] = ()) -> Documents:
     Raises:
         BadInputError: not an output of `quantize`, a damaged document, an evaluation of another model.
     """
-    if not out.is_dir() or not (out / "report.json").is_file():
+    if not is_there(out) or not out.is_dir() or not (out / "report.json").is_file():
         raise BadInputError(f"{out}: no report.json here; give the output of `moebit quantize`")
     recipe = out / "recipe.yaml"
     documents = Documents(
         out.resolve().name,
         _read(out / "report.json"),
         _read(out / "moebit.json") if (out / "moebit.json").is_file() else {},
-        recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        read_text(recipe) if recipe.is_file() else "",
         [_read(file) for file in evaluations],
     )
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))  # as `evaluate` counts
@@ -71,13 +72,7 @@ def read_documents(out: Path, evaluations: Sequence[Path] = ()) -> Documents:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInputError(f"{file}: cannot be read as JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise BadInputError(f"{file}: not a JSON object")
-    return document
+    return read_object(file, infinite=True)
 
 
 ExpertRow = tuple[int, str, str, Sequence[str], str]  # expert, tokens, bits, errors by projection, note

@@ -18,6 +18,8 @@ from moebit.report import facts
 from moebit.report.facts import Documents, read_documents
 from moebit.report.plots import figures
 from moebit.report.svg import DARK, LIGHT
+from moebit.storage.documents import understood
+from moebit.storage.durable import replace_text
 
 
 def report(out: str | Path, output: str | Path | None = None, *, evaluation: Sequence[str | Path] | str | Path = ()) -> Path:
@@ -35,7 +37,9 @@ def report(out: str | Path, output: str | Path | None = None, *, evaluation: Seq
         BadInputError: no output of moebit, a document that cannot be read, an evaluation of another model, a file that cannot be written.
     """
     given = [evaluation] if isinstance(evaluation, str | Path) else list(evaluation)
-    page = report_page(read_documents(Path(out), [Path(file) for file in given]))
+    documents = read_documents(Path(out), [Path(file) for file in given])
+    with understood(Path(out) / "report.json", "quantize again, or leave the page as it is"):
+        page = report_page(documents)
     return write_page(Path(output) if output is not None else Path(out) / "report.html", page)
 
 
@@ -111,7 +115,7 @@ def write_page(file: Path, page: str) -> Path:
         BadInputError: the file cannot be written.
     """
     try:
-        file.write_text(page, encoding="utf-8")
+        replace_text(file, page)
     except OSError as error:
         raise BadInputError(f"{file}: cannot be written ({error.strerror}); choose another -o") from error
     return file

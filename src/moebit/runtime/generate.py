@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from moebit.calibration.text import load_tokenizer
-from moebit.errors import BadInputError
+from moebit.errors import BadInputError, is_out_of_memory
 from moebit.runtime.packed import PackedModule, multiplied, use
 from moebit.runtime.paths import PATHS, Path
 from moebit.storage.checkpoint import resolve
 from moebit.storage.config import load_config
+from moebit.storage.documents import one_line, understood
 from moebit.streaming.store import resident_bytes
 
 WARM_UP_TOKENS = 2
@@ -95,6 +96,10 @@ def generate(
     Raises:
         BadInputError: no tokenizer, an empty prompt, numbers that make no sense, a model that does not load.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise BadInputError("the prompt is not UTF-8 text; write it in a terminal or a file that is") from error
     if max_new_tokens < 1:
         raise BadInputError(f"{max_new_tokens} new tokens: ask for one at least")
     if not 0 <= temperature < math.inf:
@@ -126,7 +131,8 @@ def _run(name: str | File, prompt: str, max_new_tokens: int, sampling: dict[str,
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
         raise BadInputError(f"{name}: no tokenizer files here, so that a prompt cannot be read; copy the model's tokenizer to it")
-    ids: Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with understood(f"{name}: what its tokenizer makes of the prompt", "copy the tokenizer's files again"):
+        ids: Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise BadInputError("the prompt is empty: give at least one token to go on from")
     _check_length(load_config(directory), name, ids.shape[1], max_new_tokens)
@@ -169,9 +175,11 @@ def _check_length(config: Any, name: str | File, prompt: int, new: int) -> None:
 
 def _load(directory: File) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
-    except (ValueError, OSError, ImportError, KeyError) as error:
-        raise BadInputError(f"{directory}: transformers does not load it ({str(error).splitlines()[0]})") from error
+        return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False).eval()
+    except Exception as error:  # whatever a library raises about files that it does not understand
+        if is_out_of_memory(error):
+            raise
+        raise BadInputError(f"{directory}: transformers does not load it ({one_line(error)})") from error
 
 
 def _continue(model: Any, ids: Tensor, count: int, sampling: dict[str, Any], clock: _Clock | None) -> list[int]:

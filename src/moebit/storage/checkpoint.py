@@ -11,21 +11,28 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from moebit.errors import BadInputError
+from moebit.recipe.reading import is_there
 from moebit.storage.files import TensorEntry, read_header
+from moebit.storage.places import check_links
 from moebit.storage.shipped.entries import Shipped
 from moebit.storage.weights import Weights
 
 
-def resolve(model: str | Path, revision: str | None = None) -> Path:
+def resolve(model: str | Path, revision: str | None = None, *, follow_links: bool = False) -> Path:
     """The local directory of a checkpoint: a path, or a hub id that is downloaded (safetensors, configuration, tokenizer).
 
+    Args:
+        follow_links: read files that are links out of the checkpoint's folder, too.
+
     Raises:
-        BadInputError: neither a directory with a config.json nor a hub id that can be fetched.
+        BadInputError: neither a directory with a config.json nor a hub id that can be fetched; a link that leads out of the folder.
     """
     path = Path(model)
-    if path.is_dir():
+    if is_there(path) and path.is_dir():
         if not (path / "config.json").exists():
             raise BadInputError(f"{path}: no config.json here; give the directory of a Hugging Face checkpoint")
+        if not follow_links:
+            check_links(path)
         return path
     if str(model).count("/") != 1 or str(model).startswith((".", "/")):
         raise BadInputError(f"{model}: no such directory; give a checkpoint directory or a hub id like org/name")

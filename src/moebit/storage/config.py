@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from moebit.errors import BadInputError
+from moebit.recipe.reading import read_object
+from moebit.storage.documents import check_config
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -17,12 +18,8 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         BadInputError: not a JSON object.
     """
-    try:
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise BadInputError(f"{path / 'config.json'}: not valid JSON ({error}); copy it again") from error
-    if not isinstance(raw, dict):
-        raise BadInputError(f"{path / 'config.json'}: expected a JSON object, got {type(raw).__name__}")
+    raw = read_object(path / "config.json", remedy="copy it again", infinite=True)
+    check_config(raw, path / "config.json")
     return raw
 
 
@@ -34,7 +31,7 @@ def load_config(path: Path) -> Any:
     """
     raw = read_config(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise BadInputError(
             f"{path}: transformers does not know the architecture {raw.get('model_type')!r} ({first_line(error)}); a newer transformers may"
@@ -45,6 +42,7 @@ def load_config(path: Path) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, which transformers continues with lists and advice."""
-    lines = str(error).splitlines() or [""]
-    return lines[0] if len(lines[0]) <= 200 else lines[0][:200] + " …"
+    """The first line of an error's message, and the second where the first only announces it; what follows are lists and advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return told if len(told) <= 300 else told[:300] + " …"

@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 
 from moebit.errors import BadInputError
+from moebit.recipe.reading import read_object
+from moebit.storage.documents import Index, checked
+from moebit.storage.headers import check_covered, stored_tensors
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -147,25 +150,10 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     Raises:
         BadInputError: not a safetensors file, shorter than its header says, or not readable.
     """
-    entries = {}
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if not 2 <= length <= size - 8:
-                raise ValueError("impossible header length")
-            header = json.loads(f.read(length))
-        header.pop("__metadata__", None)
-        for name, item in header.items():
-            (begin, end), shape = item["data_offsets"], tuple(map(int, item["shape"]))
-            if not isinstance(item["shape"], list) or not 0 <= begin <= end or min(shape, default=0) < 0:
-                raise ValueError(f"impossible place or shape of tensor {name!r}")
-            entries[name] = (item["dtype"], shape, begin, end)
-    except OSError as error:
-        raise BadInputError(f"{file}: cannot be read ({error.strerror}); mend the permissions or the disk") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadInputError(f"{file}: not a safetensors file or truncated ({error}); download or copy this shard again") from error
-    return {name: _entry(file, size, 8 + length, name, *item) for name, item in entries.items()}
+    header = stored_tensors(file)
+    entries = {name: _entry(file, header.size, header.start, name, *item) for name, item in header.tensors.items()}
+    check_covered(file, header)
+    return entries
 
 
 def _entry(file: Path, size: int, data: int, name: str, dtype: str, shape: tuple[int, ...], begin: int, end: int) -> TensorEntry:
@@ -213,13 +201,7 @@ def read_index(directory: Path) -> dict[str, TensorEntry]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise TypeError("weight_map does not map tensors to files")
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInputError(f"{index}: not a safetensors index ({error!r}); download it again") from error
-    return weight_map
+    return checked(Index, read_object(index, remedy="download it again"), index, "download it again").weight_map
 
 
 def check_finite(entries: Mapping[str, TensorEntry]) -> None:
@@ -232,13 +214,23 @@ def check_finite(entries: Mapping[str, TensorEntry]) -> None:
         if not entry.dtype.is_floating_point:
             continue
         for begin, piece in pieces(entry):
-            if _suspicious(piece) and bool(_not_finite(piece).any()):
-                place = _not_finite(piece).nonzero()[0].tolist()
-                value = piece[tuple(place)].item()
-                if place:
-                    place[0] += begin // (piece[:1].nbytes or 1)
-                where = f" at {place}" if place else ""
-                raise BadInputError(f"tensor {entry.name!r} holds {value}{where} ({entry.file}); the checkpoint is damaged")
+            check_piece(entry, begin, piece)
+
+
+def check_piece(entry: TensorEntry, begin: int, piece: Tensor) -> None:
+    """Look for NaN and infinity in some rows of a tensor that begin at byte `begin`.
+
+    Raises:
+        BadInputError: naming the tensor and the place.
+    """
+    if not piece.dtype.is_floating_point or not _suspicious(piece) or not bool(_not_finite(piece).any()):
+        return
+    place = _not_finite(piece).nonzero()[0].tolist()
+    value = piece[tuple(place)].item()
+    if place:
+        place[0] += begin // (piece[:1].nbytes or 1)
+    where = f" at {place}" if place else ""
+    raise BadInputError(f"tensor {entry.name!r} holds {value}{where} ({entry.file}); the checkpoint is damaged")
 
 
 def _suspicious(piece: Tensor) -> bool:
@@ -274,7 +266,8 @@ class ShardFile:
         self._start = 8 + len(text)
         self._missing = {name: spec.nbytes for name, spec in specs.items()}
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in specs}
-        self._file = open(self._temporary, "wb", buffering=0)  # noqa: SIM115 - closed by finish() or abandon()
+        self._temporary.unlink(missing_ok=True)  # nothing is written through a link
+        self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115 - closed by finish() or abandon()
         try:
             self._put(0, len(text).to_bytes(8, "little") + text)
             self._file.truncate(self._start + position)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moebit.cli.options import EngineOption, FormatOption, JsonOption, MemoryOption, ModelArgument, check_recipe
+from moebit.cli.options import EngineOption, FormatOption, JsonOption, LinksOption, MemoryOption, ModelArgument, check_recipe
 from moebit.cli.screens.model import show_structure
 from moebit.cli.screens.plan import show_plan
 from moebit.cli.terminal import write_json
@@ -21,6 +21,7 @@ def inspect(
     output_format: FormatOption = None,
     engine: EngineOption = "any",
     memory: MemoryOption = DEFAULT_MEMORY,
+    follow_links: LinksOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """Show what a model is made of, and what a recipe would make of it. Only headers are read."""
@@ -28,7 +29,7 @@ def inspect(
         check_recipe(recipe, {}, output_format)
     import moebit
 
-    result = moebit.inspect(model, recipe, format=output_format, engine=engine, memory=memory)
+    result = moebit.inspect(model, recipe, format=output_format, engine=engine, memory=memory, follow_links=follow_links)
     if write_json(json_file, result):
         return
     show_structure(result)

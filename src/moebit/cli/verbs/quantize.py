@@ -11,6 +11,7 @@ from moebit.cli.options import (
     LARGEST_SEED,
     EngineOption,
     FormatOption,
+    LinksOption,
     MemoryOption,
     ModelArgument,
     ResumeOption,
@@ -55,6 +56,7 @@ def quantize(
     accept_unquantized: Annotated[
         bool, typer.Option("--accept-unquantized", help="Go on though more than 5% of the expert parameters stay in full precision.")
     ] = False,
+    follow_links: LinksOption = False,
 ) -> None:
     """Quantize a checkpoint."""
     changes = overrides(settings)
@@ -65,7 +67,7 @@ def quantize(
         result: Any = moebit.quantize(
             model, output, recipe=recipe, text=text or [], overrides=changes, plan=plan_file, profile=profile_dir, format=output_format,
             engine=engine, device=device, memory=memory, seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
-            accept_unquantized=accept_unquantized, progress=progress, command=typed_command(),
+            accept_unquantized=accept_unquantized, follow_links=follow_links, progress=progress, command=typed_command(),
         )  # fmt: skip
     if dry_run:
         show_plan(result.describe(), None)
