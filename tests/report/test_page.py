@@ -224,7 +224,7 @@ def test_bad_input(outputs: Outputs, tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="no result of `moebit evaluate --json`"):
         moebit.report(out, tmp_path / "x.html", evaluation=[tmp_path / "e.json"])
     (tmp_path / "e.json").write_text("[1")
-    with pytest.raises(BadInputError, match="cannot be read as JSON"):
+    with pytest.raises(BadInputError, match="not valid JSON"):
         moebit.report(out, tmp_path / "x.html", evaluation=[tmp_path / "e.json"])
     with pytest.raises(BadInputError, match="cannot be written"):
         moebit.report(out, tmp_path / "no" / "such" / "x.html")
