@@ -130,6 +130,6 @@ def test_a_configuration_that_transformers_refuses_says_why(tmp_path: Path) -> N
     from moebit.storage.config import load_config
 
     config = json.loads((ROOT / "reference" / "olmoe" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "many"}))
-    with pytest.raises(BadInputError, match=r"num_hidden_layers.*expected int.*many"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_dropout": "many"}))
+    with pytest.raises(BadInputError, match=r"attention_dropout.*expected.*many"):
         load_config(tmp_path)

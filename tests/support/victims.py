@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,7 @@ def suffer(job: dict[str, Any], log: int, trace: int) -> None:
 
     os.dup2(log, 1)
     os.dup2(log, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115 - the former ones knew of another file
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "user" in job:
         os.setgid(job["user"])
@@ -151,6 +153,8 @@ def suffer(job: dict[str, Any], log: int, trace: int) -> None:
         cli.main()
     except SystemExit as stop:
         code = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
