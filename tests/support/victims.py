@@ -104,6 +104,8 @@ def serve() -> None:
     import moebit
     from moebit import cli  # noqa: F401 - what takes long
 
+    for name in moebit.__all__:  # imported once here, not in every child, which may be somebody who cannot read the library
+        getattr(moebit, name)
     torch.set_num_threads(1)
     for line in sys.stdin:
         job, began = json.loads(line), time.perf_counter()
