@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,16 @@ class OutputDirectory:
         sync_directory(self.partial)
         self._give_name()
 
+    def finish_file(self, name: str, documents: Mapping[str, str]) -> None:
+        """Documents beside one file that was made of all shards; then the directory gets its name, and the shards are removed."""
+        for document, text in documents.items():
+            if document != SEALED:
+                self._document(document, text)
+        checksums = {file: sha256(self.partial / file) for file in [name, *documents] if file != SEALED and not is_report(file)}
+        self._document(SEALED, seal(json.loads(documents[SEALED]), checksums))
+        sync_directory(self.partial)
+        self._give_name(keep=checksums.keys() | documents.keys())
+
     def _carry(self, source: Path) -> list[str]:
         """Copy tokenizer, generation and template files; their names."""
         files = {file for pattern in CARRIED for file in source.glob(pattern)}
@@ -179,7 +189,7 @@ class OutputDirectory:
         total = sum(entry.spec.nbytes for header in headers.values() for entry in header.values())
         self._document(INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=1))
 
-    def _give_name(self) -> None:
+    def _give_name(self, keep: Collection[str] = ()) -> None:
         replaced = self.path.with_name(self.path.name + ".replaced")
         if self.path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -188,6 +198,11 @@ class OutputDirectory:
         sync_directory(self.path.parent)
         # OUT is whole. What follows only tidies up; the journal goes last, because --resume takes OUT up again as long as it is there.
         shutil.rmtree(replaced, ignore_errors=True)
+        if keep:
+            # The journal first forgets the shards that go, so that a run that ends here begins anew if it is resumed.
+            os.truncate(self.path / JOURNAL, 0)
+            for file in [file for file in self.path.iterdir() if file.name not in (JOURNAL, *keep)]:
+                file.unlink() if file.is_file() else shutil.rmtree(file)
         (self.path / JOURNAL).unlink()
 
     def _document(self, name: str, text: str) -> None:

@@ -17,7 +17,7 @@ from moebit.errors import BadInputError
 from moebit.recipe.recipe import Recipe
 
 DEFAULT = "gptq-w4"
-NAME = re.compile(r"[a-z0-9.-]{1,64}")  # of a preset
+NAME = re.compile(r"[a-z0-9._-]{1,64}")  # of a preset
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same language; libyaml's parser is six times as fast
 
 
