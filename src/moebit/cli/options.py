@@ -88,8 +88,14 @@ SettingsOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one value of the recipe; repeat for several.")
 ]
 LinksOption = Annotated[bool, typer.Option("--follow-links", help="Read files of the checkpoint that are links out of its folder, too.")]
-FormatOption = Annotated[str | None, typer.Option("--format", help="native, compressed-tensors or dense, instead of the recipe's.")]
-EngineOption = Annotated[str, typer.Option("--engine", help="What has to run the output: transformers, vllm or any.")]
+FormatOption = Annotated[str | None, typer.Option("--format", help="native, compressed-tensors, dense or gguf, instead of the recipe's.")]
+LlamaOption = Annotated[
+    Path | None, typer.Option("--llama-cpp", metavar="DIR", help="A clone of llama.cpp, instead of the extra `gguf`'s converter.")
+]
+GgufPreOption = Annotated[
+    str | None, typer.Option("--gguf-pre", metavar="NAME", help="The pre-tokenizer, where llama.cpp does not recognise the tokenizer.")
+]
+EngineOption = Annotated[str, typer.Option("--engine", help="What has to run the output: transformers, vllm, llama.cpp or any.")]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON ('-' for standard output).", callback=_json_file)
 ]

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from moebit.calibration.text import Texts, consecutive_windows, load_tokenizer, parse_texts, tokenize
 from moebit.errors import BadInputError
 from moebit.evaluate.streaming import Progress, _Scores, add_scores, evaluate
+from moebit.formats.gguf.locate import gguf_file, open_gguf
 from moebit.formats.opening import open_checkpoint, quantized_modules
 from moebit.memory import DEFAULT_MEMORY, Memory
 from moebit.model.seam import is_experts
@@ -74,6 +75,8 @@ def judge(
     Raises:
         BadInputError: no such directory. What is wrong with a model that is there is a judgement, not an error.
     """
+    if (file := gguf_file(model)) is not None:
+        return _judge_gguf(file, reference, text, window=window, max_tokens=max_tokens, memory=memory, progress=progress)
     path = resolve(model)
     found = Judgement(str(model), sum(file.stat().st_size for file in path.glob("*.safetensors")), made_by=_made_by(path))
     original = open_checkpoint(reference)
@@ -92,6 +95,20 @@ def judge(
             found.refused = str(error)
             return found
         found.texts, found.average_bits = result["texts"], result["average_bits"]
+    return found
+
+
+def _judge_gguf(file: Path, reference: str | Path, text: Texts, **how: Any) -> Judgement:
+    """A GGUF file by what llama.cpp computes with it."""
+    made_by = "moebit" if (file.parent / "moebit.json").is_file() else "GGUF"
+    found = Judgement(str(file), open_gguf(file).size_bytes, made_by=made_by)
+    try:
+        result = evaluate(file, against=reference, text=text, **how) if text else None
+    except BadInputError as error:
+        found.refused = str(error)
+        return found
+    if result is not None:
+        found.texts, found.average_bits, found.remarks = result["texts"], result["average_bits"], ["run by llama.cpp", *result["remarks"]]
     return found
 
 

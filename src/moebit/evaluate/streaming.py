@@ -18,7 +18,9 @@ from torch import Tensor
 
 from moebit.calibration.text import Texts, TokenText, consecutive_windows, load_tokenizer, parse_texts, tokenize
 from moebit.errors import BadInputError
+from moebit.evaluate.gguf import llama_engine, token_remarks
 from moebit.evaluate.tasks import check_tasks, run_tasks
+from moebit.formats.gguf.locate import gguf_file, open_gguf
 from moebit.formats.opening import average_bits, open_checkpoint
 from moebit.memory import DEFAULT_MEMORY, Memory, memory_bytes
 from moebit.model.structure import Structure, find_structure
@@ -69,7 +71,8 @@ def evaluate(
     `routing_overlap` the mean share of experts in common.
 
     Args:
-        model, against: checkpoints or native outputs.
+        model, against: checkpoints or native outputs. A GGUF file, or an output that holds one, is run by llama.cpp itself; it needs
+            `against`, whose tokenizer reads the texts, and its routing is not compared.
         text: `[NAME=]FILE` items or a mapping.
         window: tokens per window. max_tokens: of each text.
         memory: bytes, or a size such as `4GiB`, that the work may take; for tasks, the model is loaded whole.
@@ -91,30 +94,37 @@ def evaluate(
         check_tasks(tasks, task_data, limit)
     if window < 2:
         raise BadInputError(f"--window {window}: at least 2 tokens, the first of which is not scored")
-    candidate, reference = open_checkpoint(model), open_checkpoint(against) if against else None
-    checkpoints = [candidate] + ([reference] if reference else [])
+    file = gguf_file(model)
+    if file is not None and (against is None or tasks):
+        raise BadInputError(f"{model}: a GGUF file is judged on texts, against its original; give --against MODEL and no --tasks")
+    candidate, reference = None if file else open_checkpoint(model), open_checkpoint(against) if against else None
+    checkpoints = [checkpoint for checkpoint in (candidate, reference) if checkpoint]
     structures = [find_structure(checkpoint.model) for checkpoint in checkpoints]
     _check_pair(checkpoints, structures)
     facts = {
         "model": str(model),
         "reference": str(against) if against else None,
-        "size_bytes": candidate.size_bytes,
-        "average_bits": _average_bits(candidate),
+        **(_gguf_facts(file) if candidate is None else {"size_bytes": candidate.size_bytes, "average_bits": _average_bits(candidate)}),
     }
     answered = {"tasks": run_tasks(model, tasks, against=against, data=task_data, limit=limit)} if tasks else {}
     if not files:
         return {**facts, "texts": {}, **answered}
     if max_tokens is not None and max_tokens < window:
         raise BadInputError(f"--max-tokens {max_tokens}: at least one window of {window}")
-    limit = getattr(candidate.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(checkpoints[0].config.get_text_config(), "max_position_embeddings", None)
     if limit and window > limit:
         raise BadInputError(f"--window {window} is longer than the model's context of {limit}; use --window {limit} or less")
     tokenizer = next((t for t in map(load_tokenizer, [c.path for c in checkpoints]) if t is not None), None)
-    vocabulary = int(candidate.config.get_text_config().vocab_size)
+    vocabulary = int(checkpoints[0].config.get_text_config().vocab_size)
     parts, windows = _join([tokenize(name, file, tokenizer, vocabulary) for name, file in files.items()], window, max_tokens)
 
     routing = _Lockstep(checkpoints, structures, windows, parts, allowed, report)
-    scores = routing.run()
+    if file is None:
+        scores = routing.run()
+    else:
+        with llama_engine(file, window, vocabulary) as (llama, engine):
+            facts["remarks"] = token_remarks(llama, tokenizer, files)
+            scores = routing.run(engine)
     return {
         **facts,
         "texts": {part.text.name: _row(scores[i], part, routing.agreement[i], bool(reference)) for i, part in enumerate(parts)},
@@ -167,7 +177,8 @@ class _Lockstep:
         # agreement[part][moe layer] = (exact, overlap)
         self.agreement: list[list[tuple[int, float, float]]] = [[] for _ in parts]
 
-    def run(self) -> list[_Scores]:
+    def run(self, engine: Callable[[Tensor], Tensor] | None = None) -> list[_Scores]:
+        """The scores of every text; of an engine's logits, where one stands in the candidate's place."""
         layers = len(self.structures[0].layers)
         for index in range(layers):
             self.report("layers", index, layers)
@@ -175,7 +186,7 @@ class _Lockstep:
             if len(routed) == 2 and routed[0] is not None and routed[1] is not None:
                 self._compare(index, routed[0], routed[1])
         self.report("layers", layers, layers)
-        return self._score()
+        return self._score(engine)
 
     def _compare(self, index: int, mine_Tk: Tensor, theirs_Tk: Tensor) -> None:
         common = (mine_Tk.unsqueeze(2) == theirs_Tk.unsqueeze(1)).any(2).float().mean(1)
@@ -184,13 +195,15 @@ class _Lockstep:
             span = common[part.rows.start * length : part.rows.stop * length]
             self.agreement[number].append((index, float((span == 1).float().mean()), float(span.mean())))
 
-    def _score(self) -> list[_Scores]:
+    def _score(self, engine: Callable[[Tensor], Tensor] | None) -> list[_Scores]:
         scores = [_Scores() for _ in self.parts]
         generators = [stream.logits() for stream in self.streams]
         done = 0
         for pieces in zip(*generators, strict=True):
             rows, logits = pieces[0]
             reference = pieces[1][1] if len(pieces) == 2 else None
+            if engine is not None:
+                logits, reference = engine(self.windows[rows]), logits
             for number, part in enumerate(self.parts):
                 begin, end = max(rows.start, part.rows.start), min(rows.stop, part.rows.stop)
                 if begin < end:
@@ -229,11 +242,20 @@ def _row(scores: _Scores, part: _Part, agreement: list[tuple[int, float, float]]
         row |= {
             "kl": scores.kl / scores.tokens,
             "top1_agreement": scores.agree / scores.tokens,
+        }
+    if compared and agreement:
+        row |= {
             "routing_exact": sum(exact for _, exact, _ in agreement) / len(agreement),
             "routing_overlap": sum(overlap for _, _, overlap in agreement) / len(agreement),
             "per_layer": [{"layer": layer, "routing_exact": exact, "routing_overlap": overlap} for layer, exact, overlap in agreement],
         }
     return row
+
+
+def _gguf_facts(file: Path | None) -> dict[str, Any]:
+    assert file is not None
+    found = open_gguf(file)
+    return {"size_bytes": found.size_bytes, "average_bits": found.bits_per_weight}
 
 
 def _average_bits(checkpoint: Checkpoint) -> float:

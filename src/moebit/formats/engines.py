@@ -18,6 +18,7 @@ from moebit.model.structure import LayerSites, Structure
 
 TRANSFORMERS, VLLM = "transformers", "vllm"
 ENGINES = (TRANSFORMERS, VLLM)
+LLAMA = "llama.cpp"  # of GGUF files
 ANY = "any"
 MARLIN_BITS = (4, 8)  # widths of vLLM's weight-only kernels that every CUDA build has
 MARLIN_HIDDEN = 128  # what they want the hidden size of experts to be a multiple of
@@ -62,6 +63,9 @@ def verdicts(
     if output_format == "native":
         notes = ["with `import moebit`, which registers the format", *_native_notes(activations or Activations())]
         return {TRANSFORMERS: Verdict(notes=tuple(notes)), VLLM: Verdict(("it does not know the native format",))}
+    if output_format == "gguf":
+        others = Verdict(("it is given GGUF files only by conversion, which rounds again",))
+        return {TRANSFORMERS: others, VLLM: others, LLAMA: Verdict(notes=("and what is built on it: ollama, LM Studio",))}
     if output_format == "dense":
         return {engine: Verdict(notes=("like the checkpoint itself",)) for engine in ENGINES}
     return {
@@ -76,9 +80,11 @@ def check_engine(engine: str, found: Mapping[str, Verdict]) -> None:
     Raises:
         BadInputError: with every reason; an unknown engine.
     """
-    if engine not in (*ENGINES, ANY):
-        raise BadInputError(f"--engine {engine}: choose one of {', '.join((*ENGINES, ANY))}")
-    wanted = ENGINES if engine == ANY else (engine,)
+    if engine not in (*ENGINES, LLAMA, ANY):
+        raise BadInputError(f"--engine {engine}: choose one of {', '.join((*ENGINES, LLAMA, ANY))}")
+    if engine not in (ANY, *found):
+        raise BadInputError(f"--engine {engine} reads GGUF files; set format: gguf")
+    wanted = tuple(found) if engine == ANY else (engine,)
     if any(found[name].runs for name in wanted):
         return
     why = "; ".join(f"{name}: {', '.join(found[name].reasons)}" for name in wanted)

@@ -37,6 +37,7 @@ class PackedSpec:
         shape: (out, in) features.
         stacked: whether codes are flat over experts (an experts module) or [out, row bytes] (a linear).
         float8: float8 e4m3 numbers instead of integer codes. input_bits: what an engine rounds the inputs to, 16 for not at all.
+        ggml: the block type of ggml, where a GGUF file holds the matrices.
             (The native format has neither: it says what happens to inputs apart from the weights.)
     """
 
@@ -48,6 +49,7 @@ class PackedSpec:
     stacked: bool
     float8: bool = False
     input_bits: int = 16
+    ggml: str = ""
 
     @property
     def groups(self) -> int:

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +219,25 @@ class OutputDirectory:
         sync_directory(self.partial)
         self._give_name()
 
+    def announce(self, name: str) -> None:
+        """Note that finishing makes a file of this name, before it is begun: an interrupted run is then known as its owner."""
+        if not any(entry["kind"] == "finish" and name in entry["names"] for entry in self.entries):
+            self._append({"kind": "finish", "files": {}, "names": [name]})
+
+    def finish_file(self, name: str, documents: Mapping[str, str]) -> None:
+        """Documents beside one file that was made of all shards; then the directory gets its name, and the shards are removed."""
+        small = set(documents)
+        if not any(entry["kind"] == "finish" and set(entry["names"]) == small for entry in self.entries):
+            self._append({"kind": "finish", "files": {}, "names": sorted(small)})
+        for document, text in documents.items():
+            if document != SEALED:
+                self._document(document, text)
+        checksums = {file: sha256(self.partial / file) for file in [name, *documents] if file != SEALED and not is_report(file)}
+        self._document(SEALED, seal(json.loads(documents[SEALED]), checksums))
+        check_own(self.partial, foreign_to_partial(self.partial))
+        sync_directory(self.partial)
+        self._give_name(keep={*checksums, *documents})
+
     def _tidy(self, keep: set[str]) -> None:
         """Work in progress goes: what is left is what the seal names, and the journal."""
         assert self._held is not None
@@ -231,7 +250,7 @@ class OutputDirectory:
         total = sum(entry.spec.nbytes for header in headers.values() for entry in header.values())
         self._document(INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=1))
 
-    def _give_name(self) -> None:
+    def _give_name(self, keep: Collection[str] = ()) -> None:
         if not self._is_held(self.partial):
             raise InterruptedWorkError(f"{self.partial} was moved or replaced while it was being written; {self.path} is left as it was")
         if os.path.lexists(self.path):
@@ -247,6 +266,9 @@ class OutputDirectory:
         moved = {entry["seal"] for entry in self.entries if entry["kind"] == "replacing"}
         if os.path.lexists(self.replaced) and seal_of(self.replaced) in moved:
             remove_output(self.replaced)
+        if keep:  # the shards that the file was made of go
+            assert self._held is not None
+            empty(self._held, keep={JOURNAL, *keep})
         (self.path / JOURNAL).unlink()
 
     def _document(self, name: str, text: str) -> None:

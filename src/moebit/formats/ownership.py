@@ -78,7 +78,8 @@ def foreign_to_output(directory: Path) -> str | None:
     known = sealed_names(directory)
     if known is None:
         return f"it has no intact {SEALED}"
-    return _others(directory, {*known, *REPORTS, JOURNAL}, directories=())
+    unfinished = journaled(read_journal(directory / JOURNAL))  # a run that ended while it tidied up left some of these
+    return _others(directory, {*known, *REPORTS, JOURNAL, *unfinished}, directories=())
 
 
 def foreign_to_partial(directory: Path) -> str | None:

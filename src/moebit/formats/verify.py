@@ -15,6 +15,7 @@ from typing import Any
 
 from moebit.errors import BadInputError
 from moebit.formats.consistency import AGAIN, CHECKS, CONFIG, Finding, against_model, finite, format_of, native_specs, place
+from moebit.formats.gguf.locate import gguf_file, open_gguf
 from moebit.formats.native import FORMAT_VERSION, average_bits
 from moebit.formats.output import JOURNAL, partial_of, read_journal
 from moebit.formats.seal import SEALED, is_intact, is_report
@@ -44,6 +45,7 @@ class _Output:
     config: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, TensorEntry] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    gguf_tensors: int = 0
 
     @property
     def files(self) -> dict[str, str]:
@@ -100,6 +102,9 @@ def _finished(output: _Output) -> dict[str, Any]:
         raise BadInputError(f"{path}: neither {SEALED} nor {RECIPE} is here, so this is no output of `moebit quantize`; give one")
     _manifest(output)
     _checksums(output)
+    if output.manifest.get("format") == "gguf":
+        _gguf(output)
+        return _described(output, "fine")
     output.config = output.document(CONFIG)
     readable = _shards(output) and bool(output.config)
     if check := CHECKS.get(format_of(output.config)) if output.config else None:
@@ -112,13 +117,33 @@ def _finished(output: _Output) -> dict[str, Any]:
     return _described(output, "fine")
 
 
+def _gguf(output: _Output) -> None:
+    """The GGUF file can be read, and its tensors have the types of the plan."""
+    _documents(output)
+    plan = output.manifest.get("plan")
+    planned = plan.get("gguf", {}).get("types", {}) if isinstance(plan, dict) else {}
+    file = gguf_file(output.path)
+    if file is None:
+        return  # its checksum was looked for
+    try:
+        tensors = open_gguf(file).tensors
+    except BadInputError as error:
+        output.say(str(error), file.name)
+        return
+    for name, kind in planned.items():
+        if name not in tensors or tensors[name].type != kind.upper():
+            found = tensors[name].type if name in tensors else "missing"
+            output.say(f"{name} is {found}, {SEALED} says {kind.upper()}", file.name)
+    output.gguf_tensors = len(tensors)
+
+
 def _described(output: _Output, state: str) -> dict[str, Any]:
     return {
         "output": str(output.path),
         "state": "damaged" if output.findings else state,
         "format": output.manifest.get("format"),
         "files": sum(file.is_file() for file in output.path.iterdir()),
-        "tensors": len(output.entries),
+        "tensors": output.gguf_tensors or len(output.entries),
         "bytes": sum(file.stat().st_size for file in output.path.iterdir() if file.is_file()),
         "findings": [asdict(finding) for finding in dict.fromkeys(output.findings)],
     }

@@ -42,7 +42,7 @@ def plan_activations(model: PreTrainedModel, structure: Structure, recipe: Recip
     Query, key and value need a proof that runs a layer of each kind on random values: the memory of one layer without its experts.
     """
     a = recipe.activations
-    if not SINKS[recipe.format].holds_activations:
+    if recipe.format not in SINKS or not SINKS[recipe.format].holds_activations:
         return ActivationPlan()
     inputs = Rounding(a.bits, a.symmetric, a.clip) if a.bits < 16 else None
     attention = Rounding(a.qkv_bits, a.symmetric, a.clip) if a.qkv_bits < 16 else None

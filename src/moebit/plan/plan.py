@@ -9,20 +9,27 @@ from typing import Any
 
 from moebit.errors import BadInputError
 from moebit.formats.engines import ANY, Verdict, check_engine, verdicts
+from moebit.formats.gguf.sink import GgufSink
+from moebit.formats.gguf.target import GgufPlan, GgufTarget
 from moebit.formats.inputs_config import describe_activations
 from moebit.formats.native import PackedSpec
-from moebit.formats.sink import SINKS, Sink
+from moebit.formats.sink import SINKS as PLAIN_SINKS
+from moebit.formats.sink import Sink
 from moebit.model.inputs import Activations
 from moebit.model.proof.router import not_linear
 from moebit.model.reach import Reach, expert_reach
 from moebit.model.structure import LayerSites, MoESite, Structure
 from moebit.plan.bitplan import BitPlan
 from moebit.plan.estimate import budget, output_size, seconds, stored_dtype
+from moebit.plan.gguf import GgufChooser
 from moebit.plan.inputs import ActivationPlan, plan_activations
 from moebit.plan.transforms import NO_TRANSFORMS, Transforms
 from moebit.recipe import Recipe
 from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.budget import Budget
+from moebit.tensor.grids.ggml import GRIDS
+
+SINKS: dict[str, type[Sink]] = {**PLAIN_SINKS, "gguf": GgufSink}
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Plan:
         engines: what each engine makes of the output.
         routers: where the recipe works on routers: by layer, why this one cannot be aligned or realigned; None where it can.
         inputs: which inputs are rounded and transformed as the output runs.
+        gguf: the types of a GGUF file's tensors, where that is what is written.
     """
 
     recipe: Recipe
@@ -56,6 +64,7 @@ class Plan:
     transforms: Transforms = NO_TRANSFORMS
     routers: Mapping[int, str | None] = field(default_factory=dict)
     inputs: ActivationPlan = field(default_factory=ActivationPlan)
+    gguf: GgufPlan | None = None
 
     @property
     def activations(self) -> Activations:
@@ -102,6 +111,7 @@ class Plan:
             "unquantized_expert_share": self.coverage.share,
             "experts_per_chunk": self.chunk,
             "engines": {name: verdict.describe() for name, verdict in self.engines.items()},
+            **({"gguf": self.gguf.describe()} if self.gguf else {}),
             **({"transforms": self.transforms.describe()} if self.transforms else {}),
             **({"routers": self._describe_routers()} if self.routers else {}),
             **({"activations": self._describe_inputs()} if self.recipe.activations.rounded or self.activations else {}),
@@ -125,6 +135,7 @@ def make_plan(
     bits: BitPlan | None = None,
     engine: str = ANY,
     transforms: Transforms = NO_TRANSFORMS,
+    target: GgufTarget | None = None,
 ) -> Plan:
     """Decide what is quantized and how, and check that it can be.
 
@@ -132,14 +143,17 @@ def make_plan(
         bits: widths that differ from the recipe's.
         engine: what has to run the output: transformers, vllm, or any of them.
         transforms: what was found out about the weights' transforms; `checkpoint` is the transformed one.
+        target: what llama.cpp's converter does to the checkpoint, for format gguf.
 
     Raises:
         BadInputError: a group size that does not divide (naming the layer and what would), an ignore pattern that matches nothing,
             a format that cannot hold it, an engine that cannot run it.
     """
     sink, coverage = SINKS[recipe.format], expert_reach(checkpoint, structure)
-    choice = _Chooser(checkpoint, recipe, bits or BitPlan(), sink).choose(structure)
+    types = GgufChooser.of(checkpoint, structure, recipe, target) if target else None
+    choice = _Chooser(checkpoint, recipe, bits or BitPlan(), sink, types).choose(structure)
     choice.check(bits or BitPlan(), recipe)
+    gguf = types.plan() if types else None
     modules, merged = choice.modules, tuple(checkpoint.weights.merged())
     sink.check(checkpoint.weights, modules)
     inputs = plan_activations(checkpoint.model, structure, recipe, modules)
@@ -151,7 +165,7 @@ def make_plan(
         choice.linears,
         choice.experts,
         {name: why for name, (_, why) in coverage.left.items()} | choice.kept,
-        output_size(checkpoint, modules, sink, inputs.activations),
+        gguf.size_bytes if gguf else output_size(checkpoint, modules, sink, inputs.activations),
         budget(checkpoint, structure, recipe, memory),
         seconds(checkpoint, structure, recipe, inputs.activations),
         coverage,
@@ -160,6 +174,7 @@ def make_plan(
         transforms,
         _routers(checkpoint, structure) if recipe.router.active else {},
         inputs,
+        gguf,
     )
 
 
@@ -201,6 +216,7 @@ class _Chooser:
     recipe: Recipe
     bits: BitPlan
     sink: type[Sink]
+    types: GgufChooser | None = None
 
     def choose(self, structure: Structure) -> _Choice:
         """Walk through the layers."""
@@ -220,13 +236,19 @@ class _Chooser:
         if self.recipe.weights.scope == "experts":
             choice.kept[name] = "scope: experts"
             return
+        kinds = self._kinds(choice, name, [f"{name}.weight"])
+        if kinds is None:
+            return
         module: Any = self.checkpoint.model.get_submodule(name)
         widths, shape = self.bits.width(name, self.recipe.weights.bits), (int(module.out_features), int(module.in_features))
-        choice.linears[name] = self._spec(name, f"{name}.weight", shape, widths, stacked=False)
+        choice.linears[name] = self._spec(name, f"{name}.weight", shape, widths, kinds.get(f"{name}.weight", ""), stacked=False)
 
     def _experts(self, choice: _Choice, layer: LayerSites, moe: MoESite) -> None:
         name, layout = f"{layer.name}.{moe.experts}", moe.layout
         if self._ignored(choice, name):
+            return
+        kinds = self._kinds(choice, name, [f"{name}.{layout.first}", f"{name}.down_proj"])
+        if kinds is None:
             return
         choice.experts[name] = {
             p: self._spec(
@@ -234,10 +256,20 @@ class _Chooser:
                 f"{name}.{p if p == 'down_proj' else layout.first}",
                 layout.features(p),
                 self.bits.widths(name, p, layout.experts, self.recipe.weights.bits),
+                kinds.get(f"{name}.{p if p == 'down_proj' else layout.first}", ""),
                 stacked=True,
             )
             for p in layout.projections
         }
+
+    def _kinds(self, choice: _Choice, name: str, parameters: list[str]) -> dict[str, str] | None:
+        """The block types of a module's parameters in a GGUF file, {} for other formats; None where the module is kept."""
+        if self.types is None:
+            return {}
+        kinds, reason = self.types.decide(parameters)
+        if reason:
+            choice.kept[name] = reason
+        return None if reason else kinds
 
     def _ignored(self, choice: _Choice, name: str) -> bool:
         pattern = next((p for p in self.recipe.weights.ignore if fnmatch.fnmatch(name, p)), None)
@@ -246,13 +278,16 @@ class _Chooser:
             choice.kept[name] = f"ignored ({pattern})"
         return pattern is not None
 
-    def _spec(self, name: str, parameter: str, shape: tuple[int, int], bits: tuple[int, ...], *, stacked: bool) -> PackedSpec:
+    def _spec(self, name: str, parameter: str, shape: tuple[int, int], bits: tuple[int, ...], ggml: str, *, stacked: bool) -> PackedSpec:
         """How a stack of matrices is stored.
 
         Args:
-            name: for messages. parameter: whose type the scales get.
+            name: for messages. parameter: whose type the scales get. ggml: block type in a GGUF file.
         """
         w = self.recipe.weights
+        if ggml:
+            kind, dtype = GRIDS[ggml], stored_dtype(self.checkpoint, parameter)
+            return PackedSpec((kind.bits,) * len(bits), shape, kind.group, w.symmetric, dtype, stacked, ggml=ggml)
         if w.group_size != -1 and shape[1] % w.group_size:
             fitting = [str(size) for size in (32, 64, 128, -1) if size == -1 or shape[1] % size == 0]
             raise BadInputError(

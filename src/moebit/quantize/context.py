@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebit.formats.native import PackedSpec
 from moebit.formats.sink import Sink
 from moebit.methods.agreement import agreement
 from moebit.methods.soft_coverage import SoftCoverage
@@ -64,9 +65,9 @@ class LayerContext:
         """Full name of a module of the layer."""
         return f"{self.sites.name}.{name}"
 
-    def solve(self, w_EOI: Tensor, h_EII: Tensor | None, bits_E: Tensor, scale_dtype: torch.dtype) -> tuple[QTensor, SolveInfo | None]:
+    def solve(self, w_EOI: Tensor, h_EII: Tensor | None, bits_E: Tensor, spec: PackedSpec) -> tuple[QTensor, SolveInfo | None]:
         """Round a stack of matrices as the recipe says."""
-        return solve.solve(self.recipe, w_EOI, h_EII, bits_E, scale_dtype, self.device)
+        return solve.solve(self.recipe, w_EOI, h_EII, bits_E, spec, self.device)
 
     def edit(self, edits: Mapping[str, tuple[Edit, ...]]) -> None:
         """Change parameters of the layer: in what is read and written from here on, and in the loaded layer."""

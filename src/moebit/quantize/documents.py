@@ -90,6 +90,8 @@ def _card(checkpoint: Checkpoint, plan: Plan) -> str:
     shipped = (
         f"The checkpoint itself is shipped quantized ({checkpoint.shipped.scheme}) and was read as it is.\n" if checkpoint.shipped else ""
     )
+    if plan.gguf:
+        return _gguf_card(base, plan)
     registered = "import moebit  # registers the packed format with transformers\n" if plan.recipe.format == "native" else ""
     load = f'{registered}from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("DIRECTORY")'
     return (
@@ -99,4 +101,13 @@ def _card(checkpoint: Checkpoint, plan: Plan) -> str:
         f"{plan.average_bits:.3f} bits per quantized weight on disk.\n{_inputs(plan)}{shipped}"
         f"Runs in: {', '.join(name for name, verdict in plan.engines.items() if verdict.runs)}.\n"
         f"`recipe.yaml` is the exact recipe, `report.json` says what happened in each layer.\n\n```python\n{load}\n```\n"
+    )
+
+
+def _gguf_card(base: str, plan: Plan) -> str:
+    s, kinds = plan.recipe.solver, sorted(set(plan.gguf.types.values())) if plan.gguf else []
+    return (
+        f"---\nbase_model: {base}\nlibrary_name: gguf\ntags: [moebit, quantized, moe, gguf]\n---\n\n# {base}, quantized\n\n"
+        f"{base} as a GGUF file, quantized by moebit: {s.method}, {', '.join(kinds)}; {plan.average_bits:.3f} bits per quantized weight.\n"
+        f"`recipe.yaml` is the exact recipe, `report.json` says what happened in each layer.\n\n```\nllama-server -m FILE.gguf\n```\n"
     )

@@ -8,6 +8,8 @@ from typing import Any
 
 from moebit.errors import BadInputError
 from moebit.formats.engines import ANY, verdicts
+from moebit.formats.gguf.locate import describe_gguf, gguf_file, open_gguf
+from moebit.formats.gguf.target import GgufTarget
 from moebit.formats.inputs_config import describe_activations
 from moebit.formats.opening import activations_of, average_bits, open_checkpoint, quantized_modules
 from moebit.memory import DEFAULT_MEMORY, Memory, memory_bytes
@@ -33,6 +35,11 @@ def inspect(
     Raises:
         BadInputError: not a model that moebit understands, or a recipe that does not fit it.
     """
+    if (file := gguf_file(model)) is not None:
+        if recipe is not None:
+            raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
+        found = open_gguf(file)
+        return {"model": str(model), "size_bytes": found.size_bytes, "gguf": describe_gguf(found)}
     checkpoint = open_checkpoint(model, follow_links=follow_links)
     structure = find_structure(checkpoint.model)
     result = describe_structure(checkpoint, structure)
@@ -43,8 +50,10 @@ def inspect(
             raise BadInputError(f"{model} is already quantized; give the full-precision checkpoint")
     elif recipe is not None:
         chosen = load_recipe(recipe, {"format": format} if format else {})
-        checkpoint, _, transforms = transformed(checkpoint, structure, chosen, 0)
-        result["plan"] = make_plan(checkpoint, structure, chosen, memory_bytes(memory), engine=engine, transforms=transforms).describe()
+        checkpoint, weights, transforms = transformed(checkpoint, structure, chosen, 0)
+        target = GgufTarget.find(checkpoint.path, weights.stored_specs) if chosen.format == "gguf" else None
+        plan = make_plan(checkpoint, structure, chosen, memory_bytes(memory), engine=engine, transforms=transforms, target=target)
+        result["plan"] = plan.describe()
     return result
 
 

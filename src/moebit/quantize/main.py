@@ -16,13 +16,15 @@ from moebit.calibration.text import Texts, digest
 from moebit.errors import BadInputError, InterruptedWorkError, is_out_of_memory
 from moebit.formats.carried import carried_files
 from moebit.formats.engines import ANY
+from moebit.formats.gguf.sink import GgufSink
+from moebit.formats.gguf.target import GgufTarget
 from moebit.formats.opening import open_checkpoint, quantized_modules
 from moebit.formats.output import JOURNAL, OutputDirectory, check_free, check_space, disk_error, partial_of, read_journal
-from moebit.formats.sink import SINKS
+from moebit.formats.sink import Sink
 from moebit.memory import DEFAULT_MEMORY, Memory, memory_bytes
 from moebit.model.structure import find_structure
 from moebit.plan.bitplan import BitPlan, load_bit_plan
-from moebit.plan.plan import Plan, make_plan
+from moebit.plan.plan import SINKS, Plan, make_plan
 from moebit.plan.transforms import transformed
 from moebit.profiling.prepare import prepare
 from moebit.quantize.context import Progress
@@ -38,6 +40,7 @@ from moebit.storage.config import read_config
 from moebit.storage.contents import Seen
 from moebit.storage.documents import one_line
 from moebit.storage.edits import EditedWeights, untied_config
+from moebit.storage.files import sync_file
 from moebit.storage.shipped.entries import check_shipped
 from moebit.storage.shipped.reading import plain_config
 from moebit.streaming.store import freed_memory_kept, peak_resident_bytes
@@ -54,6 +57,8 @@ def quantize(
     plan: str | Path | BitPlan | None = None,
     profile: str | Path | None = None,
     format: str | None = None,
+    llama_cpp: str | Path | None = None,
+    gguf_pre: str | None = None,
     engine: str = ANY,
     device: str = "cpu",
     memory: Memory = DEFAULT_MEMORY,
@@ -73,7 +78,9 @@ def quantize(
         recipe: preset name, YAML file, dict; default `gptq-w4`. `overrides`: {"weights.bits": 3, ...} on top.
         plan: bit widths that differ from the recipe's, a file or `BitPlan`; in the place of the recipe's allocation.
         profile: what `moebit profile` wrote, for allocation and switching; without one they profile the texts first.
-        format: native, compressed-tensors or dense, instead of the recipe's.
+        format: native, compressed-tensors, dense or gguf, instead of the recipe's.
+        llama_cpp: a clone of llama.cpp whose converter is asked about a GGUF file, instead of the one of the extra `gguf`.
+        gguf_pre: llama.cpp's name of the pre-tokenizer, for a tokenizer that its converter does not recognise.
         engine: what has to run the output: transformers, vllm, or any of them (`formats/engines.py`).
         text: calibration texts, `[NAME=]FILE` items or a mapping; needed unless the recipe rounds to nearest or lets the model write its
             own. For such a recipe, text that is given takes the sample's place, or its share of the set.
@@ -92,7 +99,9 @@ def quantize(
     """
     began = time.perf_counter()
     asked = command or python_call(
-        "moebit.quantize", model, out, recipe=recipe, text=text, overrides=overrides, plan=plan, format=format, engine=(engine, ANY),
+        "moebit.quantize", model, out, recipe=recipe, text=text, overrides=overrides, plan=plan, format=format,
+        llama_cpp=llama_cpp, gguf_pre=gguf_pre,
+        engine=(engine, ANY),
         device=(device, "cpu"), memory=(memory_bytes(memory), DEFAULT_MEMORY), seed=(seed, 0), accept_unquantized=accept_unquantized,
     )  # fmt: skip
     chosen = load_recipe(recipe, {**(overrides or {}), **({"format": format} if format else {})})
@@ -106,7 +115,7 @@ def quantize(
     bits = load_bit_plan(plan) if isinstance(plan, str | Path) else plan
     report = progress or (lambda what, done, total: None)
     asking = _Request(chosen, bits, engine, device, memory_bytes(memory), seed, out, asked, report, follow_links)
-    job = _prepare(asking, checkpoint, text, profile, accept_unquantized)
+    job = _prepare(asking, checkpoint, text, profile, accept_unquantized, _Gguf.of(chosen, llama_cpp, gguf_pre))
     if dry_run:
         check_free(out, resume=resume, overwrite=overwrite)
         return job.plan
@@ -121,6 +130,34 @@ def _check_input(model: str | Path, checkpoint: Checkpoint, out: Path) -> None:
     target, origin = out.resolve(), checkpoint.path.resolve()
     if target == origin or target in origin.parents or origin in target.parents:  # --overwrite would delete the input
         raise BadInputError(f"-o {out}: the output and the checkpoint {checkpoint.path} must be apart; choose another -o")
+
+
+@dataclass(frozen=True)
+class _Gguf:
+    """What was said about the GGUF file, where one is written."""
+
+    llama_cpp: Path | None
+    pre: str | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, llama_cpp: str | Path | None, pre: str | None) -> _Gguf | None:
+        if recipe.format == "gguf":
+            return cls(Path(llama_cpp) if llama_cpp else None, pre)
+        if llama_cpp or pre:
+            raise BadInputError(f"--llama-cpp and --gguf-pre: the recipe's format is {recipe.format}; add --format gguf")
+        return None
+
+    def target(self, checkpoint: Checkpoint, weights: EditedWeights) -> GgufTarget:
+        """What llama.cpp's converter makes of the checkpoint.
+
+        Raises:
+            BadInputError: what the converter does not know; a rotation that unties the head.
+        """
+        if weights.untied:
+            raise BadInputError("format gguf: rotation.absorbed unties the head from the embeddings; set rotation.absorbed: none")
+        target = GgufTarget.find(checkpoint.path, weights.stored_specs, self.llama_cpp, self.pre)
+        target.check_tokenizer()
+        return target
 
 
 @dataclass(frozen=True)
@@ -143,11 +180,19 @@ class _Request:
     follow_links: bool
 
 
-def _prepare(asking: _Request, checkpoint: Checkpoint, text: Texts, profile: str | Path | None, accept_unquantized: bool) -> _Job:
+def _prepare(
+    asking: _Request,
+    checkpoint: Checkpoint,
+    text: Texts,
+    profile: str | Path | None,
+    accept_unquantized: bool,
+    gguf: _Gguf | None,
+) -> _Job:
     """Find the structure, decide the plan and gather the data: everything that can be refused before the work begins."""
     structure = find_structure(checkpoint.model)
     checkpoint, weights, transforms = transformed(checkpoint, structure, asking.recipe, asking.seed)
-    plan = make_plan(checkpoint, structure, asking.recipe, asking.memory, asking.bits, asking.engine, transforms)
+    target = gguf.target(checkpoint, weights) if gguf else None
+    plan = make_plan(checkpoint, structure, asking.recipe, asking.memory, asking.bits, asking.engine, transforms, target)
     plan.coverage.check(accept_unquantized)
     data = gather(checkpoint, asking.recipe, Sources(text, profile, asking.bits, asking.seed))
     if data.sampled:
@@ -177,7 +222,8 @@ class _Job:
         """
         out, width = self.asking.out, int(self.checkpoint.config.get_text_config().hidden_size)
         carried_files(self.checkpoint.path, follow_links=self.asking.follow_links)  # refused now, and not after hours
-        check_space(out, self.plan.size_bytes + self.data.streamed(self.asking.recipe) * width * 4 * 2)
+        # A GGUF file is made of the layers' shards, which are removed when it is whole.
+        check_space(out, self.plan.size_bytes * (2 if self.plan.gguf else 1) + self.data.streamed(self.asking.recipe) * width * 4 * 2)
         seen = seen_contents(self.checkpoint, read_journal(partial_of(out) / JOURNAL) if resume else [])
         check_shipped(self.checkpoint.weights.entries.values())
         return seen
@@ -188,6 +234,8 @@ class _Job:
         facts = identity(
             self.checkpoint, asking.recipe, self.data, asking.bits, memory=asking.memory, seed=asking.seed, device=asking.device
         )
+        if self.plan.gguf:
+            facts = {**facts, "gguf_pre": self.plan.gguf.target.pre}
         try:
             directory = OutputDirectory(asking.out, {**facts, **circumstances(asking.device, seen)}, resume=resume, overwrite=overwrite)
             with directory as output, freed_memory_kept():
@@ -216,12 +264,30 @@ class _Job:
         sink = SINKS[asking.recipe.format](self.weights, plan.modules, plan.activations)
         work = Work(checkpoint, plan, output, sink, asking.device, asking.progress, asking.seed)
         reports = run(work, Windows(windows, self.data.pool))
-        size = sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
+        size = self._write_gguf(output, sink) or sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
         told = RunFacts(asking.out.name, size, time.perf_counter() - began, asking.command, peak_resident_bytes(), coactivation)
         written = documents(checkpoint, plan, facts, reports, told)
         check_unchanged(checkpoint, seen)
-        output.finish(checkpoint.path, sink.config(_config(checkpoint, self.weights)), written, follow_links=asking.follow_links)
+        if plan.gguf:
+            output.finish_file(self._gguf_name, written)
+        else:
+            output.finish(checkpoint.path, sink.config(_config(checkpoint, self.weights)), written, follow_links=asking.follow_links)
         return Result(asking.out, plan, checkpoint.size_bytes, size, reports, time.perf_counter() - began)
+
+    @property
+    def _gguf_name(self) -> str:
+        return f"{self.asking.out.name}.gguf"
+
+    def _write_gguf(self, output: OutputDirectory, sink: Sink) -> int:
+        """The size of the GGUF file, made of the shards; 0 where the format is another one."""
+        if self.plan.gguf is None:
+            return 0
+        assert isinstance(sink, GgufSink)
+        output.announce(self._gguf_name)
+        file = output.partial / self._gguf_name
+        sink.write(output.partial, file, self.plan.gguf)
+        sync_file(file)
+        return file.stat().st_size
 
 
 def _config(checkpoint: Checkpoint, weights: EditedWeights) -> dict[str, Any]:

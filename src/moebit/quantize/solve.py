@@ -13,27 +13,30 @@ from torch import Tensor
 from moebit.formats.native import PackedSpec
 from moebit.recipe import Recipe
 from moebit.tensor import Float8Grid, Grid, QTensor, SolveInfo, UniformGrid, refit_scales, solve_gptq, solve_rtn
+from moebit.tensor.grids.ggml import GRIDS
 from moebit.tensor.linalg import filled_diagonal
 
 ERROR_WEIGHTS = 2**20  # weights whose errors are summed together
 
 
-def grid_of(recipe: Recipe, scale_dtype: torch.dtype) -> Grid:
-    """The recipe's grid, with scales of one type."""
+def grid_of(recipe: Recipe, spec: PackedSpec) -> Grid:
+    """The recipe's grid as a stack of matrices has it."""
     chosen = recipe.weights
+    if spec.ggml:
+        return GRIDS[spec.ggml]
     if chosen.type == "fp8":
-        return Float8Grid(chosen.group_size, scale_dtype)
-    return UniformGrid(chosen.group_size, chosen.symmetric, chosen.signed, scale_dtype)
+        return Float8Grid(chosen.group_size, spec.scale_dtype)
+    return UniformGrid(chosen.group_size, chosen.symmetric, chosen.signed, spec.scale_dtype)
 
 
 def solve(
-    recipe: Recipe, w_EOI: Tensor, h_EII: Tensor | None, bits_E: Tensor, scale_dtype: torch.dtype, device: str
+    recipe: Recipe, w_EOI: Tensor, h_EII: Tensor | None, bits_E: Tensor, spec: PackedSpec, device: str
 ) -> tuple[QTensor, SolveInfo | None]:
     """Round a stack of matrices as the recipe says, on a device.
 
     Without a Hessian, weights are rounded to nearest. AWQ rounds to nearest, too, clipped by the Hessian's diagonal. All else is GPTQ.
     """
-    solver, grid, w = recipe.solver, grid_of(recipe, scale_dtype), w_EOI.to(device)
+    solver, grid, w = recipe.solver, grid_of(recipe, spec), w_EOI.to(device)
     if h_EII is None:
         return solve_rtn(w, bits_E, grid, clip_search=solver.clip_search), None
     if solver.method == "awq":
@@ -44,7 +47,7 @@ def solve(
         w, h, bits_E, grid,
         scales=solver.scales, act_order=solver.act_order, damping=solver.damping, clip_search=solver.clip_search,
     )  # fmt: skip
-    if not solver.refit:
+    if not (solver.refit and grid.refits):
         return q, info
     q, fallen = refit_scales(q, w, h, ~info.fallback)
     return q, replace(info, loss=info.loss - fallen)

@@ -17,7 +17,7 @@ from moebit.recipe.reading import is_there, parse_yaml, read_text
 from moebit.recipe.recipe import Recipe
 
 DEFAULT = "gptq-w4"
-NAME = re.compile(r"[a-z0-9.-]{1,64}")  # of a preset
+NAME = re.compile(r"[a-z0-9._-]{1,64}")  # of a preset
 
 
 def presets() -> dict[str, str]:

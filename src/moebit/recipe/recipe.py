@@ -32,7 +32,7 @@ class Recipe(Section):
     calibration: CalibrationSection = Field(default_factory=CalibrationSection)
     allocation: AllocationSection = Field(default_factory=AllocationSection)
     switching: SwitchingSection = Field(default_factory=SwitchingSection)
-    format: Literal["native", "compressed-tensors", "dense"] = "native"
+    format: Literal["native", "compressed-tensors", "dense", "gguf"] = "native"
 
     @model_validator(mode="after")
     def _fp8_is_for_engines(self) -> Recipe:
@@ -45,15 +45,29 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _gguf_holds_ggmls_types(self) -> Recipe:
+        kind = self.weights.type
+        if self.format == "gguf" and not self.weights.ggml:
+            raise ValueError(f"format: gguf holds ggml's block types and not weights.type: {kind}; set it to q4_k, q3_k, ...")
+        if self.format != "gguf" and self.weights.ggml:
+            raise ValueError(f"weights.type: {kind} is a block type of ggml; set format: gguf, or weights.type: int")
+        if self.weights.ggml and self.solver.scales == "dynamic":
+            raise ValueError(f"solver.scales: dynamic: blocks of {kind} are fixed before the solve; set solver.scales: static")
+        if self.weights.ggml and self.needs_profile:
+            raise ValueError(f"allocation and switching choose integer widths, not types like {kind}; use weights.overrides")
+        return self
+
+    @model_validator(mode="after")
     def _the_format_says_what_happens_to_inputs(self) -> Recipe:
         a, w = self.activations, self.weights
         if self.format == "native" or not (a.rounded or self.rotation.online != "none"):
             return self
         if self.rotation.online != "none":
             raise ValueError(f"rotation.online: {self.rotation.online}: format {self.format} has no place to say so; set format: native")
-        if self.format == "dense":
+        if self.format in ("dense", "gguf"):
             raise ValueError(
-                f"activations.bits: {a.bits}: format dense has no place to say so; set format: native, or compressed-tensors for 8 bits"
+                f"activations.bits: {a.bits}: format {self.format} has no place to say so; "
+                "set format: native, or compressed-tensors for 8 bits"
             )
         if (a.bits, a.clip, a.qkv_bits) != (8, 1.0, 16):
             raise ValueError(

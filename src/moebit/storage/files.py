@@ -344,6 +344,12 @@ def _claim(written: list[tuple[int, int]], start: int, stop: int) -> bool:
     return True
 
 
+def sync_file(file: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+
+
 def sync_directory(directory: Path) -> None:
     """Make the names in a directory durable: a rename is not on disk before its directory is."""
     handle = os.open(directory, os.O_RDONLY)

@@ -104,6 +104,11 @@ class Weights(ABC):
         return tuple(part for stored in self.stored_names(name) for part in self.entries[stored].stored)
 
     @property
+    def stored_specs(self) -> dict[str, TensorSpec]:
+        """Type and shape of every stored tensor as it is read."""
+        return {name: entry.spec for name, entry in self.entries.items()}
+
+    @property
     def plain_bytes(self) -> int:
         """Bytes of all `entries` as they are read: more than are stored where they are stored quantized."""
         return sum(entry.spec.nbytes for entry in self.entries.values())

@@ -20,11 +20,13 @@ def show_evaluation(result: dict[str, Any]) -> None:
         per_byte = "-" if found["bits_per_byte"] is None else f"{found['bits_per_byte']:.4f}"
         row(scores, name, f"{found['tokens']:,}", f"{found['perplexity']:.3f}", per_byte, *(_agreement(found) if compared else ()))
     show(scores)
+    for remark in result.get("remarks", []):
+        say(warning("note"), f": {remark}")
 
 
 def _agreement(found: dict[str, Any]) -> tuple[str, ...]:
-    shares = (found["top1_agreement"], found["routing_exact"], found["routing_overlap"])
-    return (f"{1000 * found['kl']:.3f}", *(f"{share:.1%}" for share in shares))
+    shares = (found.get(key) for key in ("top1_agreement", "routing_exact", "routing_overlap"))
+    return (f"{1000 * found['kl']:.3f}", *("-" if share is None else f"{share:.1%}" for share in shares))
 
 
 def show_tasks(tasks: dict[str, Any]) -> None:

@@ -8,6 +8,16 @@ from moebit.cli.terminal import bold, row, say, show, table, warning
 from moebit.words import size
 
 
+def show_gguf(result: dict[str, Any]) -> None:
+    """What a GGUF file holds."""
+    found = result["gguf"]
+    say(bold(result["model"]), f": {found['architecture']}, {size(result['size_bytes'])}, {found['bits_per_weight']:.3f} bits per weight")
+    types = table("type", "tensors", "weights", "bytes")
+    for kind, part in found["types"].items():
+        row(types, kind, part["tensors"], f"{part['weights']:,}", size(part["bytes"]))
+    show(types)
+
+
 def show_structure(result: dict[str, Any]) -> None:
     shared = "with shared experts" if result["shared_experts"] else "no shared experts"
     parameters = f"{result['parameters'] / 1e6:,.1f} M parameters"

@@ -19,12 +19,26 @@ def show_plan(plan: dict[str, Any], before: int | None) -> None:
     row(facts, "peak memory, about", size(plan["peak_memory_bytes"]))
     row(facts, "time, about", duration(plan["seconds"]))
     show(facts)
+    if "gguf" in plan:
+        _show_gguf(plan["gguf"])
     if "activations" in plan:
         show_activations(plan["activations"])
     if plan["peak_memory_bytes"] > plan["memory"]:
         say(warning(f"more than --memory {size(plan['memory'])}"), ": the smallest pieces of this model need that much")
     show_engines(plan["engines"])
     _show_kept(plan)
+
+
+def _show_gguf(found: dict[str, Any]) -> None:
+    """Types of a GGUF file's tensors, those that do not fit, and what stays as the converter computes it."""
+    say("types: ", ", ".join(f"{count} x {kind}" for kind, count in Counter(found["types"].values()).most_common()))
+    if found["wanted"]:
+        instead = Counter((kind, found["types"][name]) for name, kind in found["wanted"].items())
+        say("rows that 256 does not divide: ", ", ".join(f"{n} x {new} instead of {old}" for (old, new), n in instead.items()))
+    if found["computed"]:
+        say(f"computed by the converter: {len(found['computed'])} tensors, first {next(iter(found['computed'].items()))}")
+    for note in found["notes"]:
+        say(warning("not done"), f": {note}")
 
 
 def _show_kept(plan: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moebit.cli.options import EngineOption, FormatOption, JsonOption, LinksOption, MemoryOption, ModelArgument, check_recipe
-from moebit.cli.screens.model import show_structure
+from moebit.cli.screens.model import show_gguf, show_structure
 from moebit.cli.screens.plan import show_plan
 from moebit.cli.terminal import write_json
 from moebit.memory import DEFAULT_MEMORY
@@ -31,6 +31,9 @@ def inspect(
 
     result = moebit.inspect(model, recipe, format=output_format, engine=engine, memory=memory, follow_links=follow_links)
     if write_json(json_file, result):
+        return
+    if "gguf" in result:
+        show_gguf(result)
         return
     show_structure(result)
     if "plan" in result:

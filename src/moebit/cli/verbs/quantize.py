@@ -11,7 +11,9 @@ from moebit.cli.options import (
     LARGEST_SEED,
     EngineOption,
     FormatOption,
+    GgufPreOption,
     LinksOption,
+    LlamaOption,
     MemoryOption,
     ModelArgument,
     ResumeOption,
@@ -46,6 +48,8 @@ def quantize(
         Path | None, typer.Option("--profile", metavar="PROFILE", help="What `moebit profile` wrote, for allocation and switching.")
     ] = None,
     output_format: FormatOption = None,
+    llama_cpp: LlamaOption = None,
+    gguf_pre: GgufPreOption = None,
     engine: EngineOption = "any",
     device: Annotated[str, typer.Option(help="Where matrices are solved: cpu or cuda.")] = "cpu",
     memory: MemoryOption = DEFAULT_MEMORY,
@@ -65,8 +69,9 @@ def quantize(
 
     with progress_bars() as progress:
         result: Any = moebit.quantize(
-            model, output, recipe=recipe, text=text or [], overrides=changes, plan=plan_file, profile=profile_dir, format=output_format,
-            engine=engine, device=device, memory=memory, seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
+            model, output, recipe=recipe, text=text or [], overrides=changes, plan=plan_file, profile=profile_dir,
+            format=output_format, llama_cpp=llama_cpp, gguf_pre=gguf_pre, engine=engine,
+            device=device, memory=memory, seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
             accept_unquantized=accept_unquantized, follow_links=follow_links, progress=progress, command=typed_command(),
         )  # fmt: skip
     if dry_run:

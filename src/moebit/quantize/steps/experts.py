@@ -221,9 +221,9 @@ def _solve_projections(
     bits = {p: widths_of(parts[p], chunk.start, chunk.stop) for p in projections}
     lead = projections[0]
     if all(torch.equal(bits[p], bits[lead]) for p in projections):
-        stacked, info = work.context.solve(w, hessian, bits[lead], parts[lead].scale_dtype)
+        stacked, info = work.context.solve(w, hessian, bits[lead], parts[lead])
         return {p: (stacked.rows(layout.rows(p)), info) for p in projections}
-    return {p: work.context.solve(w[:, layout.rows(p)], hessian, bits[p], parts[p].scale_dtype) for p in projections}
+    return {p: work.context.solve(w[:, layout.rows(p)], hessian, bits[p], parts[p]) for p in projections}
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _solve_down(work: _Work, spec: PackedSpec, chunk: ExpertChunk, stored: Tenso
     w, drift = _corrected("down_proj", stored, seen.drift)
     transform = _down_transform(work, chunk, seen.h)
     w, hessian = transformed(transform, w, seen.hessian)
-    q, info = work.context.solve(w, hessian, widths_of(spec, chunk.start, chunk.stop), spec.scale_dtype)
+    q, info = work.context.solve(w, hessian, widths_of(spec, chunk.start, chunk.stop), spec)
     used, rows = _used(work, q, info, w)
     return _Solved(on_plain_inputs(used, transform), {"down_proj": q}, {"down_proj": rows}, drift)
 

@@ -53,7 +53,7 @@ def _solve_group(context: LayerContext, state: LayerState, number: int, names: l
         spec = context.plan.linears[context.full(some[0])]
         stacked = torch.cat([matrices[name] for name in some]) if len(some) > 1 else matrices[some[0]]
         stacked = stacked if transform is None else transform.apply(stacked.float())
-        q, info = context.solve(stacked.unsqueeze(0), h, widths_of(spec), spec.scale_dtype)
+        q, info = context.solve(stacked.unsqueeze(0), h, widths_of(spec), spec)
         begin = 0
         for name in some:
             matrix = matrices[name]
@@ -64,11 +64,11 @@ def _solve_group(context: LayerContext, state: LayerState, number: int, names: l
 
 
 def _by_grid(context: LayerContext, names: list[str]) -> list[list[str]]:
-    """The names by width and type of scales."""
-    found: dict[tuple[tuple[int, ...], torch.dtype], list[str]] = {}
+    """The names by width, type of scales and block type."""
+    found: dict[tuple[tuple[int, ...], torch.dtype, str], list[str]] = {}
     for name in names:
         spec = context.plan.linears[context.full(name)]
-        found.setdefault((spec.bits, spec.scale_dtype), []).append(name)
+        found.setdefault((spec.bits, spec.scale_dtype, spec.ggml), []).append(name)
     return list(found.values())
 
 

@@ -42,7 +42,7 @@ def scale(context: LayerContext, state: LayerState) -> LayerState:
     plan, recipe, moe = context.plan, context.recipe, context.sites.moe
 
     def rounding(spec: PackedSpec) -> Rounding:
-        return Rounding(spec.bits, grid_of(recipe, spec.scale_dtype))
+        return Rounding(spec.bits, grid_of(recipe, spec))
 
     linears = {full: rounding(spec) for full, spec in plan.linears.items() if full.startswith(context.full(""))}
     parts = plan.experts.get(context.full(moe.experts), {}) if moe else {}
