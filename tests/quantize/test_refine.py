@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch import Tensor
 import moebit
 from moebit.calibration.text import TokenText, calibration_windows
 from moebit.errors import BadInputError
+from moebit.methods.learned_rounding import Learned, Learning, Objective, learn_rounding
 from moebit.plan.plan import Plan
 from moebit.quantize.report import LayerReport, Result
 from moebit.recipe import Recipe
+from moebit.tensor import QTensor
 from tests.support.models import ARCHITECTURES, Checkpoints, load_reference
 from tests.support.outputs import file_bytes, mixed_plan, small_recipe, stored_tensors, token_file, with_weights
 
@@ -75,6 +78,30 @@ def test_the_loss_is_of_the_layers_output(checkpoints: Checkpoints, text: Path, 
     assert row["after"] == pytest.approx([float(left)], rel=1e-3)
     assert row["after"][0] < row["before"][0]
     assert row["first_expert"] == [0]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_the_gradient_is_that_of_the_loss(
+    name: str, checkpoints: Checkpoints, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Along itself, in every projection, by finite differences; gpt_oss has biases and alternating gate and up rows."""
+    path, checked = checkpoints.path(ARCHITECTURES[name]), []
+
+    def check(quantized: dict[str, QTensor], weights: dict[str, Tensor], objective: Objective, how: Learning, progress: Any) -> Learned:
+        values = {p: q.dequantize() for p, q in quantized.items()}
+        loss, found = objective.gradients(values, 3)
+        assert objective.gradients(values, 3)[0] == loss
+        for projection, gradient in found.items():
+            h, length = 0.01, float(gradient.norm())
+            moved = [{**values, projection: values[projection] + sign * h * gradient / length} for sign in (1, -1)]
+            up, down = (objective.gradients(each, 3)[0] for each in moved)
+            assert (up - down) / (2 * h) == pytest.approx(length, rel=0.02)
+            checked.append(projection)
+        return learn_rounding(quantized, weights, objective, how, progress)
+
+    monkeypatch.setattr(importlib.import_module("moebit.quantize.refine"), "learn_rounding", check)
+    quantize(path, tmp_path / "out", text, recipe("rtn", {"steps": 1}))
+    assert checked == ["gate_proj", "up_proj", "down_proj"] * sum(ARCHITECTURES[name].moe)
 
 
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "qwen2_moe", "deepseek_v3"])

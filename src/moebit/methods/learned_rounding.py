@@ -7,13 +7,15 @@ A solver such as GPTQ answers for one matrix at a time. What counts is what the 
 Every code has a latent value u, a real number that is rounded to it; the gradient passes the rounding as if it were not there
 (straight-through). A latent begins at the solver's code plus how far the weight itself lies from it, at most `INERTIA`, so that rounding
 it gives the solver's code. Scales have a relative factor that begins at 1; in use they are rounded to the type that is stored. Both are
-moved by Adam or by the gradient's sign, at a rate that falls linearly to zero; the rate is in code steps for u and relative for scales.
+moved by Adam or by the gradient's sign, at a rate that falls to zero; it is in code steps for u and relative for scales. Latents near the
+middle between two codes go back and forth between these, more of them the higher the rate, and the loss shows how good the codes are only
+once that has ended; so the rate falls early (as a cube, where the sources let it fall in a line) and the last steps are small ones.
 Tokens that are held back say, now and then, how good the rounding is: the best one is kept, and the beginning is among them.
 
 Sources: straight-through estimation (Bengio et al., 2013, arXiv 1308.3432) with Adam (Kingma and Ba, 2014, arXiv 1412.6980); `sign` is the
 descent of SignRound (Cheng et al., 2023, arXiv 2309.05516), whose offsets stay within half a step of where they began. Departures: the
-start is a solver's result instead of rounding to nearest, scales are tuned through one factor instead of two clipping ratios, and the
-result is chosen on tokens that were held back.
+rate's fall; the start is a solver's result instead of rounding to nearest; scales are tuned through one factor instead of two clipping
+ratios; the result is chosen on tokens that were held back.
 
 Shape suffixes: E matrices, O outputs, I inputs, G groups.
 """
@@ -34,6 +36,7 @@ INERTIA = 0.45  # of a code step: how far from its code a latent may begin
 REACH = 0.5  # of a code step: how far `sign` may take a latent from where it began
 FACTORS = (0.5, 2.0)  # between which a scale's factor stays
 EVALUATIONS = 10  # of the held-back loss, besides the one at the beginning
+DECAY = 3  # the rate falls as this power of the share of steps that are left
 MOMENTUM, SQUARES = 0.9, 0.999  # Adam's decay rates
 TINY = 1e-12  # beside Adam's square root; losses are relative, and gradients of single weights small
 
@@ -137,7 +140,7 @@ def _steps(latents: Mapping[str, _Latent], objective: Objective, how: Learning, 
     for step in range(1, how.steps + 1):
         loss, gradients = objective.gradients({name: latent.value() for name, latent in latents.items()}, step - 1)
         losses.append(loss)
-        rate = course.rate * (1 - (step - 1) / how.steps)
+        rate = course.rate * (1 - (step - 1) / how.steps) ** DECAY
         for name, latent in latents.items():
             latent.move(gradients[name], how, rate, step)
         if step % every == 0 or step == how.steps:
