@@ -119,19 +119,28 @@ def learn_rounding(
     for name, q in matrices.items():
         if q.grid.levels is not None:
             raise ValueError(f"{name}: {type(q.grid).__name__} has a table of levels; rounding is learned on evenly spaced grids only")
-    begun = objective.held_back({name: _Latent(q, weights[name]).value() for name, q in matrices.items()})
-    best = Learned(dict(matrices), 0, 0, [])
-    least, tries = begun, list[Try]()
+    begun = objective.held_back({name: q.dequantize() for name, q in matrices.items()})
+    best, least, tries = Learned(dict(matrices), 0, 0, []), begun, list[Try]()
     for number, rate in enumerate(how.rates):
-        latents = {name: _Latent(q, weights[name]) for name, q in matrices.items()}
-        course = Try(rate, [0], [begun], [])
-        for step in _steps(latents, objective, how, course):
+        tries.append(Try(rate, [0], [begun], []))
+        # Nothing here keeps the latents of one try while those of the next are made: they are the most memory that is taken.
+        for step, found in _better({name: _Latent(q, weights[name]) for name, q in matrices.items()}, objective, how, tries[-1], least):
             progress(number * how.steps + step, len(how.rates) * how.steps)
-            if course.at[-1] == step and course.held_back[-1] < least:
-                least = course.held_back[-1]
-                best = Learned({name: latent.quantized() for name, latent in latents.items()}, number, step, [])
-        tries.append(course)
+            if found is not None:
+                best, least = Learned(found, number, step, []), tries[-1].held_back[-1]
     return replace(best, tries=tries)
+
+
+def _better(
+    latents: dict[str, _Latent], objective: Objective, how: Learning, course: Try, least: float
+) -> Iterator[tuple[int, dict[str, QTensor] | None]]:
+    """(step, the matrices as they are after it where their held-back loss is below all before, else None), step after step."""
+    for step in _steps(latents, objective, how, course):
+        if course.at[-1] == step and course.held_back[-1] < least:
+            least = course.held_back[-1]
+            yield step, {name: latent.quantized() for name, latent in latents.items()}
+        else:
+            yield step, None
 
 
 def _steps(latents: Mapping[str, _Latent], objective: Objective, how: Learning, course: Try) -> Iterator[int]:

@@ -97,7 +97,7 @@ class ChunkOutputs(Objective):
     Losses are relative to the mean square of what it should put out.
 
     Attributes:
-        chunk: the experts in float32, for their gating and biases. inputs: what arrives. slots: routed slots of the chunk.
+        chunk: the experts as stored, with float32 biases, for their gating. inputs: what arrives. slots: routed slots of the chunk.
         tokens: int64 [N], sorted. place: int64 [S], each slot's token by its number in `tokens`.
         target: [N, H] float32. batches: of training tokens. held: int64, numbers of tokens that are held back.
         limit: slots that run through at a time. device: where products are computed.
@@ -170,7 +170,7 @@ def _outputs(
     context: LayerContext, recipe: RefineSection, inputs: ExpertInputs, stored: ExpertChunk, device: torch.device
 ) -> ChunkOutputs | None:
     """What the chunk is to put out; None where there are no tokens to learn from, or none to judge by."""
-    chunk, slots = stored.to(torch.float32), inputs.slots.chunk(stored.start, stored.stop)
+    slots = inputs.slots.chunk(stored.start, stored.stop)
     tokens = slots.tokens.unique()
     held = held_out_rows(len(inputs.x), inputs.stream.windows.shape[1], recipe.held_out_every)[tokens]
     if not bool(held.any()) or bool(held.all()):
@@ -179,16 +179,16 @@ def _outputs(
     train = (~held).nonzero()[:, 0]
     size = max(1, min(len(train), round(recipe.tokens * len(tokens) / len(inputs.x))))
     batches = _Batches(train, size, context.seed, f"{context.full('experts')} {stored.start}")
-    target = _target(inputs, chunk, slots, place, len(tokens))
-    moved = replace(chunk, weights=_on(chunk.weights, device))
-    held_back = held.nonzero()[:, 0]
-    return ChunkOutputs(moved, inputs, slots, tokens, place, target, batches, held_back, inputs.stream.slots, device)
+    target = _target(inputs, stored.to(torch.float32), slots, place, len(tokens))
+    held_back, gating = held.nonzero()[:, 0], replace(stored, weights=_with_biases(stored.weights, device))
+    return ChunkOutputs(gating, inputs, slots, tokens, place, target, batches, held_back, inputs.stream.slots, device)
 
 
-def _on(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
-    first_bias = None if weights.first_bias is None else weights.first_bias.to(device)
-    down_bias = None if weights.down_bias is None else weights.down_bias.to(device)
-    return replace(weights, first=weights.first.to(device), down=weights.down.to(device), first_bias=first_bias, down_bias=down_bias)
+def _with_biases(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
+    """Weights whose biases are what is computed with."""
+    first_bias = None if weights.first_bias is None else weights.first_bias.to(device, torch.float32)
+    down_bias = None if weights.down_bias is None else weights.down_bias.to(device, torch.float32)
+    return replace(weights, first_bias=first_bias, down_bias=down_bias)
 
 
 def _target(inputs: ExpertInputs, chunk: ExpertChunk, slots: Slots, place: Tensor, tokens: int) -> Tensor:
