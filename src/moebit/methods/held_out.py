@@ -8,9 +8,9 @@ from torch import Tensor
 HELD_OUT = 4  # every fourth window
 
 
-def held_out_rows(tokens: int, length: int) -> Tensor:
-    """bool [T]: every fourth window of `length` tokens; the last quarter where there are fewer than four windows."""
+def held_out_rows(tokens: int, length: int, every: int = HELD_OUT) -> Tensor:
+    """bool [T]: one window of `length` tokens in `every`; the last tokens, as many as that share, where there are fewer windows."""
     number = torch.arange(tokens) // length
-    if tokens // length >= HELD_OUT:
-        return number % HELD_OUT == HELD_OUT - 1
-    return torch.arange(tokens) >= tokens - tokens // HELD_OUT
+    if tokens // length >= every:
+        return number % every == every - 1
+    return torch.arange(tokens) >= tokens - tokens // every

@@ -10,6 +10,7 @@ from moebit.calibration.statistics import LAYER_SAMPLE
 from moebit.formats.sink import Modules, Sink
 from moebit.methods.awq import SAMPLE
 from moebit.methods.input_drift import MUS
+from moebit.methods.learned_rounding import EVALUATIONS
 from moebit.methods.online import search_flops
 from moebit.model.inputs import Activations
 from moebit.model.structure import LayerSites, MoESite, Structure
@@ -17,6 +18,7 @@ from moebit.recipe import Recipe
 from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.budget import Budget, make_budget
 
+STEP_FLOPS = 500  # of a weight in a step of learned rounding: a dozen passes over memory, as operations that take as long
 FLOPS_PER_THREAD = 50e9  # float32 products on an AVX-512 core, cautiously; only for the time estimate
 
 
@@ -39,6 +41,7 @@ def budget(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memory:
         hessians=recipe.needs_hessians,
         streams=1 + recipe.needs_reference,
         drift=recipe.solver.drift != "none",
+        refine=recipe.refine.active,
     )
 
 
@@ -87,7 +90,19 @@ def _add_experts(flops: float, moe: MoESite, recipe: Recipe, tokens: int) -> flo
     (runs, moments), layout, slots = _passes(recipe), moe.layout, tokens * moe.top_k
     flops += 2 * runs * slots * layout.parameters_per_expert + moments * slots * (layout.hidden**2 + layout.intermediate**2)
     flops += _solve_flops(recipe, layout.experts, 2 * layout.intermediate, layout.hidden)
+    flops += _refine_flops(recipe, moe, tokens)
     return flops + _solve_flops(recipe, layout.experts, layout.hidden, layout.intermediate)
+
+
+def _refine_flops(recipe: Recipe, moe: MoESite, tokens: int) -> float:
+    """Learned rounding: a forward and a backward of every batch, a forward of the held-back tokens now and then, Adam on every weight."""
+    refine, weights = recipe.refine, moe.layout.parameters_per_expert
+    if not refine.active:
+        return 0.0
+    held = (EVALUATIONS + 1) * tokens / refine.held_out_every
+    products = 6 * refine.steps * min(refine.tokens, tokens) + 2 * held
+    moving = STEP_FLOPS * refine.steps * moe.layout.experts
+    return float(len(refine.rates) * weights * (moe.top_k * products + moving))
 
 
 def _solve_flops(recipe: Recipe, count: int, out: int, inputs: int) -> float:

@@ -52,6 +52,10 @@ class ExpertChunk:
         """The chunk with other down projections."""
         return replace(self, weights=replace(self.weights, down=down_CHI))
 
+    def projection(self, name: str) -> Tensor:
+        """[C, O, I] weights of one projection."""
+        return self.weights.down if name == "down_proj" else self.weights.first[:, self.layout.rows(name)]
+
     def intermediate(self, x_SH: Tensor, bounds: list[int]) -> Tensor:
         """[S, I] what enters down."""
         return intermediate(self.module, x_SH, self.weights, bounds)
@@ -119,7 +123,8 @@ class ExpertInputs:
         x: [T, H] inputs of the block; slots: all routed slots. outputs: [T, H] float32, added to.
         target: what the Hessians of experts with few tokens are drawn towards. weighing: what a slot counts.
         pool: further tokens, for experts that get too few of these.
-        exact: [T, H] what full precision delivers for the same tokens, where weights are corrected for the drift of their inputs.
+        exact: [T, H] what full precision delivers for the same tokens, where something is compared with that.
+        corrects: whether weights are corrected for how far inputs have drifted from it.
     """
 
     stream: Stream
@@ -130,6 +135,12 @@ class ExpertInputs:
     weighing: Weighing = Weighing()
     pool: PoolInputs | None = None
     exact: Tensor | None = None
+    corrects: bool = False
+
+    @property
+    def drifts(self) -> bool:
+        """Whether there is drift to be corrected for: full precision's inputs are known, and the recipe asks for it."""
+        return self.corrects and self.exact is not None
 
     def _pieces(self, chunk: ExpertChunk) -> Iterator[Slots]:
         for piece in self.slots.pieces(chunk.start, chunk.stop, self.stream.slots):

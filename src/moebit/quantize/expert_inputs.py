@@ -31,7 +31,8 @@ def expert_inputs(context: LayerContext, state: LayerState) -> tuple[ExpertInput
     exact, drift = _exact(context, state)
     report = replace(state.report, tokens_per_expert=tokens_per_expert, balance=balance).adding(drift=drift)
     weighing = Weighing(solver.affinity_power, solver.output_aware)
-    inputs = ExpertInputs(stream, routed.x, slots, stream.new_outputs(routed), target, weighing, pool, exact)
+    outputs = stream.new_outputs(routed)
+    inputs = ExpertInputs(stream, routed.x, slots, outputs, target, weighing, pool, exact, solver.drift != "none")
     return inputs, replace(state, report=report)
 
 
@@ -61,7 +62,7 @@ def _drawn(context: LayerContext, routed: RoutedTokens, layout: ExpertsLayout, p
 
 
 def _exact(context: LayerContext, state: LayerState) -> tuple[Tensor | None, Mapping[str, Any]]:
-    """[T, H] what full precision delivers to the experts, where weights are corrected for drift; a note where it is not known."""
+    """[T, H] what full precision delivers to the experts, where that is compared; a note where drift is corrected and it is not known."""
     assert context.sites.moe is not None
     name = context.sites.moe.experts
     exact = state.reference.inputs.get(name)

@@ -31,15 +31,16 @@ def full_precision(plan: Plan, sites: LayerSites, stream: Stream | None) -> Full
     """Advance the reference stream through a layer, and keep what the recipe compares with."""
     if stream is None:
         return FullPrecision()
-    names = compared_modules(plan, sites) if plan.recipe.solver.drift != "none" else []
+    names = compared_modules(plan, sites) if plan.recipe.compares_inputs else []
     with captured_inputs(stream, sites.index, names) as inputs:
         routing = reference_step(stream, sites.index, plan.chunk.get(sites.index, 1))
     return FullPrecision(routing if plan.recipe.router.realign != "none" else None, inputs)
 
 
 def compared_modules(plan: Plan, sites: LayerSites) -> list[str]:
-    """Modules at whose inputs full precision is asked what should arrive: one for each group of linears, and the experts."""
-    groups = [group for group in sites.groups if any(f"{sites.name}.{name}" in plan.linears for name in group.names)]
+    """Modules at whose inputs full precision is asked what should arrive: one for each group of linears (drift), and the experts."""
+    corrected = sites.groups if plan.recipe.solver.drift != "none" else []
+    groups = [group for group in corrected if any(f"{sites.name}.{name}" in plan.linears for name in group.names)]
     names = [input_of(sites, group) for group in groups]
     if sites.moe is not None and f"{sites.name}.{sites.moe.experts}" in plan.experts:
         names.append(sites.moe.experts)

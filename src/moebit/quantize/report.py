@@ -24,6 +24,7 @@ class LayerReport:
         scales: AWQ's exponent behind every norm and linear, and for every expert's down (steps/scale.py).
         coverage: over how many tokens soft coverage was taken, or why it was not (methods/soft_coverage.py).
         drift: by linear, and for experts by projection's input, how weights were corrected (methods/input_drift.py).
+        refine: by experts module, lists over chunks: how rounding was learned (methods/learned_rounding.py).
         peak_memory_bytes: the most that the process has had resident until the layer's end.
     """
 
@@ -38,6 +39,7 @@ class LayerReport:
     scales: Mapping[str, Any] = field(default_factory=dict)
     coverage: Mapping[str, Any] = field(default_factory=dict)
     drift: Mapping[str, Any] = field(default_factory=dict)
+    refine: Mapping[str, Any] = field(default_factory=dict)
     peak_memory_bytes: int = 0
 
     def adding(self, **parts: Mapping[str, Any]) -> LayerReport:
@@ -87,5 +89,6 @@ class Result:
         left = [f"{what}: {reason}" for layer in self.layers for what, reason in layer.router.get("skipped", {}).items()]
         left += [f"smoothing: {reason}" for layer in self.layers for reason in layer.smoothing.get("skipped", {}).values()]
         left += [f"solver.drift: {row['skipped']}" for layer in self.layers for row in layer.drift.values() if "skipped" in row]
+        left += [f"refine: {reason}" for layer in self.layers for row in layer.refine.values() for reason in row.get("skipped", [])]
         left += [f"calibration.coverage: {layer.coverage['skipped']}" for layer in self.layers if "skipped" in layer.coverage]
         return dict(Counter(left))

@@ -5,6 +5,7 @@ from moebit.recipe.calibration import CalibrationSection
 from moebit.recipe.inputs import ACTIVATION_WIDTHS, ActivationsSection, RotationSection
 from moebit.recipe.loading import load_recipe, parse_override, presets
 from moebit.recipe.recipe import Recipe
+from moebit.recipe.refine import RefineSection
 from moebit.recipe.router import RouterSection
 from moebit.recipe.section import BIT_WIDTHS
 from moebit.recipe.smoothing import SmoothingSection
@@ -19,6 +20,7 @@ __all__ = [
     "AllocationSection",
     "CalibrationSection",
     "Recipe",
+    "RefineSection",
     "RotationSection",
     "RouterSection",
     "SmoothingSection",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Literal
+from typing import ClassVar, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from moebit.recipe.allocation import AllocationSection, SwitchingSection
 from moebit.recipe.calibration import CalibrationSection
 from moebit.recipe.inputs import ActivationsSection, RotationSection
+from moebit.recipe.refine import RefineSection
 from moebit.recipe.router import RouterSection
 from moebit.recipe.section import Section
 from moebit.recipe.smoothing import SmoothingSection
@@ -22,9 +23,12 @@ from moebit.recipe.weights import WeightsSection
 class Recipe(Section):
     """One complete description of a quantization."""
 
+    named_if_on: ClassVar[frozenset[str]] = frozenset({"refine"})
+
     version: Literal[1] = 1
     weights: WeightsSection = Field(default_factory=WeightsSection)
     solver: SolverSection = Field(default_factory=SolverSection)
+    refine: RefineSection = Field(default_factory=RefineSection)
     activations: ActivationsSection = Field(default_factory=ActivationsSection)
     rotation: RotationSection = Field(default_factory=RotationSection)
     smoothing: SmoothingSection = Field(default_factory=SmoothingSection)
@@ -108,6 +112,32 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _refining_compares_the_same_channels(self) -> Recipe:
+        if not self.refine.active:
+            return self
+        remedies = {
+            "solver.method: awq": self.solver.method == "awq",
+            f"smoothing.kind: {self.smoothing.kind}": self.smoothing.kind != "none",
+        }
+        scaled = next((key for key, on in remedies.items() if on), None)
+        if scaled:
+            raise ValueError(
+                f"refine.kind: {self.refine.kind} compares the layer's output with full precision's, and {scaled} scales the channels "
+                "in between; set solver.method: gptq (or rtn) and smoothing.kind: none, or refine.kind: none"
+            )
+        if self.activations.rounded or self.rotation.online != "none":
+            raise ValueError(
+                f"refine.kind: {self.refine.kind} learns on inputs as they are, but activations.bits or rotation.online changes them; "
+                "set activations.bits: 16 and rotation.online: none, or refine.kind: none"
+            )
+        if self.weights.type != "int":
+            raise ValueError(
+                f"refine.kind: {self.refine.kind} needs evenly spaced levels, which weights.type: {self.weights.type} does not have; "
+                "set weights.type: int, or refine.kind: none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _coverage_has_hessians(self) -> Recipe:
         if self.calibration.coverage == "soft" and self.solver.method != "gptq":
             raise ValueError("calibration.coverage: soft is about gptq's Hessians; set solver.method: gptq, or calibration.coverage: layer")
@@ -143,7 +173,7 @@ class Recipe(Section):
     @property
     def needs_calibration(self) -> bool:
         looks = self.scales_channels or self.router.align != "none" or self.router.realign != "none" or self.rotation.online == "duquant"
-        return self.needs_hessians or looks
+        return self.needs_hessians or looks or self.refine.active
 
     @property
     def needs_hessians(self) -> bool:
@@ -153,7 +183,12 @@ class Recipe(Section):
     @property
     def needs_reference(self) -> bool:
         """Whether something is compared with what the full-precision model makes of the calibration windows."""
-        return self.router.realign != "none" or self.solver.drift != "none"
+        return self.router.realign != "none" or self.compares_inputs
+
+    @property
+    def compares_inputs(self) -> bool:
+        """Whether inputs of modules are compared with what full precision delivers there."""
+        return self.solver.drift != "none" or self.refine.active
 
     @property
     def scales_channels(self) -> bool:

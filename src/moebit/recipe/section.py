@@ -23,4 +23,8 @@ class Section(BaseModel):
     @model_serializer(mode="wrap")
     def _said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields = type(self).model_fields
-        return {key: value for key, value in handler(self).items() if key not in self.named_if_on or value != fields[key].default}
+        return {
+            key: value
+            for key, value in handler(self).items()
+            if key not in self.named_if_on or getattr(self, key) != fields[key].get_default(call_default_factory=True)
+        }

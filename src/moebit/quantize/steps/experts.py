@@ -1,7 +1,6 @@
 """The routed experts: solved and written chunk by chunk, gate and up first, then down from what the quantized gate and up deliver.
 
-What refines a rounding (learned rounding, say) belongs behind `_solve_first` and `_solve_down`: the chunk is known there, with its
-tokens (`ExpertInputs`), the experts in full precision (`exact`), and the quantized tensors before they are written.
+Behind that their rounding is learned, where the recipe says so (`quantize/refine.py`).
 
 Shape suffixes: C experts of a chunk, O outputs, I inputs, S routed slots.
 """
@@ -9,7 +8,7 @@ Shape suffixes: C experts of a chunk, O outputs, I inputs, S routed slots.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from moebit.quantize.chunk import SAMPLED_SLOTS, ExpertChunk, ExpertInputs
 from moebit.quantize.context import LayerContext, LayerState
 from moebit.quantize.expert_inputs import expert_inputs
 from moebit.quantize.online import Transforms, chunk_transform, on_plain_inputs, transformed, with_transform
+from moebit.quantize.refine import refine_chunk
 from moebit.quantize.solve import relative_error, widths_of
 from moebit.quantize.statistics import drift_moments
 from moebit.tensor import QTensor, SolveInfo
@@ -102,17 +102,20 @@ class _ChunkReport:
 
     Attributes:
         rows: projection -> lists over experts for the report. drift: the same by projection's input. outliers: scaled channels, by expert.
+        refine: experts module -> lists of one entry, how rounding was learned.
     """
 
     rows: Mapping[str, Mapping[str, list[Any]]]
     drift: Mapping[str, Mapping[str, list[Any]]]
     outliers: list[int]
+    refine: Mapping[str, Mapping[str, list[Any]]] = field(default_factory=dict)
 
 
 def _reported(state: LayerState, done: list[_ChunkReport]) -> LayerState:
     """The state with the reports of all chunks."""
     outliers = [count for chunk in done for count in chunk.outliers]
     state = state.noting(smoothing={"outliers": outliers}) if outliers else state
+    state = state.noting(refine=_concatenated([chunk.refine for chunk in done]))
     return state.noting(experts=_concatenated([chunk.rows for chunk in done]), drift=_concatenated([chunk.drift for chunk in done]))
 
 
@@ -121,9 +124,9 @@ def _concatenated(several: list[Mapping[str, Mapping[str, list[Any]]]]) -> dict[
     result: dict[str, dict[str, list[Any]]] = {}
     for rows in several:
         for name, lists in rows.items():
-            into = result.setdefault(name, {key: [] for key in lists})
+            into = result.setdefault(name, {})
             for key, values in lists.items():
-                into[key] += values
+                into[key] = [*into.get(key, []), *values]
     return result
 
 
@@ -133,17 +136,32 @@ def _quantize_chunk(work: _Work, start: int, stop: int) -> _ChunkReport:
     if work.parts is None:
         _pass_through(work, chunk.to(work.dtype))
         return _ChunkReport({}, {}, outliers)
-    exact = chunk.to(work.dtype) if work.inputs and work.inputs.exact is not None else None
+    exact = chunk.to(work.dtype) if work.inputs and work.inputs.drifts else None
     first = _solve_first(work, work.parts, chunk)
-    chunk = chunk.with_first(first.value)
-    stored_down, chunk = chunk.weights.down, chunk.to(work.dtype)
+    stored, chunk = chunk, chunk.with_first(first.value).to(work.dtype)
     seen = _through_first(work, chunk, exact)
-    down = _solve_down(work, work.parts["down_proj"], chunk, stored_down, seen)
-    chunk = chunk.with_down(down.value)
-    work.context.sink.put_experts(work.context.shard, work.name, work.layout, start, {**first.quantized, **down.quantized})
-    if work.inputs and seen.h is not None:
-        work.inputs.through_down(chunk, seen.h)
-    return _ChunkReport({**first.rows, **down.rows}, {**first.drift, **down.drift}, outliers)
+    down = _solve_down(work, work.parts["down_proj"], chunk, stored.weights.down, seen)
+    quantized, rows, h = {**first.quantized, **down.quantized}, {**first.rows, **down.rows}, seen.h
+    chunk, learned = chunk.with_down(down.value), dict[str, list[Any]]()
+    if work.context.recipe.refine.active and work.inputs:
+        refined, learned = refine_chunk(work.context, work.inputs, stored, quantized)
+        if learned.get("step", [0])[0]:
+            quantized, chunk = refined, _with_projections(work, chunk, refined)
+            rows = {p: {**rows[p], "weight_error": relative_error(chunk.projection(p), stored.projection(p))} for p in rows}
+            h = work.inputs.through_first(chunk, None)
+    work.context.sink.put_experts(work.context.shard, work.name, work.layout, start, quantized)
+    if work.inputs and h is not None:
+        work.inputs.through_down(chunk, h)
+    return _ChunkReport(rows, {**first.drift, **down.drift}, outliers, {work.name: learned} if learned else {})
+
+
+def _with_projections(work: _Work, chunk: ExpertChunk, quantized: Mapping[str, QTensor]) -> ExpertChunk:
+    """The chunk with these projections, as who loads the output will have them."""
+    value = {p: work.context.sink.used(q, work.dtype) for p, q in quantized.items()}
+    first = chunk.weights.first.clone()
+    for projection in chunk.layout.projections[:-1]:
+        first[:, chunk.layout.rows(projection)] = value[projection]
+    return chunk.with_first(first).with_down(value["down_proj"])
 
 
 def _pass_through(work: _Work, chunk: ExpertChunk) -> None:
@@ -198,7 +216,7 @@ def _first_problem(work: _Work, chunk: ExpertChunk) -> tuple[Tensor, Tensor | No
         return chunk.weights.first, None, {}
     computed = chunk.to(work.dtype) if aware else chunk
     hessian = inputs.hessians(computed)
-    if inputs.exact is None:
+    if not inputs.drifts:
         return chunk.weights.first, hessian, {}
     w, drift = _corrected(chunk.layout.first, chunk.weights.first, inputs.first_drift(computed))
     return w, hessian, drift
