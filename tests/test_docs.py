@@ -1,4 +1,4 @@
-"""The documentation: numbers are those of committed results, links lead somewhere."""
+"""The documentation: links lead somewhere, every verb has its place, pictures are those of their program."""
 
 from __future__ import annotations
 
@@ -72,15 +72,6 @@ def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
     assert all(
         f'id="moebit.{name}"' in documented for name in ("quantize.main.quantize", "evaluate.streaming.evaluate", "errors.BadInputError")
     )
-
-
-def test_the_numbers_are_the_benchmarks() -> None:
-    """Every decimal number of the decision table stands in the committed quality table."""
-    results = (ROOT / "benchmarks" / "results" / "quality.md").read_text()
-    section = (DOCS / "recipes.md").read_text(encoding="utf-8").split("<!-- results -->")[1].split("<!-- /results -->")[0]
-    numbers = {number for line in section.splitlines() if line.startswith("|") for number in re.findall(r"(?<![\w.])\d+\.\d+", line)}
-    assert len(numbers) >= 15
-    assert not [number for number in numbers if number not in results]
 
 
 def test_every_verb_is_documented() -> None:

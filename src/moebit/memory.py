@@ -1,7 +1,8 @@
-"""How much memory the work may take: the default, and what a person may write for it."""
+"""How much memory the work may take (the default, and what a person may write for it), and how much the process has."""
 
 from __future__ import annotations
 
+import mmap
 import re
 
 from moebit.errors import BadInputError
@@ -25,6 +26,18 @@ def memory_bytes(memory: Memory) -> int:
     if not LEAST_MEMORY <= count <= MOST_MEMORY:
         raise BadInputError(f"--memory {memory}: this is {'less' if count < LEAST_MEMORY else 'more'} than can be meant; write 4GiB, say")
     return count
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process (Linux)."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * mmap.PAGESIZE
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process has ever had resident (Linux)."""
+    with open("/proc/self/status") as status:
+        return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")), resident_bytes())
 
 
 def _read(text: str) -> int:

@@ -153,7 +153,6 @@ def test_every_linear_of_a_layer(checkpoints: Checkpoints, tmp_path: Path, monke
             np.testing.assert_allclose(found[e].double().numpy(), expected, rtol=5e-3, atol=1e-3 * np.abs(w[e]).max())
             corrected += mu is not None
     assert corrected > 0
-    assert all(gain >= 0 for gain in report["gate_up_proj"]["gain"])
 
 
 @pytest.mark.parametrize("memory", [2**32, pytest.param(TIGHT, marks=pytest.mark.slow)])

@@ -32,7 +32,7 @@ def naive_kl_top(p: np.ndarray, q: np.ndarray, top: list[int]) -> float:
 
 
 def naive_rounded(row: list[float], ratio: float, bits: int) -> list[float]:
-    """Asymmetric, one scale per row, as METHODS of every weight has it; scale and products in float32 like the product code."""
+    """Asymmetric, one scale per row, as every asymmetric weight grid has it; scale and products in float32 like the product code."""
     low, high, levels = min(min(row), 0.0), max(max(row), 0.0), 2**bits - 1
     scale = np.float32(np.float32(ratio * (high - low)) / np.float32(levels))
     if scale == 0:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -16,23 +13,6 @@ from moebit.storage.edits import Constant, EditedWeights
 from moebit.storage.weights import Weights
 from tests.support.models import ARCHITECTURES, Checkpoints
 from tests.support.outputs import Outputs
-
-SRC = Path(__file__).resolve().parents[2] / "src" / "moebit"
-OPENS = "formats/opening.py"  # the one file that may look which kind of weights it has
-HOOKS = "model/capture.py"
-
-
-def sources() -> dict[str, str]:
-    return {file.relative_to(SRC).as_posix(): file.read_text(encoding="utf-8") for file in SRC.rglob("*.py")}
-
-
-def test_nobody_asks_for_the_kind_of_weights() -> None:
-    asked = re.compile(r"isinstance\([^()]*(\([^()]*\))?[^()]*\b\w*Weights\b|getattr\([\w.]*weights\b")
-    assert [name for name, text in sources().items() if asked.search(text) and name != OPENS] == []
-
-
-def test_hooks_are_registered_in_one_file() -> None:
-    assert [name for name, text in sources().items() if re.search(r"\.register_(forward|full|module)", text)] == [HOOKS]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])

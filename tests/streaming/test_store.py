@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from moebit.streaming.store import ActivationStore, freed_memory_kept, resident_bytes
+from moebit.memory import resident_bytes
+from moebit.streaming.store import ActivationStore, freed_memory_kept
 
 SIZE, PARTS = 128 * 2**20, 8  # in tensors of 16 MiB, which lie in the heap
 glibc = pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's allocator")

@@ -19,7 +19,7 @@ from moebit import cli
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 # Pages that a newcomer follows from the top to the bottom, in the clone. In this order they also run in one directory, one after the other.
-FOLLOWED = (ROOT / "docs" / "quickstart.md", README, ROOT / "docs" / "api.md")
+FOLLOWED = (ROOT / "docs" / "quickstart.md", README, ROOT / "docs" / "api.md", ROOT / "docs" / "recipes.md")
 # What cannot be run inside a test run: getting the clone, set-up itself (this run is its result), and the tests (this is them). The demo,
 # the benchmarks and the retraining have tests of their own or take too long; that their make targets exist is checked.
 NOT_HERE = ("git clone", "make ", "cd ", "source ")

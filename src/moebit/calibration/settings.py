@@ -46,7 +46,7 @@ class Settings:
     extend: str | None = None
 
     def complete(self) -> Settings:
-        """With the kind's own values where none is given.
+        """Settings with the kind's own values where none is given.
 
         Raises:
             BadInputError: a value that cannot be.

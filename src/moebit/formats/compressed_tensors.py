@@ -1,5 +1,7 @@
 """compressed-tensors: what transformers and vLLM read without moebit.
 
+The file is long because writing and reading a layout stand together: every rule of the layout is then written down once.
+
 Every quantized matrix X of the checkpoint, by the checkpoint's own name and one by one for experts, is stored as
 
     pack-quantized   X.weight_packed int32 [out, ceil(in * bits / 32)], X.weight_scale [out, groups], X.weight_shape int64 [2]

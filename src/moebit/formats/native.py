@@ -60,7 +60,7 @@ class PackedSpec:
         return _offsets([self.shape[0] * packed_row_bytes(self.shape[1], b) for b in self.bits])
 
     def zero_offsets(self) -> list[int]:
-        """The same for zero points; all of one matrix are packed as one row."""
+        """Byte at which each matrix's zero points begin, and the total. All zero points of a matrix are packed as one row."""
         return _offsets([packed_row_bytes(self.shape[0] * self.groups, b) for b in self.bits])
 
     def specs(self, name: str) -> dict[str, TensorSpec]:

@@ -44,7 +44,7 @@ class OverlaySpec:
 
     @property
     def nbytes(self) -> int:
-        """Of everything that is stored."""
+        """Bytes of everything that is stored."""
         return sum(spec.nbytes for spec in self.specs("").values())
 
 

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from moebit.errors import BadInputError
-from moebit.model.experts import ExpertWeights, add_outputs, dispatch, experts_names
+from moebit.model.experts import SLOTS, ExpertWeights, add_outputs, dispatch, experts_names
 from moebit.model.seam import experts_handler
 from moebit.model.skeleton import dematerialize, materialize
 from moebit.model.structure import Structure
 from moebit.storage.checkpoint import Checkpoint
-from moebit.streaming.stream import SLOTS
 
 TRIAL_TOKENS = 6
 TRIAL_ORDER = (2, 0, 0, 3)  # one row in its place, one that moves on, one that becomes two, one that is dropped

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moebit.errors import BadInputError
 from moebit.storage.weights import Weights
 
+SLOTS = 16384  # routed slots that go through the experts at a time, unless a budget says less
 LARGEST_BLOCK, OVERLAPPED_BLOCK, SMALLEST_BLOCK = 512, 256, 32  # rows of one product (`row_blocks`)
 
 

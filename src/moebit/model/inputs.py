@@ -101,7 +101,7 @@ class InputStep:
         return wide.to(x.dtype)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """As a forward pre-hook."""
+        """A forward pre-hook that rotates and rounds the first argument."""
         return (self(args[0]), *args[1:])
 
 

@@ -85,7 +85,7 @@ class Carried:
             self.written.append(value)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As named tensors, for a file."""
+        """The call as named tensors, for a file."""
         result = {f"handed.{key.layer}.{key.leaf}": value for key, value in self.values.items() if isinstance(value, Tensor)}
         for number, entries in enumerate(self.written):
             for key, value in entries.items():

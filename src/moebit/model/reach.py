@@ -36,7 +36,7 @@ class Reach:
 
     @property
     def share(self) -> float:
-        """Of the expert parameters, how many the structure does not cover."""
+        """Share of the expert parameters that the structure does not cover."""
         count = sum(parameters for parameters, _ in self.left.values())
         return count / max(1, count + sum(self.covered.values()))
 

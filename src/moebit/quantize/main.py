@@ -21,7 +21,7 @@ from moebit.formats.gguf.target import GgufTarget
 from moebit.formats.opening import open_checkpoint, quantized_modules
 from moebit.formats.output import JOURNAL, OutputDirectory, check_free, check_space, disk_error, partial_of, read_journal
 from moebit.formats.sink import Sink
-from moebit.memory import DEFAULT_MEMORY, Memory, memory_bytes
+from moebit.memory import DEFAULT_MEMORY, Memory, memory_bytes, peak_resident_bytes
 from moebit.model.structure import find_structure
 from moebit.plan.bitplan import BitPlan, load_bit_plan
 from moebit.plan.plan import SINKS, Plan, make_plan
@@ -43,7 +43,7 @@ from moebit.storage.edits import EditedWeights, untied_config
 from moebit.storage.files import sync_file
 from moebit.storage.shipped.entries import check_shipped
 from moebit.storage.shipped.reading import plain_config
-from moebit.streaming.store import freed_memory_kept, peak_resident_bytes
+from moebit.streaming.store import freed_memory_kept
 from moebit.tensor import kernels
 
 

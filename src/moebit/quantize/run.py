@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from moebit.formats.output import OutputDirectory
 from moebit.formats.sink import Sink
+from moebit.memory import peak_resident_bytes
 from moebit.model.structure import LayerSites
 from moebit.plan.plan import Plan
 from moebit.quantize.context import LayerContext, LayerState, Progress
@@ -22,7 +23,6 @@ from moebit.quantize.layer import quantize_layer
 from moebit.quantize.reference import full_precision
 from moebit.quantize.report import LayerReport
 from moebit.storage.checkpoint import Checkpoint
-from moebit.streaming.store import peak_resident_bytes
 from moebit.streaming.streams import Streams
 
 

@@ -182,7 +182,7 @@ def _column(projection: str, key: str, layer: Mapping[str, Any]) -> list[float]:
 
 
 def _map(layers: Sequence[Mapping[str, Any]], values: Callable[[Mapping[str, Any]], Sequence[float]], colour: Axis) -> str | None:
-    """Of the layers that have such values; None where none has."""
+    """A heat map of the layers that have such values, or None where no layer has any."""
     rows = [(layer["layer"], list(values(layer))) for layer in layers]
     rows = [(index, row) for index, row in rows if row]
     if not rows:

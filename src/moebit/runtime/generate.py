@@ -16,12 +16,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from moebit.calibration.text import load_tokenizer
 from moebit.errors import BadInputError, is_out_of_memory
+from moebit.memory import resident_bytes
 from moebit.runtime.packed import PackedModule, multiplied, use
 from moebit.runtime.paths import PATHS, Path
 from moebit.storage.checkpoint import resolve
 from moebit.storage.config import load_config
 from moebit.storage.documents import one_line, understood
-from moebit.streaming.store import resident_bytes
 
 WARM_UP_TOKENS = 2
 

@@ -342,7 +342,7 @@ def integer_product(stack: Stack, x_TI: Tensor, chosen: list[int], bounds: list[
 
 
 def float_product(stack: Stack, x_TI: Tensor, chosen: list[int], bounds: list[int], tokens: Tensor, y: Tensor, rows: slice) -> None:
-    """As `integer_product`, in float32 throughout."""
+    """Write products of chosen matrices with rows of x in float32 throughout. The arguments are those of `integer_product`."""
     follow_torch()
     _float_product(*stack.arrays, *_routed(x_TI, chosen, bounds, tokens), y.numpy(), rows.start or 0, rows.step or 1)
 

@@ -154,7 +154,7 @@ class PackedChannels(PackedMatrices):
 
 
 class FullChannels(nn.Module):
-    """The same in full precision."""
+    """Channels of one projection that stand in for the base's, in full precision: values [n, H] and their places."""
 
     expert: Tensor
     channel: Tensor

@@ -112,7 +112,7 @@ def unpack_bytes(typing: Any, packed: Any, gather: Any, shift: Any, mask: Any) -
 
 @intrinsic
 def every_byte(typing: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
-    """The same byte 64 times."""
+    """One byte, repeated 64 times."""
     return bytes_t(types.uint8), lambda context, builder, signature, args: _splat(builder, args[0], _BYTES)
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from moebit.model.experts import ExpertsLayout
+from moebit.model.experts import SLOTS, ExpertsLayout
 from moebit.model.structure import LayerSites, Structure
 from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.store import ActivationStore
-from moebit.streaming.stream import BATCH_TOKENS, SLOTS
+from moebit.streaming.stream import BATCH_TOKENS
 
 PROCESS_BYTES = 3 * 2**28  # python, torch, transformers and their thread pools, before any work
 SOLVER_BYTES = 5 * 2**25  # rows of weights on their way through the solver

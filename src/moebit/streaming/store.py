@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebit.memory import resident_bytes
+
 PIECE = 64 * 2**20
 # glibc's mallopt: from what size on an allocation is a mapping of its own, given back as soon as it is freed (the largest that glibc
 # takes), and how much may lie free at the end of the heap before that is given back. The latter is set back, when the work is done, to
@@ -115,15 +117,3 @@ def freed_memory_kept() -> Iterator[None]:
 def _glibc(name: str) -> Any:
     """A function of glibc's allocator; None where there is another one, which keeps and gives back as it likes."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process (Linux)."""
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * mmap.PAGESIZE
-
-
-def peak_resident_bytes() -> int:
-    """The most that this process has ever had resident (Linux)."""
-    with open("/proc/self/status") as status:
-        return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")), resident_bytes())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moebit.model.capture import Call, observed
 from moebit.model.embeddings import materialize_embeddings, named_tokens
-from moebit.model.experts import ExpertWeights, RoutedTokens, add_outputs, dispatch, experts_names, read_experts
+from moebit.model.experts import SLOTS, ExpertWeights, RoutedTokens, add_outputs, dispatch, experts_names, read_experts
 from moebit.model.layer_call import LayerCall, StopForward, same_arguments
 from moebit.model.replay import head, record
 from moebit.model.seam import ExpertsHandler, experts_handler
@@ -28,7 +28,6 @@ from moebit.streaming.shortcut import KeptInput, watched
 from moebit.streaming.store import ActivationStore
 
 BATCH_TOKENS = 4096
-SLOTS = 16384
 LOGIT_BYTES = 64 * 2**20
 InputHook = Callable[[Tensor], None]
 

@@ -1,7 +1,7 @@
 """Dynamic rounding of activations: every token's row is put on a grid of its own, as it comes.
 
-Simulated: the result is a floating-point tensor that holds grid points. The grids are those of the weights (METHODS' quantizers), over the
-whole row instead of a group.
+The rounding is simulated: its result is a floating-point tensor that holds grid points. The grids are those of the weights
+(`tensor/grids/uniform.py`), over the whole row instead of a group.
 """
 
 from __future__ import annotations

@@ -320,7 +320,7 @@ def _undamped(damped_E: Tensor, squared_EN: Tensor, h_ENN: Tensor, order_EN: Ten
 
 
 def _direct_loss(error_EON: Tensor, h_ENN: Tensor, order_EN: Tensor) -> Tensor:
-    """The same for matrices without a factorisation, by its definition."""
+    """Loss of matrices that have no factorisation, `sum E H E^T` by its definition."""
     h = _reordered(h_ENN, order_EN)
     return torch.einsum("eoi,eij,eoj->e", error_EON, h, error_EON)
 

@@ -1,4 +1,4 @@
-"""The solver's inner loop for CUDA devices (Triton); `moebit.tensor.kernels` is the same for CPUs.
+"""The solver's inner loop for CUDA devices (Triton); `moebit.tensor.kernels` has the form for CPUs.
 
 Imported only where it is used: moebit runs without Triton. In Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported) the
 kernel also takes tensors on the CPU, which is how the tests without a device run it.

@@ -36,7 +36,7 @@ def show_structure(result: dict[str, Any]) -> None:
 
 
 def _show_formats(result: dict[str, Any]) -> None:
-    """In which form the weights are stored, and what the model class does not use of them."""
+    """Show in which form the weights are stored, and what the model class does not use of them."""
     if quantized := result.get("quantized"):
         say(f"quantized: {quantized['format']}, {quantized['average_bits']:.3f} bits per quantized weight")
         if "activations" in quantized:

@@ -81,12 +81,12 @@ class GgufFile:
 
     @property
     def size_bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return sum(file.stat().st_size for file in self.files)
 
     @property
     def bits_per_weight(self) -> float:
-        """Of all tensors, as llama.cpp counts it."""
+        """Average bits per weight over all tensors, as llama.cpp counts them."""
         return 8 * sum(tensor.nbytes for tensor in self.tensors.values()) / sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
 

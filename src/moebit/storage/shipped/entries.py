@@ -127,7 +127,7 @@ class ShippedEntry:
 
 
 def _apply(values: Tensor, operation: Callable[[Tensor, Tensor], Tensor], numbers: Tensor, width: int) -> None:
-    """In place: every `width` columns of [..., in] with their number of [..., columns]; the last block may be narrower."""
+    """Apply an operation in place to every `width` columns of [..., in] and their number; the last block may be narrower."""
     whole = values.shape[-1] // width
     if whole:
         operation(values[..., : whole * width].unflatten(-1, (whole, width)), numbers[..., :whole, None])

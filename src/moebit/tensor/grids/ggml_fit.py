@@ -197,7 +197,7 @@ def _kept(piece: Piece, old: Super, new: Super, old_sums: Moments, n: int) -> Su
 
 
 def _best_neighbours(piece: Piece, state: Super, n: int, scales: tuple[int, int], mins: tuple[int, int]) -> tuple[Super, Moments]:
-    """Of the integers next to every group's (one up or down in each), those with the least real error, and their sums."""
+    """Choose for every group the neighbouring integers (one up or down in each) with the least real error; also return their sums."""
     best, sums = state, moments(piece, *state.pair())
     for up, more in _NEIGHBOURS if state.minimum is not None else _NEIGHBOURS[:2]:
         scale = (state.scale + up).clamp(*scales)
