@@ -229,7 +229,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ({"solver": {"damping": 2}}, r"solver\.damping"),
         ({"calibration": {"samples": 0}}, r"calibration\.samples"),
         ({"version": 2}, "version"),
-        ({"format": "gguf"}, "format.*native.*compressed-tensors.*dense"),
+        ({"format": "exl2"}, "format.*native.*compressed-tensors.*dense.*gguf"),
         ({"activations": {"bits": 2}}, r"activations\.bits: 2 bits.*3, 4, 5, 6, 7, 8, 16"),
         ({"activations": {"qkv_bits": 9}}, r"activations\.qkv_bits: 9 bits.*3, 4"),
         ({"activations": {"clip": 0}}, r"activations\.clip"),

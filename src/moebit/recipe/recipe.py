@@ -52,7 +52,9 @@ class Recipe(Section):
     def _gguf_holds_ggmls_types(self) -> Recipe:
         kind = self.weights.type
         if self.format == "gguf" and not self.weights.ggml:
-            raise ValueError(f"format: gguf holds ggml's block types and not weights.type: {kind}; set it to q4_k, q3_k, ...")
+            raise ValueError(
+                f"format: gguf holds ggml's block types and not weights.type: {kind}; set it to q4_k, q3_k, ..., or take a preset gguf-*"
+            )
         if self.format != "gguf" and self.weights.ggml:
             raise ValueError(f"weights.type: {kind} is a block type of ggml; set format: gguf, or weights.type: int")
         if self.weights.ggml and self.solver.scales == "dynamic":

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 import moebit
 from moebit.errors import BadInputError
@@ -198,3 +199,43 @@ def test_presets_are_planned(converter: Converter, checkpoint: Get, tmp_path: Pa
     assert types["output.weight"] == "q6_k"
     assert types["token_embd.weight"] == types["blk.0.ffn_up_exps.weight"] == recipe.weights.type
     assert plan["engines"]["llama.cpp"]["runs"]
+
+
+def test_an_output_is_inspected_judged_and_verified(
+    converter: Converter, library: Path, checkpoint: Get, tmp_path: Path, text: Path
+) -> None:
+    directory, out = checkpoint("olmoe"), tmp_path / "x"
+    rtn = {"version": 1, "weights": {"type": "q8_0"}, "solver": {"method": "rtn"}, "format": "gguf"}
+    moebit.quantize(directory, out, recipe=rtn, gguf_pre=PRE)
+    file, size = out / "x.gguf", (out / "x.gguf").stat().st_size
+    found = moebit.inspect(file)
+    assert found["size_bytes"] == size
+    assert found["gguf"]["architecture"] == "olmoe"
+    assert set(found["gguf"]["types"]) == {"Q8_0", "F32"}
+    with pytest.raises(BadInputError, match="is already quantized"):
+        moebit.inspect(file, "gguf-q4_k_m")
+    for model in (out, file):
+        result = moebit.evaluate(model, against=directory, text=[f"t={text}"], window=32, max_tokens=128)
+        assert result["size_bytes"] == size
+        assert result["remarks"] == []
+        assert 0 < result["texts"]["t"]["kl"] < 0.01
+        assert "routing_exact" not in result["texts"]["t"]
+    reference = transformers_logits(loaded(directory), _windows(directory, text)).log_softmax(-1)[:, :-1]
+    mine = llama_logits(file, _windows(directory, text), library).log_softmax(-1)[:, :-1]
+    kl = float((reference.exp() * (reference - mine)).sum(-1).mean())
+    assert result["texts"]["t"]["kl"] == pytest.approx(kl, rel=1e-3)
+    with pytest.raises(BadInputError, match="give --against MODEL"):
+        moebit.evaluate(file, text=[str(text)])
+    assert moebit.verify(out)["state"] == "fine"
+    assert moebit.verify(out)["tensors"] == len(found["gguf"]["tensors"])
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(bytes(content))
+    damaged = moebit.verify(out)
+    assert damaged["state"] == "damaged"
+    assert [finding["where"] for finding in damaged["findings"]] == ["x.gguf"]
+
+
+def _windows(directory: Path, text: Path) -> Tensor:
+    tokens = AutoTokenizer.from_pretrained(directory).encode(text.read_text(), add_special_tokens=False)
+    return torch.tensor(tokens[:128]).view(4, 32)
