@@ -20,7 +20,7 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all torture demo bench-solver bench-speed bench-memory bench-runtime bench-ebss bench-tasks quality quality-moequant \
+.PHONY: help setup lint test test-all torture demo bench-solver bench-speed bench-memory bench-runtime bench-prices bench-ebss bench-tasks quality quality-moequant \
         quality-eaquant quality-routers quality-moqa quality-best architectures formats gguf-architectures golden docs \
         reference wheel-check
 
@@ -69,6 +69,9 @@ bench-runtime: setup  ## how small and how fast packed models run, against bf16 
 
 quality: setup  ## the quality table: every preset on every reference model
 	$(BIN)/python benchmarks/quality.py
+
+bench-prices: setup  ## prices of widths: predicted against measured divergence, and widths chosen by them (tens of minutes)
+	$(BIN)/python -m benchmarks.prices
 
 bench-ebss: setup  ## text that models write themselves, against windows of text: use of experts, perplexity, speed
 	$(BIN)/python benchmarks/ebss.py
