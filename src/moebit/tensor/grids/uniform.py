@@ -19,7 +19,6 @@ DEQUANTIZE_WEIGHTS = 2**22  # so many at a time: the float32 in between takes fo
 FIT_WEIGHTS, DEVICE_FIT_WEIGHTS = 2**22, 2**26  # so many are searched at a time: every candidate's scales are held beside them
 # Clipping search: shares of the group's range that are tried, largest first (the first wins ties).
 CLIP_RATIOS: tuple[float, ...] = tuple(round(1.0 - 0.05 * step, 2) for step in range(14))
-FINE_RATIOS: tuple[float, ...] = tuple(round(1.0 - 0.0065 * step, 4) for step in range(101))
 
 
 @dataclass(frozen=True)
