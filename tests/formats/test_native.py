@@ -124,7 +124,7 @@ def test_linears_read_back(tmp_path: Path, bits: tuple[int, ...], symmetric: boo
     path = write(tmp_path / "s.safetensors", {"model.q": (spec, q)}, ((0, 1),))
     stored = load_file(path)
     assert stored["model.q.codes"].shape == (OUT, row_bytes(IN, bits[0]))
-    assert stored["model.q.params.scale"].shape == (OUT, 1 if group_size == -1 else IN // group_size)
+    assert stored["model.q.scale"].shape == (OUT, 1 if group_size == -1 else IN // group_size)
     assert np.array_equal(read_stack(stored, "model.q", [bits[0]], (OUT, IN), symmetric)[0], by_hand(q)[0])
     read = native_weights(path, {"model.q": {"": spec}}).parameter("model.q.weight")
     assert torch.equal(read, torch.from_numpy(by_hand(q)[0]).float())
