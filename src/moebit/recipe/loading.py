@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from moebit.errors import BadInputError
@@ -17,6 +18,7 @@ from moebit.recipe.reading import is_there, parse_yaml, read_text
 from moebit.recipe.recipe import Recipe
 
 DEFAULT = "gptq-w4"
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # for the package's own files; libyaml is six times as fast
 NAME = re.compile(r"[a-z0-9._-]{1,64}")  # of a preset
 
 
@@ -71,6 +73,9 @@ def _copied(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(recipe: str | Path) -> dict[str, Any]:
+    if (preset := _preset(recipe)) is not None:
+        shipped: dict[str, Any] = yaml.load(preset, Loader=_LOADER)
+        return shipped
     try:
         data = parse_yaml(_text(recipe))
     except ValueError as error:
@@ -80,12 +85,16 @@ def _read(recipe: str | Path) -> dict[str, Any]:
     return data
 
 
+def _preset(recipe: str | Path) -> str | None:
+    """The YAML text of a preset; None where no preset has this name."""
+    if not NAME.fullmatch(str(recipe)):
+        return None
+    preset = resources.files("moebit").joinpath("recipe", "presets", f"{recipe}.yaml")
+    return preset.read_text(encoding="utf-8") if preset.is_file() else None
+
+
 def _text(recipe: str | Path) -> str:
-    """The YAML text of a preset or of a file."""
-    if NAME.fullmatch(str(recipe)):
-        preset = resources.files("moebit").joinpath("recipe", "presets", f"{recipe}.yaml")
-        if preset.is_file():
-            return preset.read_text(encoding="utf-8")
+    """The YAML text of a file."""
     if is_there(Path(recipe)):
         return read_text(Path(recipe), "recipe ")
     known = list(presets())
