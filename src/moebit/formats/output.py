@@ -111,9 +111,26 @@ class OutputDirectory:
         if self.path.is_symlink() or os.path.lexists(self.partial):
             return
         records = read_journal(self.path / JOURNAL)
-        if records and records[0].get("started") == dict(identity) and foreign_to_output(self.path) is None:
-            os.replace(self.path, self.partial)
-            sync_directory(self.path.parent)
+        if not records or records[0].get("started") != dict(identity) or foreign_to_output(self.path) is not None:
+            return
+        made = next((record["names"] for record in records if record.get("kind") == "made"), None)
+        if made is not None:  # its shards may be gone: it is whole, and only the tidying up is left
+            self._tidy_finished(made)
+            return
+        os.replace(self.path, self.partial)
+        sync_directory(self.path.parent)
+
+    def _tidy_finished(self, keep: Collection[str]) -> None:
+        """Remove what a finished output was made of; the journal, which proves whose it is, goes last."""
+        handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            empty(handle, keep={JOURNAL, *keep})
+            empty(handle, keep=keep)
+        except BlockingIOError as error:
+            raise BadInputError(f"{self.path}: another run is tidying up there; wait for it") from error
+        finally:
+            os.close(handle)
 
     def _take_up(self, identity: Mapping[str, Any]) -> bool:
         """Go on with an interrupted run: every journaled shard is checked, what is not in the journal is removed.
@@ -236,6 +253,7 @@ class OutputDirectory:
         self._document(SEALED, seal(json.loads(documents[SEALED]), checksums))
         check_own(self.partial, foreign_to_partial(self.partial))
         sync_directory(self.partial)
+        self._append({"kind": "made", "files": {}, "names": sorted({*checksums, *documents})})  # from here on the shards may go
         self._give_name(keep={*checksums, *documents})
 
     def _tidy(self, keep: set[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from moebit.formats.gguf.read import dequantized, read_gguf
 from moebit.formats.gguf.rows import find_rows
 from moebit.formats.gguf.sink import GgufSink
 from moebit.formats.gguf.types import Mixture, fitting, more_bits
+from moebit.formats.ownership import empty
 from moebit.recipe import load_recipe
 from moebit.recipe.weights import GGML_TYPES
 from moebit.tensor import QTensor
@@ -126,6 +128,32 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
     for name in ("x.gguf", "moebit.json", "recipe.yaml", "README.md"):
         assert (tmp_path / "a" / "x" / name).read_bytes() == (tmp_path / "b" / "x" / name).read_bytes()
     assert not (tmp_path / "b" / "x.partial").exists()
+
+
+def test_a_finished_output_survives_the_end_of_its_tidying_up(
+    converter: Converter, checkpoint: Get, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process ends when OUT has its name and some of the shards are gone: OUT is whole, and --resume tidies up the rest."""
+
+    def run(out: Path, **more: Any) -> None:
+        moebit.quantize(checkpoint("olmoe"), out, recipe=RECIPE, text=[str(text)], gguf_pre=PRE, **more)
+
+    def some(directory: int, keep: Iterable[str] = ()) -> None:
+        if "x.gguf" not in keep:
+            return empty(directory, keep)
+        os.unlink(next(name for name in os.listdir(directory) if name.startswith("model-")), dir_fd=directory)
+        raise _Killed
+
+    run(tmp_path / "a" / "x")
+    monkeypatch.setattr("moebit.formats.output.empty", some)
+    with pytest.raises(_Killed):
+        run(tmp_path / "b" / "x")
+    monkeypatch.undo()
+    with pytest.raises(BadInputError, match="x exists; choose another -o"):
+        run(tmp_path / "b" / "x", resume=True)
+    written = [{file.name: file.read_bytes() for file in (tmp_path / k / "x").iterdir() if "report" not in file.name} for k in "ab"]
+    assert written[0] == written[1]
+    assert moebit.verify(tmp_path / "b" / "x")["findings"] == []
 
 
 def test_what_cannot_be_written_is_refused_before_the_work(converter: Converter, checkpoint: Get, tmp_path: Path) -> None:
