@@ -1,17 +1,22 @@
 """What learned rounding adds to our presets, and what it costs: benchmarks/results/refine.md.
 
-    .venv/bin/python benchmarks/refine.py [MODEL/PRESET/STEPS ...]
+    .venv/bin/python benchmarks/refine.py [MODEL/PRESET/VARIANT ...]
 
-Cells that were run are kept in runs/refine; without arguments all cells are run that are missing. Calibrated on four texts, judged on
-others: KL of the full-precision distribution from the quantized one, over known and over novel domains.
+Cells that were run are kept in runs/refine; without arguments all cells are run that are missing, which takes hours of one thread. A cell
+is calibrated on four texts and judged on others: KL of the full-precision distribution from the quantized one, over known and over novel
+domains, on `tune` text, which is there to choose by, and on `eval` text, which is there to report.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import statistics
+import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +24,25 @@ import torch
 
 import moebit
 
-MODELS, PRESETS, STEPS = ("olmoe", "qwen2_moe"), ("best-w2", "best-w3"), (0, 100, 300)
+MODELS, PRESETS = ("olmoe", "qwen2_moe"), ("best-w2", "best-w3", "best-w4")
 KNOWN, NOVEL = ("wiki", "novels", "python", "speeches"), ("shakespeare", "c", "german", "french")
 CALIBRATION = {"calibration.samples": 64, "calibration.seq_len": 256}
-MOST_TOKENS = 4096
+RATES = {"best-w2": 0.006, "best-w3": 0.003, "best-w4": 0.002}
+PLAIN, LEARNED = "solver alone", {"refine.kind": "straight_through", "refine.steps": 100}
+VARIANTS: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    "100": LEARNED,
+    "50": {**LEARNED, "refine.steps": 50},
+    "300": {**LEARNED, "refine.steps": 300},
+    "800": {**LEARNED, "refine.steps": 800},
+    "100-codes": {**LEARNED, "refine.tune": ["codes"]},
+    "100-scales": {**LEARNED, "refine.tune": ["scales"]},
+    "100-from-rtn": {**LEARNED, "solver.method": "rtn", "solver.refit": False, "solver.drift": "none", "solver.output_aware": False},
+    "100-without-drift": {**LEARNED, "solver.drift": "none"},
+    "100-sign": {**LEARNED, "refine.kind": "sign", "refine.rate": "auto"},
+    "200x1024": {**LEARNED, "refine.steps": 200, "refine.tokens": 1024},
+}
+MOST_TOKENS = 2048
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = ROOT / "runs" / "refine"
 
@@ -31,60 +51,85 @@ def text(kind: str, names: tuple[str, ...]) -> dict[str, Path]:
     return {name: ROOT / "reference" / "text" / f"{name}.{kind}.txt" for name in names}
 
 
-def run(model: str, preset: str, steps: int) -> None:
+def cell_file(model: str, preset: str, variant: str) -> Path:
+    return CELLS / f"{model}-{preset}-{variant.replace(' ', '-')}.json"
+
+
+def overrides(preset: str, variant: str) -> dict[str, Any]:
+    chosen = VARIANTS[variant]
+    return {**CALIBRATION, **({"refine.rate": RATES[preset]} if chosen else {}), **chosen}
+
+
+def run(model: str, preset: str, variant: str) -> None:
     """Quantize and judge one cell, and keep its numbers."""
-    refine = {"refine.kind": "straight_through", "refine.steps": steps} if steps else {}
-    path, out = ROOT / "reference" / model, CELLS / f"{model}-{preset}-{steps}"
+    path, file = ROOT / "reference" / model, cell_file(model, preset, variant)
     began, processor = time.perf_counter(), time.process_time()
-    done = moebit.quantize(path, out, recipe=preset, text=text("calib", KNOWN), overrides={**CALIBRATION, **refine}, overwrite=True)
+    done = moebit.quantize(
+        path, file.with_suffix(""), recipe=preset, text=text("calib", KNOWN), overrides=overrides(preset, variant), overwrite=True
+    )
     assert isinstance(done, moebit.Result)
     facts: dict[str, Any] = {"seconds": time.perf_counter() - began, "processor": time.process_time() - processor}
-    found = moebit.evaluate(out, against=path, text=text("eval", (*KNOWN, *NOVEL)), max_tokens=MOST_TOKENS)
-    facts["kl"] = {name: values["kl"] for name, values in found["texts"].items()}
+    for kind in ("tune", "eval"):
+        found = moebit.evaluate(file.with_suffix(""), against=path, text=text(kind, (*KNOWN, *NOVEL)), max_tokens=MOST_TOKENS)
+        facts[kind] = {name: values["kl"] for name, values in found["texts"].items()}
     facts["refine"] = [dict(layer.refine) for layer in done.layers]
     facts["estimate"] = done.plan.seconds
-    out.with_suffix(".json").write_text(json.dumps(facts, indent=1))
+    facts["code"] = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    facts["date"] = date.today().isoformat()
+    file.write_text(json.dumps(facts, indent=1))
 
 
-def mean(cell: dict[str, Any], names: tuple[str, ...]) -> float:
-    return 1000 * statistics.mean(cell["kl"][name] for name in names)
+def mean(cell: dict[str, Any], kind: str, names: tuple[str, ...]) -> float:
+    return 1000 * statistics.mean(cell[kind][name] for name in names)
+
+
+def row(model: str, preset: str, variant: str, cell: dict[str, Any], plain: dict[str, Any] | None) -> str:
+    """One line of the table: KL, in brackets relative to the solver alone."""
+    numbers = []
+    for kind in ("tune", "eval"):
+        for names in (KNOWN, NOVEL):
+            value = mean(cell, kind, names)
+            share = f" ({value / mean(plain, kind, names):.2f})" if plain is not None and variant != PLAIN else ""
+            numbers.append(f"{value:.2f}{share}")
+    return f"| {model} | {preset} | {variant} | {' | '.join(numbers)} | {cell['processor']:.0f} | {cell['estimate']:.0f} |"
 
 
 def table() -> str:
     """The Markdown document."""
+    cells = {
+        (model, preset, variant): json.loads(file.read_text())
+        for model in MODELS
+        for preset in PRESETS
+        for variant in VARIANTS
+        if (file := cell_file(model, preset, variant)).exists()
+    }
+    commits = sorted({f"{cell['code']} ({cell['date']})" for cell in cells.values()})
     lines = [
         "# Learned rounding",
         "",
-        "Made by `benchmarks/refine.py`. Our presets without learned rounding (0 steps) and with it, `refine.rate: auto`, calibrated on 64",
-        f"windows of 256 tokens of four domains. KL × 1000 on the `eval` texts, {MOST_TOKENS} tokens of each; in brackets,",
-        "relative to 0 steps.",
-        f"torch {torch.__version__}, {torch.get_num_threads()} thread; processor seconds of the whole quantization.",
+        "Made by `benchmarks/refine.py`. Our presets as the solver leaves them and with learned rounding (steps, what differs), calibrated",
+        f"on 64 windows of 256 tokens of four domains; one rate: {', '.join(f'{rate} at {preset}' for preset, rate in RATES.items())}.",
+        f"KL × 1000, mean over known and over novel domains, {MOST_TOKENS} tokens of each; in brackets, relative to the solver alone.",
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} thread.",
+        f"Code: {', '.join(commits)}.",
+        "Seconds: of the processor for the whole quantization, and what the plan said. Rows that are not there were not run.",
         "",
-        "| model | preset | steps | known domains | novel domains | processor seconds |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| model | preset | variant | tune: known | novel | eval: known | novel | seconds | planned |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for model in MODELS:
-        for preset in PRESETS:
-            basis: dict[str, Any] | None = None
-            for steps in STEPS:
-                file = CELLS / f"{model}-{preset}-{steps}.json"
-                if not file.exists():
-                    continue
-                cell = json.loads(file.read_text())
-                basis = cell if steps == 0 else basis
-                shares = [f"{mean(cell, some):.2f}" + (f" ({mean(cell, some) / mean(basis, some):.2f})" if steps and basis else "")
-                          for some in (KNOWN, NOVEL)]  # fmt: skip
-                lines.append(f"| {model} | {preset} | {steps} | {shares[0]} | {shares[1]} | {cell['processor']:.0f} |")
+    lines += [row(*key, cell, cells.get((key[0], key[1], PLAIN))) for key, cell in cells.items()]
     return "\n".join(lines) + "\n"
 
 
 def main(*cells: str) -> None:
-    wanted = [cell.split("/") for cell in cells] or [[m, p, str(s)] for m in MODELS for p in PRESETS for s in STEPS]
+    wanted = [tuple(cell.split("/")) for cell in cells] or [(m, p, v) for m in MODELS for p in PRESETS for v in VARIANTS]
     CELLS.mkdir(parents=True, exist_ok=True)
-    for model, preset, steps in wanted:
-        if not (CELLS / f"{model}-{preset}-{steps}.json").exists():
-            run(model, preset, int(steps))
-            print(model, preset, steps, flush=True)
+    for model, preset, variant in wanted:
+        if not cell_file(model, preset, variant).exists():
+            run(model, preset, variant)
+            print(model, preset, variant, flush=True)
     (ROOT / "benchmarks" / "results" / "refine.md").write_text(table())
 
 

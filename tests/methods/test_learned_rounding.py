@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebit.methods.learned_rounding import FACTORS, Learned, Learning, Objective, _Latent, learn_rounding
-from moebit.tensor import Float8Grid, QTensor, UniformGrid, solve_rtn
+from moebit.methods.latent import FACTORS, Latent
+from moebit.methods.learned_rounding import Learned, Learning, Objective, learn_rounding
+from moebit.tensor import QTensor, UniformGrid, solve_rtn
+from moebit.tensor.grids.ggml import GRIDS
 
 EXPERTS, ROWS, INPUTS, GROUP = 3, 6, 16, 8
 GRID = UniformGrid(GROUP, False, scale_dtype=torch.bfloat16)
@@ -146,9 +148,9 @@ def test_permuting_matrices_permutes_results() -> None:
 def test_gradients_past_the_rounding_are_those_of_the_smooth_map() -> None:
     """Of `scale factor (u - zero)`, written down again in float64 and differentiated numerically, at latents that are codes."""
     w, q, objective = problem()
-    latent = _Latent(q, q.dequantize())
+    latent = Latent(q, q.dequantize())
     weight = np.random.default_rng(0).normal(size=w.shape)
-    to_u, to_factor = latent.slopes(torch.from_numpy(weight).float())
+    to_u, to_factors = latent.slopes(torch.from_numpy(weight).float())
     codes, scale = q.codes.double().numpy(), q.params.scale.double().numpy()
     zero = q.params.zero_point.double().numpy()
 
@@ -165,12 +167,56 @@ def test_gradients_past_the_rounding_are_those_of_the_smooth_map() -> None:
         up, down = ones.copy(), ones.copy()
         up[place] += h
         down[place] -= h
-        assert float(to_factor.squeeze(-1)[place]) == pytest.approx((smooth(codes, up) - smooth(codes, down)) / (2 * h), rel=1e-4)
+        assert float(to_factors["scale"][place]) == pytest.approx((smooth(codes, up) - smooth(codes, down)) / (2 * h), rel=1e-4)
     assert objective.seen == []
 
 
-def test_tables_are_refused_by_name() -> None:
-    w = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))
-    q = solve_rtn(w, 8, Float8Grid(-1, torch.float32))
-    with pytest.raises(ValueError, match="up_proj: Float8Grid has a table of levels"):
-        learn_rounding({"up_proj": q}, {"up_proj": w}, Products(w, w, w), STEPS)
+GGML = ["q4_0", "q4_1", "q2_k", "q3_k", "q4_k", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4"]
+
+
+@pytest.mark.parametrize("kind", ["straight_through", "sign"])
+@pytest.mark.parametrize("name", GGML)
+def test_blocks_of_ggml_and_tables_end_better_and_can_be_stored(name: str, kind: str) -> None:
+    """What comes out of the packed bytes is what the loss was taken of, on grids with offsets, integer scales, tables and exponents."""
+    grid, random = GRIDS[name], torch.Generator().manual_seed(1)
+    w = torch.randn(2, 4, 256, generator=random)
+    mixing = torch.randn(2, 256, 256, generator=random)
+    x = torch.randn(2, 96, 256, generator=random) @ mixing
+    q, objective = solve_rtn(w, grid.bits, grid), Products(w, x, x)
+    learned = learn_rounding({"w": q}, {"w": w}, objective, Learning(kind, 40, (0.02,)))  # type: ignore[arg-type]
+    result = learned.matrices["w"]
+    assert left(learned) < 0.97 * objective.seen[0]
+    codes, params = grid.unpack(grid.pack(result.codes, result.params), 256)
+    if hasattr(params, "tensor_scale"):
+        params = replace(params, tensor_scale=result.params.tensor_scale)
+    assert objective.held_back({"w": grid.dequantize(codes, params)}) == pytest.approx(left(learned), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["q4_1", "q2_k", "q3_k", "iq4_xs"])
+def test_factors_of_scales_and_offsets_have_the_slope_of_the_grid(name: str) -> None:
+    """The grid's own numbers, with d and dmin multiplied by a little in float32 and the codes held still, differentiated numerically."""
+    grid, random = GRIDS[name], torch.Generator().manual_seed(2)
+    w = torch.randn(1, 3, 256, generator=random)
+    q, weight = solve_rtn(w, grid.bits, grid), torch.randn(1, 3, 256, generator=random)
+    _, found = Latent(q, w).slopes(weight)
+    assert set(found) == {name for name in grid.factored if getattr(q.params, name) is not None}
+    for field, gradient in found.items():
+        stored = getattr(q.params, field).float()
+        for place in [(0, 0, 0), (0, 2, gradient.shape[2] - 1)]:
+            sums = []
+            for sign in (1, -1):
+                moved = stored.clone()
+                moved[place] *= 1 + sign * 0.01
+                sums.append(float((weight.double() * grid.dequantize(q.codes, replace(q.params, **{field: moved})).double()).sum()))
+            assert float(gradient[place]) == pytest.approx((sums[0] - sums[1]) / 0.02, rel=1e-3, abs=1e-4)
+
+
+def test_a_latent_on_a_table_begins_between_its_neighbours() -> None:
+    """Among the levels of e2m1, 2.6 lies 0.6 of the way from 2 to 3, to which it is rounded: its latent is 0.4 of a place below."""
+    grid = GRIDS["mxfp4"]
+    w = torch.zeros(1, 1, 32)
+    w[0, 0, :2] = torch.tensor([6.0, 2.6])
+    latent = Latent(solve_rtn(w, 4, grid, clip_search=False), w)
+    codes = latent.q.codes[0, 0, :2].long()
+    assert (latent.levels[codes] / 2).tolist() == [6.0, 3.0]  # type: ignore[index]
+    assert (latent.u.flatten()[:2] - codes).tolist() == pytest.approx([0.0, -0.4], abs=1e-6)

@@ -45,39 +45,48 @@ def quantize(model: Path, out: Path, text: Path, chosen: dict[str, Any], **optio
 
 
 def rows(report: LayerReport) -> dict[str, list[Any]]:
-    ((_, row),) = report.refine.items()
-    return dict(row)
+    """Of the routed experts."""
+    return dict(next(row for row in report.refine.values() if "first_expert" in row))
+
+
+def linears(report: LayerReport) -> dict[str, list[Any]]:
+    """Of the linears in front of the experts."""
+    return dict(next(row for row in report.refine.values() if "linears" in row))
 
 
 @torch.no_grad()
-def arguments(model: Any, name: str, windows: Tensor) -> tuple[Tensor, ...]:
-    """What a module of a transformers model is called with, tokens along the first axis."""
-    seen: list[tuple[Tensor, ...]] = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda m, args: seen.append(args))
+def behind_layer(model: Any, index: int, windows: Tensor, silent: bool = False) -> Tensor:
+    """[N, L, H] what a layer of a transformers model puts out; silent: while the experts of this layer put out nothing."""
+    layer, seen = model.model.layers[index], list[Tensor]()
+    hooks = [layer.register_forward_hook(lambda m, args, out: seen.append(out[0] if isinstance(out, tuple) else out))]
+    if silent:
+        hooks.append(layer.mlp.experts.register_forward_hook(lambda m, args, out: torch.zeros_like(out)))
     try:
         model(input_ids=windows, use_cache=False)
     finally:
-        hook.remove()
-    return tuple(value.reshape(-1, value.shape[-1]) for value in seen[0])
+        for hook in hooks:
+            hook.remove()
+    return seen[0]
 
 
-@torch.no_grad()
-def test_the_loss_is_of_the_layers_output(checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
-    """Second layer of a Mixtral, all experts at once, before learning and after it, with transformers' own experts."""
-    path = checkpoints.path(MIXTRAL)
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_the_loss_is_of_the_layers_output(name: str, checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
+    """Second layer, all experts at once, with both models in transformers: the layer's output, and the same without routed experts."""
+    arch = ARCHITECTURES[name]
+    path = checkpoints.path(arch)
     refined = quantize(path, tmp_path / "refined", text, recipe())
-    exact, drifted = load_reference(MIXTRAL, path).model, with_weights(MIXTRAL, path, tmp_path / "refined")
+    exact, drifted = load_reference(arch, path).model, with_weights(arch, path, tmp_path / "refined")
     ids = torch.tensor(json.loads(text.read_text())["input_ids"])
     windows = calibration_windows([TokenText("t", ids, None)], SAMPLES, LENGTH, 0)
-    x, chosen, weights = arguments(drifted, EXPERTS, windows)
-    should = exact.get_submodule(EXPERTS)(arguments(exact, EXPERTS, windows)[0], chosen, weights)
-    missed = drifted.get_submodule(EXPERTS)(x, chosen, weights) - should
-    held = torch.arange(SAMPLES).repeat_interleave(LENGTH) % 10 == 9
-    left = missed[held].square().sum(1).mean() / should.square().sum(1).mean()
-    row = rows(refined.layers[1])
-    assert row["after"] == pytest.approx([float(left)], rel=1e-3)
-    assert row["after"][0] < row["before"][0]
-    assert row["first_expert"] == [0]
+    held = torch.arange(SAMPLES) % 10 == 9
+    found = [row for row in refined.layers[1].refine.values() if "linears" in row]
+    for row, silent in ((rows(refined.layers[1]), False), (found[-1], True)):
+        should, does = (behind_layer(model, 1, windows, silent)[held].double() for model in (exact, drifted))
+        left = ((does - should).square().sum(-1) / should.square().sum(-1)).mean()
+        assert row["after"] == pytest.approx([float(left)], rel=1e-3)
+        assert row["after"][0] <= row["before"][0]
+    assert rows(refined.layers[1])["after"][0] < rows(refined.layers[1])["before"][0]
+    assert rows(refined.layers[1])["first_expert"] == [0]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
@@ -99,9 +108,11 @@ def test_the_gradient_is_that_of_the_loss(
             checked.append(projection)
         return learn_rounding(quantized, weights, objective, how, progress)
 
-    monkeypatch.setattr(importlib.import_module("moebit.quantize.refine"), "learn_rounding", check)
+    for module in ("refine", "refine_linears"):
+        monkeypatch.setattr(importlib.import_module(f"moebit.quantize.{module}"), "learn_rounding", check)
     quantize(path, tmp_path / "out", text, recipe("rtn", {"steps": 1}))
-    assert checked == ["gate_proj", "up_proj", "down_proj"] * sum(ARCHITECTURES[name].moe)
+    attention = [f"self_attn.{letter}_proj" for letter in "qkvo"]
+    assert checked == [*attention, "gate_proj", "up_proj", "down_proj"] * sum(ARCHITECTURES[name].moe)
 
 
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "qwen2_moe", "deepseek_v3"])
@@ -110,8 +121,8 @@ def test_it_never_ends_worse(name: str, method: str, checkpoints: Checkpoints, t
     path = checkpoints.path(ARCHITECTURES[name])
     result = quantize(path, tmp_path / "out", text, recipe(method))
     refined = [report for report in result.layers if report.refine]
-    assert len(refined) == sum(ARCHITECTURES[name].moe)
-    for row in map(rows, refined):
+    assert len(refined) == len(ARCHITECTURES[name].moe)
+    for row in [row for report in refined for row in report.refine.values()]:
         assert row["after"][0] <= row["before"][0]
         (tries,) = row["tries"]
         assert [t["rate"] for t in tries] == [0.005]
@@ -162,7 +173,7 @@ def test_the_same_bytes_twice_and_when_resumed(memory: int, checkpoints: Checkpo
     def stop(what: str, done: int, total: int) -> None:
         if (what, done) == ("learning", 25):
             seen.append(done)
-            if len(seen) == (2 if memory > TIGHT else 12):
+            if len(seen) == (4 if memory > TIGHT else 12):
                 raise Stopped
 
     seen: list[int] = []
@@ -177,9 +188,6 @@ def test_the_same_bytes_twice_and_when_resumed(memory: int, checkpoints: Checkpo
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({"solver": {"method": "awq"}}, "refine.kind: none"),
-        ({"smoothing": {"kind": "smoothquant"}}, "smoothing.kind: none"),
-        ({"activations": {"bits": 8}}, "activations.bits: 16"),
         ({"rotation": {"online": "hadamard"}}, "rotation.online: none"),
         ({"refine": {"kind": "sign", "tune": []}}, "codes, scales"),
         ({"refine": {"kind": "sign", "rate": 2.0}}, "between 0 and 1"),
@@ -190,6 +198,26 @@ def test_what_it_does_not_go_with_is_refused(
 ) -> None:
     with pytest.raises(BadInputError, match=remedy):
         quantize(checkpoints.path(MIXTRAL), tmp_path / "out", text, {**recipe(), **changes})
+
+
+COMBINED = [
+    ("mixtral", "gptq", {"activations": {"bits": 4}}),
+    ("qwen2_moe", "awq", {}),
+    ("olmoe", "gptq", {"smoothing": {"kind": "smoothquant"}, "rotation": {"absorbed": "r1"}}),
+    ("qwen2_moe", "gptq", {"weights": {"bits": 2, "group_size": 16, "symmetric": False, "scope": "all", "ignore": []}}),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "changes"), COMBINED)
+def test_it_goes_with_scaled_channels_rotations_and_rounded_inputs(
+    name: str, method: str, changes: dict[str, Any], checkpoints: Checkpoints, text: Path, tmp_path: Path
+) -> None:
+    path = checkpoints.path(ARCHITECTURES[name])
+    result = quantize(path, tmp_path / "out", text, {**recipe(method), **changes})
+    rows = [row for report in result.layers for row in report.refine.values()]
+    assert not [row["skipped"] for row in rows if "skipped" in row]
+    assert all(row["after"][0] <= row["before"][0] for row in rows)
+    assert any(row["after"][0] < row["before"][0] for row in rows)
 
 
 def test_a_recipe_without_it_keeps_its_text_and_digest() -> None:

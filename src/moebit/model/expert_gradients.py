@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moebit.model.experts import ExpertWeights, grouped_linear
+from moebit.tensor.row_rounding import Rounding
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -41,7 +42,14 @@ class GroupedLinear(torch.autograd.Function):
         return to_x, to_w, to_bias, None
 
 
-def experts_output(module: Any, x_SH: Tensor, affinity_S: Tensor, weights: ExpertWeights, bounds: list[int]) -> Tensor:
+def past_rounding(x: Tensor, rounding: Rounding) -> Tensor:
+    """Rounded inputs, past whose rounding the gradient goes as if it were not there (straight-through; Bengio et al., 2013, 1308.3432)."""
+    return x + (rounding(x.detach()) - x.detach())
+
+
+def experts_output(
+    module: Any, x_SH: Tensor, affinity_S: Tensor, weights: ExpertWeights, bounds: list[int], rounding: Rounding | None = None
+) -> Tensor:
     """Return [S, H], what experts answer to routed slots sorted by expert, scaled by the affinities; differentiable.
 
     Args:
@@ -50,9 +58,11 @@ def experts_output(module: Any, x_SH: Tensor, affinity_S: Tensor, weights: Exper
         affinity_S: the weights with which the answers enter the layer's output.
         weights: of the experts, [C, ...].
         bounds: C + 1 positions; expert c owns the rows between two of them.
+        rounding: of what enters down; that of what enters gate and up is the caller's.
     """
     out: Tensor = GroupedLinear.apply(x_SH, weights.first, weights.first_bias, bounds)
     h_SI: Tensor = module._apply_gate(out) if module.has_gate else module.act_fn(out)
+    h_SI = h_SI if rounding is None else past_rounding(h_SI, rounding)
     y: Tensor = GroupedLinear.apply(h_SI, weights.down, weights.down_bias, bounds)
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -153,6 +153,14 @@ class LayerCall:
     def hands_on(self) -> bool:
         """Whether this batch's layers hand on, or write into, anything beside the hidden states."""
         return bool(self.wanted or self.carried.last_use or self.carried.written)
+
+    def some(self, windows: Tensor, of: int) -> LayerCall:
+        """The call for some windows of its batch of `of`: arguments whose first axis counts windows are cut, all others shared."""
+
+        def cut(value: Any) -> Any:
+            return value[windows] if isinstance(value, Tensor) and of > 1 and value.ndim and len(value) == of else value
+
+        return replace(self, args=swapped(self.args, cut), kwargs=swapped(self.kwargs, cut))
 
     def apply(self, layer: nn.Module, hidden: Tensor) -> Any:
         """The layer's whole output."""

@@ -82,6 +82,7 @@ def _add_linears(flops: float, checkpoint: Checkpoint, layer: LayerSites, recipe
             module: Any = checkpoint.model.get_submodule(f"{layer.name}.{name}")
             weights = module.in_features * module.out_features
             flops += (4 + 2 * runs) * tokens * weights + _solve_flops(recipe, 1, module.out_features, module.in_features)
+            flops += _learning_flops(recipe, weights, weights, tokens)
         flops += moments * tokens * group.in_features**2 if recipe.needs_hessians else 0
     return flops
 
@@ -90,19 +91,22 @@ def _add_experts(flops: float, moe: MoESite, recipe: Recipe, tokens: int) -> flo
     (runs, moments), layout, slots = _passes(recipe), moe.layout, tokens * moe.top_k
     flops += 2 * runs * slots * layout.parameters_per_expert + moments * slots * (layout.hidden**2 + layout.intermediate**2)
     flops += _solve_flops(recipe, layout.experts, 2 * layout.intermediate, layout.hidden)
-    flops += _refine_flops(recipe, moe, tokens)
+    flops += _learning_flops(recipe, layout.experts * layout.parameters_per_expert, moe.top_k * layout.parameters_per_expert, tokens)
     return flops + _solve_flops(recipe, layout.experts, layout.hidden, layout.intermediate)
 
 
-def _refine_flops(recipe: Recipe, moe: MoESite, tokens: int) -> float:
-    """Learned rounding: a forward and a backward of every batch, a forward of the held-back tokens now and then, Adam on every weight."""
-    refine, weights = recipe.refine, moe.layout.parameters_per_expert
+def _learning_flops(recipe: Recipe, weights: int, used: int, tokens: int) -> float:
+    """Learned rounding: a forward and a backward of every batch, a forward of the held-back tokens now and then, Adam on every weight.
+
+    Args:
+        used: weights that a token is multiplied by.
+    """
+    refine = recipe.refine
     if not refine.active:
         return 0.0
     held = (EVALUATIONS + 1) * tokens / refine.held_out_every
     products = 6 * refine.steps * min(refine.tokens, tokens) + 2 * held
-    moving = STEP_FLOPS * refine.steps * moe.layout.experts
-    return float(len(refine.rates) * weights * (moe.top_k * products + moving))
+    return float(len(refine.rates) * (used * products + weights * STEP_FLOPS * refine.steps))
 
 
 def _solve_flops(recipe: Recipe, count: int, out: int, inputs: int) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from moebit.model.seam import silent
 from moebit.model.structure import LayerSites, LinearGroup
 from moebit.plan.plan import Plan
 from moebit.streaming.reference import captured_inputs
@@ -21,10 +22,14 @@ class FullPrecision:
     Attributes:
         routing: what its router says; None where nothing is compared with that.
         inputs: [T, N] what arrives at modules of the layer, by their name in it.
+        output, without: [N, L, ...] what it puts out, and what it puts out while its routed experts are silent; None where learned
+            rounding does not compare with that.
     """
 
     routing: Routing | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    output: Tensor | None = None
+    without: Tensor | None = None
 
 
 def full_precision(plan: Plan, sites: LayerSites, stream: Stream | None) -> FullPrecision:
@@ -32,9 +37,23 @@ def full_precision(plan: Plan, sites: LayerSites, stream: Stream | None) -> Full
     if stream is None:
         return FullPrecision()
     names = compared_modules(plan, sites) if plan.recipe.compares_inputs else []
+    refines, without = plan.recipe.refine.active, None
+    if refines and sites.moe is not None and any(name.startswith(f"{sites.name}.") for name in plan.linears):
+        without = output_without_experts(stream, sites.index)
     with captured_inputs(stream, sites.index, names) as inputs:
         routing = reference_step(stream, sites.index, plan.chunk.get(sites.index, 1))
-    return FullPrecision(routing if plan.recipe.router.realign != "none" else None, inputs)
+    output = stream.hidden if refines else None
+    return FullPrecision(
+        routing if plan.recipe.router.realign != "none" else None, inputs, output, output if sites.moe is None else without
+    )
+
+
+def output_without_experts(stream: Stream, index: int) -> Tensor:
+    """Return [N, L, ...] what a layer, as the stream's checkpoint has it, puts out while its routed experts are silent."""
+    result = stream.store.allocate(tuple(stream.hidden.shape), stream.dtype)
+    with stream.loaded(index):
+        stream.run(index, experts=lambda rows: silent, outputs=result)
+    return result
 
 
 def compared_modules(plan: Plan, sites: LayerSites) -> list[str]:

@@ -1,7 +1,12 @@
-"""A chunk of experts whose rounding is learned on what they put out, once they are solved.
+"""A chunk of experts whose rounding is learned on what the layer puts out, once they are solved.
 
-The target is what the same experts in full precision put out, on the inputs that full precision delivers, weighed as the quantized layers
-route: per token the sum over the experts of the chunk. So the error of the layers before is part of what is made up for.
+What the experts of a chunk are to put out is what full precision's layer puts out on its own stream, less what everything else in the
+quantized layer puts out: the residual stream behind attention and shared experts, the chunks before as they are quantized, the chunks
+behind as they are in full precision. So the error that came in, and that of the chunks before, is part of what is made up for. Every token
+counts by its error relative to the size of the layer's output for it.
+
+That holds where a layer adds its experts' outputs to the rest, which is looked at. Elsewhere the target is what the same experts in full
+precision put out on the inputs that full precision delivers, weighed as the quantized layers route.
 
 Shape suffixes: C experts of a chunk, T tokens, N tokens that are routed to the chunk, S routed slots, H hidden.
 """
@@ -10,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,21 +27,28 @@ from moebit.model.expert_gradients import experts_output
 from moebit.model.experts import ExpertWeights, Slots, finish
 from moebit.quantize.chunk import ExpertChunk, ExpertInputs
 from moebit.quantize.context import LayerContext
+from moebit.quantize.layer_target import LayerTarget
 from moebit.recipe import RefineSection
 from moebit.tensor import QTensor
+from moebit.tensor.row_rounding import Rounding
 
-NOT_KNOWN = "what full precision delivers to these experts is not known"
+NOT_KNOWN = "what the layer's experts should put out is not known"
 NO_TOKENS = "none of the tokens that are held back is routed to these experts, or none of the others"
 
 Report = dict[str, list[Any]]
 
 
 def refine_chunk(
-    context: LayerContext, inputs: ExpertInputs | None, stored: ExpertChunk, quantized: dict[str, QTensor]
+    context: LayerContext,
+    inputs: ExpertInputs | None,
+    target: LayerTarget | None,
+    stored: ExpertChunk,
+    quantized: dict[str, QTensor],
 ) -> tuple[dict[str, QTensor], Report]:
     """Learn the rounding of a chunk of experts, where the recipe asks for it.
 
     Args:
+        target: what the layer should put out, where its experts' outputs are added to the rest.
         stored: the experts in full precision. quantized: by projection, as the solver left them.
 
     Returns:
@@ -46,22 +57,27 @@ def refine_chunk(
     recipe, chunk = context.recipe.refine, {"first_expert": [stored.start]}
     if not recipe.active or inputs is None:
         return quantized, {}
-    if inputs.exact is None:
+    if target is None and (inputs.exact is None or context.recipe.scales_channels):  # scaled, its channels are others
         return quantized, {**chunk, "skipped": [NOT_KNOWN]}
-    outputs = _outputs(context, recipe, inputs, stored, quantized["down_proj"].codes.device)
+    outputs = _outputs(context, inputs, target, stored, quantized["down_proj"].codes.device)
     if outputs is None:
         return quantized, {**chunk, "skipped": [NO_TOKENS]}
-    how = Learning(recipe.kind, recipe.steps, recipe.rates, "codes" in recipe.tune, "scales" in recipe.tune)  # type: ignore[arg-type]
     weights = {p: stored.projection(p) for p in stored.layout.projections}
 
     def progress(done: int, total: int) -> None:
         context.progress("learning", done, total)
 
-    learned = learn_rounding(quantized, weights, outputs, how, progress)
-    return learned.matrices, {**chunk, **_report(learned)}
+    learned = learn_rounding(quantized, weights, outputs, learning(recipe), progress)
+    return learned.matrices, {**chunk, **report_of(learned)}
 
 
-def _report(learned: Learned) -> Report:
+def learning(recipe: RefineSection) -> Learning:
+    """How rounding is learned, of a recipe that says so."""
+    return Learning(recipe.kind, recipe.steps, recipe.rates, "codes" in recipe.tune, "scales" in recipe.tune)  # type: ignore[arg-type]
+
+
+def report_of(learned: Learned) -> Report:
+    """What happened, as lists of one entry: what was kept, the held-back loss before and after, and the course of every try."""
     tries = [{"rate": t.rate, "steps": t.at, "held_back": t.held_back, "train": t.train} for t in learned.tries]
     begun = learned.tries[0].held_back[0]
     kept = learned.tries[learned.best]
@@ -92,15 +108,14 @@ class _Batches:
 
 @dataclass(frozen=True)
 class ChunkOutputs(Objective):
-    """What a chunk of experts puts out, against what it should.
-
-    Losses are relative to the mean square of what it should put out.
+    """What a chunk of experts puts out, against what it should. Losses are means over tokens.
 
     Attributes:
         chunk: the experts as stored, with float32 biases, for their gating. inputs: what arrives. slots: routed slots of the chunk.
         tokens: int64 [N], sorted. place: int64 [S], each slot's token by its number in `tokens`.
-        target: [N, H] float32. batches: of training tokens. held: int64, numbers of tokens that are held back.
-        limit: slots that run through at a time. device: where products are computed.
+        target: [N, H] float32. weight: [N], what a squared error counts.
+        batches: of training tokens. held: int64, numbers of tokens that are held back.
+        limit: slots that run through at a time. device: where products are computed. rounding: of what enters gate and up, and down.
     """
 
     chunk: ExpertChunk
@@ -109,22 +124,18 @@ class ChunkOutputs(Objective):
     tokens: Tensor
     place: Tensor
     target: Tensor
+    weight: Tensor
     batches: _Batches
     held: Tensor
     limit: int
     device: torch.device
-
-    @cached_property
-    def power(self) -> float:
-        """Mean square of the target per token."""
-        total = sum(float(rows.double().square().sum()) for rows in self.target.split(4096))
-        return max(total / len(self.target), 1e-30)
+    rounding: Rounding | None = None
 
     @torch.no_grad()
     def held_back(self, values: Mapping[str, Tensor]) -> float:
         weights = self._weights(values)
-        total = sum(float(self._missed(part, weights).double().square().sum()) for part in self._parts(self.held))
-        return total / (len(self.held) * self.power)
+        total = sum(float(self._missed(part, weights).double().sum()) for part in self._parts(self.held))
+        return total / len(self.held)
 
     def gradients(self, values: Mapping[str, Tensor], step: int) -> tuple[float, dict[str, Tensor]]:
         batch, weights, total = self.batches.of(step), self._weights(values), 0.0
@@ -132,7 +143,7 @@ class ChunkOutputs(Objective):
         weights.down.requires_grad_()
         with torch.enable_grad():
             for part in self._parts(batch):
-                loss = self._missed(part, weights).square().sum() / (len(batch) * self.power)
+                loss = self._missed(part, weights).sum() / len(batch)
                 loss.backward()
                 total += float(loss.detach())
         assert weights.first.grad is not None
@@ -154,23 +165,26 @@ class ChunkOutputs(Objective):
         yield from numbers.split(max(1, self.limit * len(numbers) // slots))
 
     def _missed(self, numbers: Tensor, weights: ExpertWeights) -> Tensor:
-        """[n, H] what is put out for some tokens, sorted by their number, minus what should be."""
+        """[n] weighted squared errors of what is put out for some tokens, sorted by their number."""
         chosen = torch.zeros(len(self.tokens), dtype=torch.bool)
         chosen[numbers] = True
         own = chosen[self.place].nonzero()[:, 0]  # still sorted by expert
         bounds = torch.searchsorted(own, torch.tensor(self.slots.bounds)).tolist()
         x = self.inputs.x[self.tokens[self.place[own]]].to(self.device, torch.float32)
+        x = x if self.rounding is None else self.rounding(x)
         affinity = self.slots.affinity[own].to(self.device, torch.float32)
-        y = experts_output(self.chunk.module, x, affinity, weights, bounds)
+        y = experts_output(self.chunk.module, x, affinity, weights, bounds, self.rounding)
         rows = torch.searchsorted(numbers, self.place[own]).to(self.device)
-        return torch.zeros(len(numbers), y.shape[1], device=self.device).index_add(0, rows, y) - self.target[numbers].to(self.device)
+        total = torch.zeros(len(numbers), y.shape[1], device=self.device).index_add(0, rows, y)
+        missed = (total - self.target[numbers].to(self.device)).square().sum(1)
+        return missed * self.weight[numbers].to(self.device)
 
 
 def _outputs(
-    context: LayerContext, recipe: RefineSection, inputs: ExpertInputs, stored: ExpertChunk, device: torch.device
+    context: LayerContext, inputs: ExpertInputs, target: LayerTarget | None, stored: ExpertChunk, device: torch.device
 ) -> ChunkOutputs | None:
     """What the chunk is to put out; None where there are no tokens to learn from, or none to judge by."""
-    slots = inputs.slots.chunk(stored.start, stored.stop)
+    recipe, slots = context.recipe.refine, inputs.slots.chunk(stored.start, stored.stop)
     tokens = slots.tokens.unique()
     held = held_out_rows(len(inputs.x), inputs.stream.windows.shape[1], recipe.held_out_every)[tokens]
     if not bool(held.any()) or bool(held.all()):
@@ -179,9 +193,13 @@ def _outputs(
     train = (~held).nonzero()[:, 0]
     size = max(1, min(len(train), round(recipe.tokens * len(tokens) / len(inputs.x))))
     batches = _Batches(train, size, context.seed, f"{context.full('experts')} {stored.start}")
-    target = _target(inputs, stored.to(torch.float32), slots, place, len(tokens))
+    if target is not None:
+        should, weight = target.of(inputs.outputs, tokens), target.weight[tokens]
+    else:
+        should, weight = _own_target(inputs, stored.to(torch.float32), slots, place, len(tokens))
     held_back, gating = held.nonzero()[:, 0], replace(stored, weights=_with_biases(stored.weights, device))
-    return ChunkOutputs(gating, inputs, slots, tokens, place, target, batches, held_back, inputs.stream.slots, device)
+    rounding, limit = context.plan.activations.inputs, inputs.stream.slots
+    return ChunkOutputs(gating, inputs, slots, tokens, place, should, weight, batches, held_back, limit, device, rounding)
 
 
 def _with_biases(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
@@ -191,8 +209,8 @@ def _with_biases(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
     return replace(weights, first_bias=first_bias, down_bias=down_bias)
 
 
-def _target(inputs: ExpertInputs, chunk: ExpertChunk, slots: Slots, place: Tensor, tokens: int) -> Tensor:
-    """[N, H] what the experts in full precision put out for their tokens, on full precision's own inputs."""
+def _own_target(inputs: ExpertInputs, chunk: ExpertChunk, slots: Slots, place: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """[N, H] what the experts in full precision put out for their tokens on full precision's own inputs; [N] one weight for all."""
     assert inputs.exact is not None
     target = inputs.stream.store.allocate((tokens, inputs.x.shape[1]), torch.float32).zero_()
     for piece in inputs.slots.pieces(chunk.start, chunk.stop, inputs.stream.slots):
@@ -200,4 +218,5 @@ def _target(inputs: ExpertInputs, chunk: ExpertChunk, slots: Slots, place: Tenso
         y = finish(chunk.module, h, piece.affinity.float(), chunk.weights, piece.bounds)
         target.index_add_(0, place[piece.place], y)
         inputs.stream.store.release()
-    return target
+    power = sum(float(rows.double().square().sum()) for rows in target.split(4096)) / tokens
+    return target, torch.full((tokens,), 1 / max(power, 1e-30))

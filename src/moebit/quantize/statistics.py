@@ -12,6 +12,7 @@ from moebit.calibration.statistics import layer_sample, shared_affinity
 from moebit.errors import BadInputError
 from moebit.methods.input_drift import InputDriftMoments
 from moebit.model.capture import observed
+from moebit.model.seam import silent
 from moebit.model.structure import LayerSites, LinearGroup
 from moebit.quantize.context import LayerContext, LayerState
 from moebit.quantize.groups import last_before_experts, quantized
@@ -132,7 +133,7 @@ def _by_running(context: LayerContext, state: LayerState, stream: Stream, number
         if kept is not None and seen.seen <= len(kept):
             kept[begin : seen.seen] = flat
 
-    before = _no_experts(sites) if group.behind_experts else _zeros  # what experts put out doesn't reach this group
+    before = _no_experts(sites) if group.behind_experts else silent  # what experts put out doesn't reach this group
     experts = stream.replay(state.outputs) if state.outputs is not None else lambda rows: before
     stream.run(sites.index, inputs={group.names[0]: on_input}, experts=experts)
     if kept is None or seen.seen != len(kept):
@@ -201,7 +202,3 @@ def _no_experts(sites: LayerSites) -> Callable[[nn.Module, Tensor, Tensor, Tenso
         )
 
     return handler
-
-
-def _zeros(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    return torch.zeros_like(x)

@@ -114,27 +114,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _refining_compares_the_same_channels(self) -> Recipe:
+    def _refining_knows_what_arrives(self) -> Recipe:
         if not self.refine.active:
             return self
-        remedies = {
-            "solver.method: awq": self.solver.method == "awq",
-            f"smoothing.kind: {self.smoothing.kind}": self.smoothing.kind != "none",
-        }
-        scaled = next((key for key, on in remedies.items() if on), None)
-        if scaled:
+        if self.rotation.online != "none":
             raise ValueError(
-                f"refine.kind: {self.refine.kind} compares the layer's output with full precision's, and {scaled} scales the channels "
-                "in between; set solver.method: gptq (or rtn) and smoothing.kind: none, or refine.kind: none"
+                f"refine.kind: {self.refine.kind} does not learn behind rotation.online: {self.rotation.online} yet; "
+                "set rotation.online: none, or refine.kind: none"
             )
-        if self.activations.rounded or self.rotation.online != "none":
+        if self.weights.type == "fp8":
             raise ValueError(
-                f"refine.kind: {self.refine.kind} learns on inputs as they are, but activations.bits or rotation.online changes them; "
-                "set activations.bits: 16 and rotation.online: none, or refine.kind: none"
-            )
-        if self.weights.type != "int":
-            raise ValueError(
-                f"refine.kind: {self.refine.kind} needs evenly spaced levels, which weights.type: {self.weights.type} does not have; "
+                f"refine.kind: {self.refine.kind}: weights.type: fp8 is rounded to nearest and nothing else; "
                 "set weights.type: int, or refine.kind: none"
             )
         return self

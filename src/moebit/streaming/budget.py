@@ -89,8 +89,8 @@ def make_budget(
         tokens * width * size * streams for size in (item, item, item, 4)
     ]  # hidden states before and behind, experts' inputs and outputs
     stored += max(([tokens * size * item for size in _compared(sites, width)] for sites in structure.layers), key=sum) if drift else []
-    if refine:  # what is to come out, and full precision's inputs
-        stored += [tokens * width * size for size in ((4,) if drift else (4, item))]
+    if refine:  # what is still to come out, what comes out without experts in both models, and full precision's inputs
+        stored += [tokens * width * size for size in ((4, item, item) if drift else (4, item, item, item))]
     activations = sum(min(size, allowance) for size in stored)
     per_token = max((_token_bytes(checkpoint, sites, width, item, length) for sites in structure.layers), default=1)
     batch = max(length, min(BATCH_TOKENS, rest // 4 // per_token, TEMPORARY_BYTES // (4 * width)))
@@ -104,6 +104,9 @@ def make_budget(
     chunk = {index: max(1, min(layout.experts, room // each[index])) for index, layout in layouts.items()}
     experts = max((chunk[index] * each[index] for index in chunk), default=0) + (slots * per_slot if tokens else 0)
     linears = max((_linear_bytes(checkpoint.model, sites, item, hessians, drift) for sites in structure.layers), default=0) if solve else 0
+    if refine:
+        learned = max((_outside_experts(checkpoint.model.get_submodule(sites.name), sites) for sites in structure.layers), default=0)
+        linears = max(linears, learned * (2 * item + 1 + REFINE_BYTES) + batch * per_token)
     busiest = max(experts + (SOLVER_BYTES if solve else 0), linears + (SOLVER_BYTES if solve else 0), batch * per_token if tokens else 0)
     peak = PROCESS_BYTES + (layer if tokens else 0) + activations + busiest
     return Budget(batch, slots, chunk, allowance, stored[0] > allowance, memory * 6 // 10, memory, peak)

@@ -93,8 +93,13 @@ class Stream:
         dtype: torch.dtype = self.checkpoint.model.dtype
         return dtype
 
+    @property
+    def batch_windows(self) -> int:
+        """Windows of a batch; the last batch may have fewer."""
+        return max(1, self.batch_tokens // self.windows.shape[1])
+
     def batches(self) -> Iterator[slice]:
-        step = max(1, self.batch_tokens // self.windows.shape[1])
+        step = self.batch_windows
         for start in range(0, len(self.windows), step):
             yield slice(start, min(start + step, len(self.windows)))
 
@@ -164,6 +169,19 @@ class Stream:
             elif outputs is not None:
                 outputs[rows] = output
             self.store.release()
+
+    def some(self, index: int, windows: Tensor, experts: ExpertsHandler) -> Tensor:
+        """Return [n, L, ...] what one (loaded) layer puts out for some windows of one batch; gradients flow where they are enabled.
+
+        Args:
+            windows: int64 [n], rising numbers, all within one of `batches()`.
+            experts: the experts' handler.
+        """
+        size = self.batch_windows
+        batch = int(windows[0]) // size
+        call = self._calls[batch][index].some(windows - batch * size, min(size, len(self.windows) - batch * size))
+        with experts_handler(experts):
+            return call.run(self.layer(index), self.hidden[windows])
 
     def pull_back(self, index: int, entered: Tensor, gradient: Tensor, experts: Callable[[slice], ExpertsHandler] | None = None) -> Tensor:
         """Return the gradient with respect to the input of one (loaded) layer, [N, L, H] float32.
@@ -280,7 +298,7 @@ class Stream:
         with experts_handler(self.replay(outputs_TH)(first)):
             output = self._calls[0][index].run(self.layer(index), self.hidden[first])
         self.hidden[first] = output
-        if not _adds_up(output, without[first], added(first)):
+        if not adds_up(output, without[first], added(first)):
             self.run(index, experts=self.replay(outputs_TH), advance=True, done=1)
             return
         for rows in list(self.batches())[1:]:
@@ -352,7 +370,7 @@ class Stream:
                 dematerialize(module, recurse=False)
 
 
-def _adds_up(output: Tensor, without: Tensor, added: Tensor) -> bool:
+def adds_up(output: Tensor, without: Tensor, added: Tensor) -> bool:
     """Whether `output` is `without + added`, up to the rounding of its type, with a factor of one before `added`."""
     change, rounding = output.float() - without.float(), torch.finfo(output.dtype).eps * output.float().norm()
     factor = float((change * added).sum() / added.square().sum().clamp(min=1e-30))

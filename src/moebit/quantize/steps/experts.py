@@ -7,7 +7,7 @@ Shape suffixes: C experts of a chunk, O outputs, I inputs, S routed slots.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from moebit.model.inputs import DOWN, FIRST
 from moebit.quantize.chunk import SAMPLED_SLOTS, ExpertChunk, ExpertInputs
 from moebit.quantize.context import LayerContext, LayerState
 from moebit.quantize.expert_inputs import expert_inputs
+from moebit.quantize.layer_target import LayerTarget, layer_target
 from moebit.quantize.online import Transforms, chunk_transform, on_plain_inputs, transformed, with_transform
 from moebit.quantize.refine import refine_chunk
 from moebit.quantize.solve import relative_error, widths_of
@@ -39,6 +40,7 @@ def quantize_experts(context: LayerContext, state: LayerState) -> LayerState:
     inputs, state = expert_inputs(context, state)
     work = _work(context, state, inputs)
     work = replace(work, transforms=_shared_transforms(work))
+    work = replace(work, target=_target(work, state))
     names, experts, done = experts_names(work.name, work.layout), work.layout.experts, list[_ChunkReport]()
     for start in range(0, experts, context.chunk):
         stop = min(start + context.chunk, experts)
@@ -58,6 +60,7 @@ class _Work:
         name: of the experts module. parts: how its projections are quantized, None where they are kept.
         inputs: what they are calibrated on. transforms: online transforms that were made. dtype: what the layer is computed in.
         outliers: whether channels that stand out between up and down are scaled.
+        target: what the layer should put out, where rounding is learned.
     """
 
     context: LayerContext
@@ -69,11 +72,17 @@ class _Work:
     transforms: Transforms
     dtype: torch.dtype
     outliers: bool
+    target: LayerTarget | None = None
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> ExpertChunk:
         """Experts [start, stop) from the checkpoint."""
         weights = read_experts(self.context.sink.weights, self.name, self.layout, start, stop, dtype)
         return ExpertChunk(self.module, self.layout, start, stop, weights)
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[ExpertChunk]:
+        """All experts from the checkpoint, a chunk at a time."""
+        for start in range(0, self.layout.experts, self.context.chunk):
+            yield self.read(start, min(start + self.context.chunk, self.layout.experts), dtype)
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -94,6 +103,14 @@ def _work(context: LayerContext, state: LayerState, inputs: ExpertInputs | None)
     )
     module = context.sink.weights.model.get_submodule(name)
     return _Work(context, name, moe.layout, module, parts, inputs, state.transforms, state.dtype, outliers)
+
+
+def _target(work: _Work, state: LayerState) -> LayerTarget | None:
+    """What the layer should put out, where the recipe asks for learned rounding and that is known."""
+    context = work.context
+    if not context.recipe.refine.active or work.inputs is None or work.parts is None:
+        return None
+    return layer_target(context, state, work.inputs, work.chunks(work.dtype) if context.chunk < work.layout.experts else iter(()))
 
 
 @dataclass(frozen=True)
@@ -137,6 +154,8 @@ def _quantize_chunk(work: _Work, start: int, stop: int) -> _ChunkReport:
         _pass_through(work, chunk.to(work.dtype))
         return _ChunkReport({}, {}, outliers)
     exact = chunk.to(work.dtype) if work.inputs and work.inputs.drifts else None
+    if work.target is not None and work.inputs is not None and work.context.chunk < work.layout.experts:
+        work.target.reach(chunk.to(work.dtype), work.inputs)
     first = _solve_first(work, work.parts, chunk)
     stored, chunk = chunk, chunk.with_first(first.value).to(work.dtype)
     seen = _through_first(work, chunk, exact)
@@ -144,7 +163,7 @@ def _quantize_chunk(work: _Work, start: int, stop: int) -> _ChunkReport:
     quantized, rows, h = {**first.quantized, **down.quantized}, {**first.rows, **down.rows}, seen.h
     chunk, learned = chunk.with_down(down.value), dict[str, list[Any]]()
     if work.context.recipe.refine.active and work.inputs:
-        refined, learned = refine_chunk(work.context, work.inputs, stored, quantized)
+        refined, learned = refine_chunk(work.context, work.inputs, work.target, stored, quantized)
         if learned.get("step", [0])[0]:
             quantized, chunk = refined, _with_projections(work, chunk, refined)
             rows = {p: {**rows[p], "weight_error": relative_error(chunk.projection(p), stored.projection(p))} for p in rows}

@@ -1,4 +1,4 @@
-"""Linears outside of the routed experts: those that share an input are solved from one Hessian."""
+"""Linears outside of the routed experts: those that share an input are solved from one Hessian; then rounding may be learned."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from moebit.methods.input_drift import correct_input_drift
 from moebit.quantize.context import LayerContext, LayerState
 from moebit.quantize.groups import in_order, quantized
 from moebit.quantize.online import on_plain_inputs, with_transform
+from moebit.quantize.refine_linears import SolvedLinear, refine_linears
 from moebit.quantize.solve import relative_error, widths_of
 from moebit.quantize.statistics import Statistics, group_statistics
-from moebit.tensor import QTensor, SolveInfo
+from moebit.tensor import QTensor
 from moebit.tensor.blocks import BlockTransform
 
 
@@ -30,17 +31,26 @@ def linears_beside_experts(context: LayerContext, state: LayerState) -> LayerSta
 
 def linears_behind_experts(context: LayerContext, state: LayerState) -> LayerState:
     """Solve what runs on the experts' outputs."""
-    return _solve_groups(context, state, in_order(context.sites).behind)
+    return _solve_groups(context, state, in_order(context.sites).behind, refined=False)
 
 
-def _solve_groups(context: LayerContext, state: LayerState, numbers: list[int]) -> LayerState:
+def _solve_groups(context: LayerContext, state: LayerState, numbers: list[int], refined: bool = True) -> LayerState:
+    """Solve some groups, one after the other, learn their rounding together where the recipe says so, and write them."""
+    solved = dict[str, SolvedLinear]()
     for number in numbers:
         if names := quantized(context, context.sites.groups[number]):
-            state = _solve_group(context, state, number, names)
-    return state
+            mine, state = _solve_group(context, state, number, names)
+            solved |= mine
+    final = {name: one.quantized for name, one in solved.items()}
+    if refined and state.stream is not None:
+        final, report = refine_linears(context, state.stream, state.reference.without, solved)
+        state = state.noting(refine={context.full(name): row for name, row in report.items()})
+        if any(final[name] is not one.quantized for name, one in solved.items()):
+            state = replace(state, inputs={}, kept=None)  # they came from linears that have changed
+    return state.noting(linears={name: _put(context, state, name, one, final[name]) for name, one in solved.items()})
 
 
-def _solve_group(context: LayerContext, state: LayerState, number: int, names: list[str]) -> LayerState:
+def _solve_group(context: LayerContext, state: LayerState, number: int, names: list[str]) -> tuple[dict[str, SolvedLinear], LayerState]:
     """Solve linears that share an input, those of one width as one matrix: their rows stacked, one factorisation."""
     statistics, state = group_statistics(context, state, number)
     hessian = statistics.hessian if statistics else None
@@ -48,7 +58,7 @@ def _solve_group(context: LayerContext, state: LayerState, number: int, names: l
     transform, state = _transform(context, state, names, statistics)
     if transform is not None and hessian is not None:
         hessian = transform.moments(hessian)
-    h, rows = None if hessian is None else hessian.unsqueeze(0), {}
+    h, solved = None if hessian is None else hessian.unsqueeze(0), dict[str, SolvedLinear]()
     for some in _by_grid(context, names):
         spec = context.plan.linears[context.full(some[0])]
         stacked = torch.cat([matrices[name] for name in some]) if len(some) > 1 else matrices[some[0]]
@@ -56,11 +66,11 @@ def _solve_group(context: LayerContext, state: LayerState, number: int, names: l
         q, info = context.solve(stacked.unsqueeze(0), h, widths_of(spec), spec)
         begin = 0
         for name in some:
-            matrix = matrices[name]
-            own = q.rows(slice(begin, begin + len(matrix)))
-            rows[name] = _put(context, state.dtype, name, matrix, own, info, transform)
-            begin += len(matrix)
-    return state.noting(linears=rows, drift=drift)
+            rows = slice(begin, begin + len(matrices[name]))
+            solved[name] = SolvedLinear(matrices[name], stacked[rows], q.rows(rows), info, transform)
+            _place(context, state.dtype, name, solved[name], solved[name].quantized)
+            begin = rows.stop
+    return solved, state.noting(drift=drift)
 
 
 def _by_grid(context: LayerContext, names: list[str]) -> list[list[str]]:
@@ -95,23 +105,21 @@ def _transform(
     return state.transforms[name], state
 
 
-def _put(
-    context: LayerContext,
-    dtype: torch.dtype,
-    name: str,
-    matrix: Tensor,
-    q: QTensor,
-    info: SolveInfo | None,
-    transform: BlockTransform | None,
-) -> dict[str, Any]:
-    """Write one quantized linear and put it in place for what runs after it, on inputs as they are; returns its row of the report."""
-    context.sink.put_linear(context.shard, context.full(name), q)
-    value = on_plain_inputs(context.sink.used(q, dtype), transform)[0]
+def _place(context: LayerContext, dtype: torch.dtype, name: str, solved: SolvedLinear, q: QTensor) -> Tensor:
+    """Put a linear in place for what runs after it; returns its weight [O, I], for inputs as they are, as who loads the output has it."""
+    value = on_plain_inputs(context.sink.used(q, dtype), solved.transform)[0]
     if context.layer is not None:
         context.layer.get_submodule(name).weight = nn.Parameter(value, requires_grad=False)
+    return value
+
+
+def _put(context: LayerContext, state: LayerState, name: str, solved: SolvedLinear, q: QTensor) -> dict[str, Any]:
+    """Write one quantized linear and put it in place; returns its row of the report."""
+    context.sink.put_linear(context.shard, context.full(name), q)
+    value, info = _place(context, state.dtype, name, solved, q), solved.info
     return {
         "bits": int(q.bits[0]),
-        "weight_error": relative_error(value.unsqueeze(0), matrix.unsqueeze(0))[0],
+        "weight_error": relative_error(value.unsqueeze(0), solved.matrix.unsqueeze(0))[0],
         "damping": float(info.damping[0]) if info else None,
         "fallback": bool(info.fallback[0]) if info else False,
     }

@@ -77,6 +77,15 @@ class Grid(ABC):
         """Whether a scale may be changed by itself once the codes are known (`refit_scales`)."""
         return False
 
+    @property
+    def factored(self) -> tuple[str, ...]:
+        """The stored numbers that may be multiplied group by group (learned rounding): of the scales and, if any, of the offsets.
+
+        They name fields of the parameters, [E, O, B], each shared by as many groups as B divides the groups into; `columns` is linear in
+        both. None where scales are integers or exponents and cannot be moved a little.
+        """
+        return ()
+
     def qmax(self, bits_E: Tensor, dtype: torch.dtype) -> Tensor:
         """Return [E], the largest code of every matrix."""
         return torch.exp2(bits_E.to(dtype)) - 1

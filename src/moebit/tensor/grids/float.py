@@ -49,6 +49,10 @@ class Float8Grid(Grid):
     def qmax(self, bits_E: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.full(bits_E.shape, float(len(_ascending()) - 1), dtype=dtype, device=bits_E.device)
 
+    @property
+    def factored(self) -> tuple[str, ...]:
+        return ("scale",)
+
     def fit(self, w_EOI: Tensor, bits_E: Tensor, importance_EI: Tensor | None = None, search: bool = True) -> FloatParams:
         """Put every group's largest magnitude on the largest number, 448; an all-zero group gets scale 1.
 

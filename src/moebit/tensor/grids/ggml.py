@@ -51,6 +51,10 @@ class BlockGrid(GgmlGrid[BlockParams]):
 
     offset: bool = field(default=False, kw_only=True)
 
+    @property
+    def factored(self) -> tuple[str, ...]:
+        return ("d", "m")
+
     def _fitted(self, piece: Piece, effort: Effort, shared_E: Tensor | None) -> tuple[Tensor | None, ...]:
         if not self.offset:
             return rows_first(half(scale_only(piece, effort)), torch.float16), None
@@ -88,6 +92,10 @@ class SuperBlockGrid(GgmlGrid[SuperParams]):
     scale_bits: int = field(kw_only=True)
     scale_zero: int = field(default=0, kw_only=True)
     offset: bool = field(default=False, kw_only=True)
+
+    @property
+    def factored(self) -> tuple[str, ...]:
+        return ("d", "dmin")
 
     def _fitted(self, piece: Piece, effort: Effort, shared_E: Tensor | None) -> tuple[Tensor | None, ...]:
         n, top = self.block // self.group, 2**self.scale_bits - 1

@@ -62,6 +62,10 @@ class UniformGrid(Grid):
     def refits(self) -> bool:
         return True
 
+    @property
+    def factored(self) -> tuple[str, ...]:
+        return ("scale",)
+
     def fit(self, w_EOI: Tensor, bits_E: Tensor, importance_EI: Tensor | None = None, search: bool = True) -> UniformParams:
         work = w_EOI.dtype if w_EOI.dtype == torch.float64 else torch.float32
         parts = []
