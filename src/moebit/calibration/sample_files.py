@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,7 @@ class Partial:
 
     def remove(self) -> None:
         """What it was for is written."""
+        sys.audit("moebit.tidy", str(self.file))
         self.file.unlink(missing_ok=True)
 
 
