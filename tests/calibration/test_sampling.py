@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import moebit
 from moebit.calibration.beam import Rules, ancestral, ebss
+from moebit.calibration.sample_files import Partial
 from moebit.calibration.sampling import describe_text, end_ids, kept_windows
 from moebit.calibration.settings import Settings, balancing_temperature
 from moebit.errors import BadInputError
@@ -357,6 +358,33 @@ def test_a_whole_sample_is_taken_up(checkpoints: Checkpoints, tmp_path: Path) ->
     assert "tokens" not in seen
     assert out.read_bytes() == before
     assert not (tmp_path / "a.jsonl.partial").exists()
+
+
+def test_one_run_at_a_time_writes_a_sample(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    path, out = checkpoints.path(ARCHITECTURES["olmoe"]), tmp_path / "a.jsonl"
+    with Partial.begin(tmp_path / "a.jsonl.partial", {"other": 1}):
+        before = (tmp_path / "a.jsonl.partial").read_bytes()
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(BadInputError, match=r"a\.jsonl\.partial: another run is writing there"):
+                sampled(path, out, **how)
+    assert (tmp_path / "a.jsonl.partial").read_bytes() == before
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("content", ["mine", "{}", '{"text": "mine"}\n'])
+def test_a_file_that_is_no_interrupted_run_is_not_emptied(checkpoints: Checkpoints, tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.jsonl.partial").write_text(content)
+    with pytest.raises(BadInputError, match=r"a\.jsonl\.partial is in the way"):
+        sampled(checkpoints.path(ARCHITECTURES["olmoe"]), tmp_path / "a.jsonl", overwrite=True)
+    assert (tmp_path / "a.jsonl.partial").read_text() == content
+
+
+def test_a_link_in_the_place_of_an_interrupted_run_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("")
+    (tmp_path / "a.jsonl.partial").symlink_to(tmp_path / "mine")
+    with pytest.raises(BadInputError, match="cannot write"):
+        sampled(checkpoints.path(ARCHITECTURES["olmoe"]), tmp_path / "a.jsonl", overwrite=True)
+    assert (tmp_path / "mine").read_text() == ""
 
 
 def test_the_facts_beside_a_sample_are_not_overwritten(checkpoints: Checkpoints, tmp_path: Path) -> None:
