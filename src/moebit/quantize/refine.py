@@ -13,6 +13,7 @@ Shape suffixes: C experts of a chunk, T tokens, N tokens that are routed to the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,6 +68,7 @@ def refine_chunk(
     def progress(done: int, total: int) -> None:
         context.progress("learning", done, total)
 
+    sys.audit("moebit.learn", quantized, weights, outputs)
     learned = learn_rounding(quantized, weights, outputs, learning(recipe), progress)
     return learned.matrices, {**chunk, **report_of(learned)}
 

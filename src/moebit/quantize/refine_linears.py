@@ -12,6 +12,7 @@ Shape suffixes: N windows of L tokens, H hidden.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ def refine_linears(
     def progress(done: int, total: int) -> None:
         context.progress("learning", done, total)
 
+    sys.audit("moebit.learn", plain, weights, outputs)
     learned: Learned = learn_rounding(plain, weights, outputs, learning(context.recipe.refine), progress)
     return learned.matrices, {where: {"linears": [list(solved)], **report_of(learned)}}
 
