@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moebit.profiling.allocate import Allocation, allocate
     from moebit.profiling.profile import profile
     from moebit.profiling.usage import drift
+    from moebit.quantize.frontier import Frontier, frontier
     from moebit.quantize.inspect import inspect
     from moebit.quantize.main import quantize
     from moebit.quantize.report import Result
@@ -39,6 +40,7 @@ __all__ = [
     "Adaptation",
     "Allocation",
     "BadInputError",
+    "Frontier",
     "Generated",
     "Generation",
     "InterruptedWorkError",
@@ -50,6 +52,7 @@ __all__ = [
     "compare",
     "drift",
     "evaluate",
+    "frontier",
     "generate",
     "heatmaps",
     "inspect",
@@ -71,6 +74,7 @@ _HOMES = {
     "profiling.allocate": ("Allocation", "allocate"),
     "profiling.profile": ("profile",),
     "profiling.usage": ("drift",),
+    "quantize.frontier": ("Frontier", "frontier"),
     "quantize.inspect": ("inspect",),
     "quantize.main": ("quantize",),
     "quantize.report": ("Result",),

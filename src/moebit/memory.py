@@ -28,6 +28,20 @@ def memory_bytes(memory: Memory) -> int:
     return count
 
 
+def asked_bytes(size: Memory, option: str = "--size") -> int:
+    """Bytes of a size that somebody wants something to have: written as for `memory_bytes`, and as small as they like.
+
+    Raises:
+        BadInputError: a number without a unit in a text, or anything else; nothing at all.
+    """
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise BadInputError(f"{option} {size!r}: give bytes as an integer, or a size with its unit such as '12GB'")
+    count = size if isinstance(size, int) else _read(size, option)
+    if not 0 < count <= MOST_MEMORY:
+        raise BadInputError(f"{option} {size}: a size such as 12GB is expected")
+    return count
+
+
 def resident_bytes() -> int:
     """Resident memory of this process (Linux)."""
     with open("/proc/self/statm") as statm:
@@ -40,14 +54,14 @@ def peak_resident_bytes() -> int:
         return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")), resident_bytes())
 
 
-def _read(text: str) -> int:
+def _read(text: str, option: str = "--memory") -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise BadInputError(f"--memory {text}: a size such as 4GiB or 500MB is expected")
+        raise BadInputError(f"{option} {text}: a size such as 4GiB or 500MB is expected")
     number, prefix, binary, byte = match.groups()
     if not (prefix or byte):
         raise BadInputError(
-            f"--memory {text}: the unit is missing; write {text.strip()}GiB for gibibytes or {text.strip()}MB for megabytes"
+            f"{option} {text}: the unit is missing; write {text.strip()}GiB for gibibytes or {text.strip()}MB for megabytes"
         )
     base = 1000 if prefix and byte and not binary else 1024
     return int(float(number) * base ** " KMGT".index(prefix.upper() or " "))

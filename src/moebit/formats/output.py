@@ -35,7 +35,7 @@ from moebit.formats.ownership import (
 )
 from moebit.formats.seal import SEALED, is_report, seal
 from moebit.storage.durable import replace_text, write_new
-from moebit.storage.files import INDEX, ShardFile, TensorSpec, read_header, sha256, sync_directory
+from moebit.storage.files import INDEX, ShardFile, TensorSpec, index_text, read_header, sha256, sync_directory
 
 __all__ = [
     "JOURNAL", "PROFILE_DIRECTORY", "SAMPLE", "OutputDirectory", "check_free", "check_space", "disk_error", "partial_of", "read_journal",
@@ -266,9 +266,7 @@ class OutputDirectory:
 
     def _index(self, shards: list[str]) -> None:
         headers = {name: read_header(self.partial / name) for name in shards}
-        weight_map = {tensor: name for name, header in headers.items() for tensor in header}
-        total = sum(entry.spec.nbytes for header in headers.values() for entry in header.values())
-        self._document(INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=1))
+        self._document(INDEX, index_text({name: {t: e.spec.nbytes for t, e in header.items()} for name, header in headers.items()}))
 
     def _give_name(self, keep: Collection[str] = ()) -> None:
         if not self._is_held(self.partial):

@@ -13,6 +13,7 @@ from typing import Any
 from moebit.errors import BadInputError
 from moebit.recipe import BIT_WIDTHS
 from moebit.recipe.reading import is_there, read_json
+from moebit.recipe.weights import GGML_TYPES
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,26 @@ class BitPlan:
     Attributes:
         experts: experts module -> projection -> one width, or one per expert.
         linears: linear -> width.
+        types: GGUF tensor -> block type of ggml, for format gguf; it goes before the recipe's type, mixture and overrides.
     """
 
     experts: Mapping[str, Mapping[str, int | list[int]]] = field(default_factory=dict)
     linears: Mapping[str, int] = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)
 
     def digest(self) -> str:
-        """sha256 of the widths."""
-        return hashlib.sha256(json.dumps([self.experts, self.linears], sort_keys=True).encode()).hexdigest()
+        """sha256 of the widths and types."""
+        said = [self.experts, self.linears, *([self.types] if self.types else [])]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """The parts of a plan's file."""
+        return {"experts": self.experts, "linears": self.linears, **({"types": self.types} if self.types else {})}
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Any]) -> BitPlan:
+        """The inverse of `describe`."""
+        return cls(parts.get("experts", {}), parts.get("linears", {}), parts.get("types", {}))
 
     def widths(self, name: str, projection: str, count: int, default: int) -> tuple[int, ...]:
         """One width per expert.
@@ -90,16 +103,21 @@ def load_bit_plan(file: str | Path) -> BitPlan:
     data = read_json(path, "--plan ")
     if not _has_form(data):
         raise BadInputError(f'--plan {path}: expected {{"version": 1, "experts": {{...}}, "linears": {{...}}}} as docs/format.md has it')
-    unknown = sorted(set(data) - {"version", "made", "experts", "linears"})
+    unknown = sorted(set(data) - {"version", "made", "experts", "linears", "types"})
     wrong = [name for name, parts in data.get("experts", {}).items() if not isinstance(parts, dict)]
     if unknown or wrong:
         what = f"unknown key {unknown[0]!r}" if unknown else f"{wrong[0]}: expected {{projection: width or list of widths}}"
         raise BadInputError(f"--plan {path}: {what}; docs/format.md has the form")
-    return BitPlan(data.get("experts", {}), data.get("linears", {}))
+    found = BitPlan.of(data)
+    strange = [name for name, kind in found.types.items() if kind not in GGML_TYPES]
+    if strange:
+        kind = found.types[strange[0]]
+        raise BadInputError(f"--plan {path}: {strange[0]}: {kind!r} is no block type of ggml; choose one of {', '.join(GGML_TYPES)}")
+    return found
 
 
 def _has_form(data: Any) -> bool:
     """Whether a document has a plan's version and parts."""
     if not isinstance(data, dict) or data.get("version") != 1:
         return False
-    return all(isinstance(data.get(part, {}), dict) for part in ("experts", "linears"))
+    return all(isinstance(data.get(part, {}), dict) for part in ("experts", "linears", "types"))

@@ -32,11 +32,14 @@ class GgufChooser:
     instead: dict[str, str] = field(default_factory=dict)
     sources: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
+    given: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, structure: Structure, recipe: Recipe, target: GgufTarget) -> GgufChooser:
-        """A chooser for a model."""
-        return cls(checkpoint, recipe, target, _mixture(checkpoint, structure, recipe, target))
+    def of(
+        cls, checkpoint: Checkpoint, structure: Structure, recipe: Recipe, target: GgufTarget, given: Mapping[str, str] | None = None
+    ) -> GgufChooser:
+        """A chooser for a model; `given` are types of a plan."""
+        return cls(checkpoint, recipe, target, _mixture(checkpoint, structure, recipe, target), given=given or {})
 
     def decide(self, parameters: list[str]) -> tuple[dict[str, str], str | None]:
         """(parameter -> type, None), or ({}, why one of them is kept).
@@ -85,8 +88,8 @@ class GgufChooser:
         for override in self.recipe.weights.overrides:
             if override.matches(name):
                 self.used.add(override.match)
-                return override.type
-        return self.mixture.type_of(name)
+                return self.given.get(name, override.type)
+        return self.given[name] if name in self.given else self.mixture.type_of(name)
 
     def plan(self) -> GgufPlan:
         """What was decided, with embeddings and head.
@@ -109,6 +112,9 @@ class GgufChooser:
             left = [source for source in sources if source not in self.sources]
             if left and len(left) < len(sources):
                 raise BadInputError(f"{name} holds rows of {left[0]}, which is kept, and of tensors that are quantized; keep all or none")
+        if unknown := [name for name in self.given if name not in self.types]:
+            first = next(iter(self.types), "")
+            raise BadInputError(f"plan: types: {unknown[0]!r} is no quantized tensor of this GGUF file (names look like {first!r})")
         for override in self.recipe.weights.overrides:
             if override.match not in self.used:
                 raise BadInputError(

@@ -48,6 +48,7 @@ class Plan:
         routers: where the recipe works on routers: by layer, why this one cannot be aligned or realigned; None where it can.
         inputs: which inputs are rounded and transformed as the output runs.
         gguf: the types of a GGUF file's tensors, where that is what is written.
+        spent: what a budget was spent on and what is predicted for it (profiling/spend.py), where there was one.
     """
 
     recipe: Recipe
@@ -65,6 +66,7 @@ class Plan:
     routers: Mapping[int, str | None] = field(default_factory=dict)
     inputs: ActivationPlan = field(default_factory=ActivationPlan)
     gguf: GgufPlan | None = None
+    spent: Mapping[str, Any] | None = None
 
     @property
     def activations(self) -> Activations:
@@ -112,6 +114,7 @@ class Plan:
             "experts_per_chunk": self.chunk,
             "engines": {name: verdict.describe() for name, verdict in self.engines.items()},
             **({"gguf": self.gguf.describe()} if self.gguf else {}),
+            **({"budget": dict(self.spent)} if self.spent else {}),
             **({"transforms": self.transforms.describe()} if self.transforms else {}),
             **({"routers": self._describe_routers()} if self.routers else {}),
             **({"activations": self._describe_inputs()} if self.recipe.activations.rounded or self.activations else {}),
@@ -150,9 +153,12 @@ def make_plan(
             a format that cannot hold it, an engine that cannot run it.
     """
     sink, coverage = SINKS[recipe.format], expert_reach(checkpoint, structure)
-    types = GgufChooser.of(checkpoint, structure, recipe, target) if target else None
-    choice = _Chooser(checkpoint, recipe, bits or BitPlan(), sink, types).choose(structure)
-    choice.check(bits or BitPlan(), recipe)
+    bits = bits or BitPlan()
+    if bits.types and target is None:
+        raise BadInputError(f"plan: types of GGUF tensors, and the format is {recipe.format}; set format: gguf")
+    types = GgufChooser.of(checkpoint, structure, recipe, target, bits.types) if target else None
+    choice = _Chooser(checkpoint, recipe, bits, sink, types).choose(structure)
+    choice.check(bits, recipe)
     gguf = types.plan() if types else None
     modules, merged = choice.modules, tuple(checkpoint.weights.merged())
     sink.check(checkpoint.weights, modules)

@@ -274,3 +274,15 @@ class _Problem:
 def module_weights(module: ProfiledModule) -> int:
     """Weights that a module's codes stand for."""
     return sum(out * inputs for out, inputs in module.parts.values()) * max(1, module.experts)
+
+
+def measured_prices(profile: Profile, items: list[list[Member]], widths: Sequence[int]) -> Tensor:
+    """Return float64 [N, W], what rounding each item to each measured width costs, as `--method knapsack` counts it.
+
+    Args:
+        items: matrices that are rounded together. widths: some of those that the profile has.
+
+    Raises:
+        BadInputError: a profile without measured errors.
+    """
+    return _Problem(profile, "knapsack", tuple(widths), "projection", ANY, 0)._errors(items)

@@ -7,7 +7,7 @@ journal, so that a resumed run decides nothing again.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,12 +20,15 @@ from moebit.formats.switch import SIDE_FILE, Channels, Usage, side_specs, write_
 from moebit.methods.significance import expert_shares
 from moebit.methods.switching import switchable
 from moebit.plan.bitplan import BitPlan
+from moebit.plan.disk import DiskSize
 from moebit.plan.plan import Plan
 from moebit.profiling.allocate import allocate
 from moebit.profiling.passes import Progress
 from moebit.profiling.profile import run_profile
+from moebit.profiling.spend import Spender, find_spender, limit_of, measured_widths
 from moebit.recipe import Recipe
 from moebit.storage.checkpoint import Checkpoint, checkpoint_fingerprint
+from moebit.storage.files import shard_bytes
 
 PICTURED_LAYERS, PICTURED_EXPERTS = 8, 128  # of which the report shows what is chosen together
 
@@ -57,6 +60,8 @@ def check_profile(profile: Profile, checkpoint: Checkpoint, recipe: Recipe) -> N
         "symmetric": grid.symmetric,
         "signed": grid.signed,
     }
+    if recipe.allocation.kind == "budget":  # which moves prices to any grid
+        wanted = {"input": wanted["input"]}
     other = [key for key, value in wanted.items() if profile.facts.get(key) != value]
     if other:
         what = "of another checkpoint" if other[0] == "input" else f"with {other[0]} {profile.facts.get(other[0])}"
@@ -70,19 +75,20 @@ def prepare(
     bits: BitPlan | None,
     sets: Mapping[str, Tensor] | Profile,
     progress: Progress,
+    disk: DiskSize | None = None,
 ) -> Prepared:
     """Profile, allocate, choose channels and write the side file; from the journal where that was done.
 
     Args:
         plan: of the recipe without an allocation. bits: widths that were given, which an allocation then does not choose.
-        sets: windows by data set, or a profile that is there.
+        sets: windows by data set, or a profile that is there. disk: sizes of the outputs, for a budget.
     """
     known = next((entry for entry in output.entries if entry["kind"] == "profile"), None)
     if known is None:
         profile = sets if isinstance(sets, Profile) else _profile(output, checkpoint, plan, sets, bits is None, progress)
-        _record(output, checkpoint, plan, bits, profile)
+        _record(output, checkpoint, plan, bits, profile, disk)
         known = output.entries[-1]
-    chosen = None if known["plan"] is None else BitPlan(known["plan"]["experts"], known["plan"]["linears"])
+    chosen = None if known["plan"] is None else BitPlan.of(known["plan"])
     return Prepared(chosen, known["facts"], {int(layer): counts for layer, counts in known.get("coactivation", {}).items()})
 
 
@@ -90,16 +96,41 @@ def _profile(
     output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, sets: Mapping[str, Tensor], allocating: bool, progress: Progress
 ) -> Profile:
     section = plan.recipe.allocation
-    errors = allocating and section.kind == "knapsack"
-    where, widths = output.partial / PROFILE_DIRECTORY, tuple(sorted(section.ladder))
+    errors = allocating and section.kind in ("knapsack", "budget")
+    where = output.partial / PROFILE_DIRECTORY
+    widths = measured_widths(section) if section.kind == "budget" else tuple(sorted(section.ladder))
     return run_profile(checkpoint, plan.structure, plan, sets, where, widths, section.solver, errors, plan.budget.memory, progress)
 
 
-def _record(output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, bits: BitPlan | None, profile: Profile) -> None:
+def priced(plan: Plan, profile: Profile, disk: DiskSize) -> Spender:
+    """The choices that a recipe with a budget leaves, with the bytes of the side file that the native format has beside the weights."""
+    side = 0
+    if plan.recipe.format == "native":
+        layouts = {layer.experts: layer.moe.layout for layer in plan.structure.layers if layer.moe}
+        side = shard_bytes(side_specs(disk.weights, layouts, _usage(profile), _channels(profile, plan.recipe)))
+    return find_spender(plan, profile, replace(disk, beside=side))
+
+
+def spend(plan: Plan, profile: Profile, disk: DiskSize) -> tuple[BitPlan, dict[str, Any]]:
+    """What a recipe's budget is spent on, and what there is to say about it.
+
+    Raises:
+        BadInputError: less than the smallest output, or more than the largest.
+    """
+    spent = priced(plan, profile, disk).spend(limit_of(plan))
+    return spent.plan, {"method": "budget", "ladder": list(plan.recipe.allocation.ladder), **spent.describe()}
+
+
+def _record(
+    output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, bits: BitPlan | None, profile: Profile, disk: DiskSize | None
+) -> None:
     """Decide, write the side file, and note both."""
     recipe, made = plan.recipe, None
     section = recipe.allocation
-    if bits is None and section.kind != "uniform":
+    if bits is None and section.kind == "budget":
+        assert disk is not None
+        bits, made = spend(plan, profile, disk)
+    elif bits is None and section.kind != "uniform":
         assert section.target_bits is not None
         result = allocate(
             profile,
@@ -123,7 +154,7 @@ def _record(output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, bits: B
     facts: dict[str, Any] = {"sets": {name: dict(item) for name, item in profile.sets.items()}, "allocation": made}
     if channels:
         facts["switching"] = {"share": recipe.switching.share, "channels": sum(len(chosen.expert) for chosen in channels.values())}
-    written = None if bits is None else {"experts": bits.experts, "linears": bits.linears}
+    written = None if bits is None else bits.describe()
     output.record("profile", files, plan=written, facts=facts, coactivation=_coactivation(profile))
 
 

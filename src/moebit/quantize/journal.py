@@ -9,6 +9,7 @@ from torch import Tensor
 from moebit.formats.output import OutputDirectory
 from moebit.formats.sink import Sink, put_stored
 from moebit.model.structure import Structure
+from moebit.plan.disk import rest_names, rest_specs
 from moebit.plan.plan import Plan
 from moebit.quantize.data import Windows
 from moebit.quantize.report import LayerReport
@@ -62,15 +63,11 @@ def put_rest(output: OutputDirectory, sink: Sink, structure: Structure) -> None:
     """Write embeddings, final norm, head, and stored tensors that the model class does not use, unless the journal has them."""
     if any(entry["kind"] == "rest" for entry in output.entries):
         return
-    weights = sink.weights
-    prefixes = tuple(layer.name + "." for layer in structure.layers)
-    names = [name for name in sink.parameters("") if not name.startswith(prefixes)]
-    specs = sink.specs(names) | {stored: weights.entries[stored].spec for stored in weights.unused}
     name = shard_name(output, structure, len(structure.layers))
-    with output.shard(name, specs) as shard:
-        sink.put_plain(shard, names)
-        for stored in weights.unused:
-            put_stored(shard, weights.entries[stored])
+    with output.shard(name, rest_specs(sink, structure)) as shard:
+        sink.put_plain(shard, rest_names(sink, structure))
+        for stored in sink.weights.unused:
+            put_stored(shard, sink.weights.entries[stored])
     output.record("rest", [name])
 
 

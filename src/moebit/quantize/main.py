@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -24,9 +24,11 @@ from moebit.formats.sink import Sink
 from moebit.memory import DEFAULT_MEMORY, Memory, memory_bytes, peak_resident_bytes
 from moebit.model.structure import find_structure
 from moebit.plan.bitplan import BitPlan, load_bit_plan
+from moebit.plan.disk import DiskSize, output_config
 from moebit.plan.plan import SINKS, Plan, make_plan
 from moebit.plan.transforms import transformed
-from moebit.profiling.prepare import prepare
+from moebit.profiling.prepare import Prepared, prepare
+from moebit.quantize.budget import budget_changes, budget_recipe, preview
 from moebit.quantize.context import Progress
 from moebit.quantize.data import Data, Sources, Windows, calibration_set, gather
 from moebit.quantize.documents import RunFacts, documents
@@ -36,13 +38,11 @@ from moebit.quantize.run import Work, run
 from moebit.recipe import Recipe, load_recipe
 from moebit.report.command import python_call
 from moebit.storage.checkpoint import Checkpoint
-from moebit.storage.config import read_config
 from moebit.storage.contents import Seen
 from moebit.storage.documents import one_line
-from moebit.storage.edits import EditedWeights, untied_config
+from moebit.storage.edits import EditedWeights
 from moebit.storage.files import sync_file
 from moebit.storage.shipped.entries import check_shipped
-from moebit.storage.shipped.reading import plain_config
 from moebit.streaming.store import freed_memory_kept
 from moebit.tensor import kernels
 
@@ -54,6 +54,8 @@ def quantize(
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     text: Texts = (),
     overrides: Mapping[str, Any] | None = None,
+    size: Memory | None = None,
+    bits: float | None = None,
     plan: str | Path | BitPlan | None = None,
     profile: str | Path | None = None,
     format: str | None = None,
@@ -76,6 +78,8 @@ def quantize(
     Args:
         model: directory or hub id of a checkpoint, full-precision or shipped quantized (docs/inputs.md).
         recipe: preset name, YAML file, dict; default `gptq-w4`. `overrides`: {"weights.bits": 3, ...} on top.
+        size: how large the output may be, bytes or a size such as `12GB`: all that an engine reads, met from below. bits: instead of
+            it, the average on disk of everything quantized. Either finds the best choice of what the engine can vary (docs/budget.md).
         plan: bit widths that differ from the recipe's, a file or `BitPlan`; in the place of the recipe's allocation.
         profile: what `moebit profile` wrote, for allocation and switching; without one they profile the texts first.
         format: native, compressed-tensors, dense or gguf, instead of the recipe's.
@@ -99,12 +103,16 @@ def quantize(
     """
     began = time.perf_counter()
     asked = command or python_call(
-        "moebit.quantize", model, out, recipe=recipe, text=text, overrides=overrides, plan=plan, format=format,
+        "moebit.quantize", model, out, recipe=recipe, text=text, overrides=overrides, size=size, bits=bits, plan=plan, format=format,
         llama_cpp=llama_cpp, gguf_pre=gguf_pre,
         engine=(engine, ANY),
         device=(device, "cpu"), memory=(memory_bytes(memory), DEFAULT_MEMORY), seed=(seed, 0), accept_unquantized=accept_unquantized,
     )  # fmt: skip
-    chosen = load_recipe(recipe, {**(overrides or {}), **({"format": format} if format else {})})
+    budget = budget_changes(engine, size, bits)
+    if budget and plan is not None:
+        raise BadInputError("--plan has every width; leave --size and --bits out")
+    changes = {**(overrides or {}), **({"format": format} if format else {})}
+    chosen = load_recipe(recipe, changes) if not budget else None
     if device != "cpu" and not torch.cuda.is_available():
         raise BadInputError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
     out = Path(out).resolve() if not Path(out).name else Path(out)
@@ -112,13 +120,14 @@ def quantize(
         raise BadInputError(f"--seed {seed}: a number from 0 to 2^63 - 1")
     checkpoint = open_checkpoint(model, compute=None, follow_links=follow_links)
     _check_input(model, checkpoint, out)
-    bits = load_bit_plan(plan) if isinstance(plan, str | Path) else plan
+    given = load_bit_plan(plan) if isinstance(plan, str | Path) else plan
+    chosen = chosen or budget_recipe(recipe, changes, budget, checkpoint)
     report = progress or (lambda what, done, total: None)
-    asking = _Request(chosen, bits, engine, device, memory_bytes(memory), seed, out, asked, report, follow_links)
+    asking = _Request(chosen, given, engine, device, memory_bytes(memory), seed, out, asked, report, follow_links)
     job = _prepare(asking, checkpoint, text, profile, accept_unquantized, _Gguf.of(chosen, llama_cpp, gguf_pre))
     if dry_run:
         check_free(out, resume=resume, overwrite=overwrite)
-        return job.plan
+        return job.preview()
     seen = job.check_before_work(resume)
     return job.run(began, seen, resume=resume, overwrite=overwrite)
 
@@ -193,11 +202,23 @@ def _prepare(
     checkpoint, weights, transforms = transformed(checkpoint, structure, asking.recipe, asking.seed)
     target = gguf.target(checkpoint, weights) if gguf else None
     plan = make_plan(checkpoint, structure, asking.recipe, asking.memory, asking.bits, asking.engine, transforms, target)
+    disk = _disk(asking, checkpoint, weights, plan, target)
     plan.coverage.check(accept_unquantized)
     data = gather(checkpoint, asking.recipe, Sources(text, profile, asking.bits, asking.seed))
     if data.sampled:
         check_fits(checkpoint, asking.memory)
-    return _Job(asking, checkpoint, weights, plan, data)
+    return _Job(asking, checkpoint, weights, plan, data, disk)
+
+
+def _disk(asking: _Request, checkpoint: Checkpoint, weights: EditedWeights, plan: Plan, target: GgufTarget | None) -> DiskSize | None:
+    """The sizes of the outputs among which a budget chooses; None without a budget."""
+    if asking.recipe.allocation.kind != "budget":
+        return None
+
+    def planned(bits: BitPlan) -> Plan:
+        return make_plan(checkpoint, plan.structure, asking.recipe, asking.memory, bits, asking.engine, plan.transforms, target)
+
+    return DiskSize.find(checkpoint, weights, planned, follow_links=asking.follow_links)
 
 
 @dataclass(frozen=True)
@@ -205,7 +226,7 @@ class _Job:
     """A quantization that is decided.
 
     Attributes:
-        weights: those of the checkpoint, to which edits are added layer by layer.
+        weights: those of the checkpoint, to which edits are added layer by layer. disk: sizes of outputs, for a budget.
     """
 
     asking: _Request
@@ -213,6 +234,13 @@ class _Job:
     weights: EditedWeights
     plan: Plan
     data: Data
+    disk: DiskSize | None = None
+
+    def preview(self) -> Plan:
+        """The plan that would be carried out; for a budget, what it would be spent on."""
+        if self.disk is None or self.data.sets is None:
+            return self.plan
+        return preview(self.checkpoint, self.plan, self.disk, self.data.sets, self.asking.progress)
 
     def check_before_work(self, resume: bool) -> Seen:
         """Return the content of the input; refuse a disk that is too small, files that cannot be carried, values that are not finite.
@@ -258,42 +286,42 @@ class _Job:
         if self.data.sampled and windows is not None:
             facts = {**facts, "calibration": digest(windows)}
         if self.data.sets is not None:
-            prepared = prepare(output, checkpoint, plan, asking.bits, self.data.sets, asking.progress)
-            plan = make_plan(checkpoint, plan.structure, asking.recipe, asking.memory, prepared.bits, asking.engine, plan.transforms)
+            prepared = prepare(output, checkpoint, plan, asking.bits, self.data.sets, asking.progress, self.disk)
+            plan = self._decided(prepared)
             facts, coactivation = {**facts, "profile": prepared.facts}, prepared.coactivation
         sink = SINKS[asking.recipe.format](self.weights, plan.modules, plan.activations)
         work = Work(checkpoint, plan, output, sink, asking.device, asking.progress, asking.seed)
         reports = run(work, Windows(windows, self.data.pool))
-        size = self._write_gguf(output, sink) or sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
+        size = self._write_gguf(output, sink, plan) or sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
         told = RunFacts(asking.out.name, size, time.perf_counter() - began, asking.command, peak_resident_bytes(), coactivation)
         written = documents(checkpoint, plan, facts, reports, told)
         check_unchanged(checkpoint, seen)
         if plan.gguf:
             output.finish_file(self._gguf_name, written)
         else:
-            output.finish(checkpoint.path, sink.config(_config(checkpoint, self.weights)), written, follow_links=asking.follow_links)
+            output.finish(checkpoint.path, sink.config(output_config(checkpoint, self.weights)), written, follow_links=asking.follow_links)
         return Result(asking.out, plan, checkpoint.size_bytes, size, reports, time.perf_counter() - began)
+
+    def _decided(self, prepared: Prepared) -> Plan:
+        """The plan with the widths or types that were chosen."""
+        plan, asking = self.plan, self.asking
+        target = plan.gguf.target if plan.gguf else None
+        found = make_plan(
+            self.checkpoint, plan.structure, asking.recipe, asking.memory, prepared.bits, asking.engine, plan.transforms, target
+        )
+        return replace(found, spent=prepared.facts["allocation"]) if self.disk is not None else found
 
     @property
     def _gguf_name(self) -> str:
         return f"{self.asking.out.name}.gguf"
 
-    def _write_gguf(self, output: OutputDirectory, sink: Sink) -> int:
+    def _write_gguf(self, output: OutputDirectory, sink: Sink, plan: Plan) -> int:
         """The size of the GGUF file, made of the shards; 0 where the format is another one."""
-        if self.plan.gguf is None:
+        if plan.gguf is None:
             return 0
         assert isinstance(sink, GgufSink)
         output.announce(self._gguf_name)
         file = output.partial / self._gguf_name
-        sink.write(output.partial, file, self.plan.gguf)
+        sink.write(output.partial, file, plan.gguf)
         sync_file(file)
         return file.stat().st_size
-
-
-def _config(checkpoint: Checkpoint, weights: EditedWeights) -> dict[str, Any]:
-    """config.json without what it says about how the checkpoint was shipped: the output is no longer stored like that.
-
-    Nor does it say that the head is tied to the embeddings, where it is its own now.
-    """
-    config = plain_config(read_config(checkpoint.path))
-    return untied_config(config) if weights.untied else config

@@ -15,6 +15,7 @@ from moebit.formats.output import OutputDirectory
 from moebit.formats.sink import Sink
 from moebit.memory import peak_resident_bytes
 from moebit.model.structure import LayerSites
+from moebit.plan.disk import layer_specs
 from moebit.plan.plan import Plan
 from moebit.quantize.context import LayerContext, LayerState, Progress
 from moebit.quantize.data import Windows
@@ -61,7 +62,7 @@ def run_layer(work: Work, sites: LayerSites, streams: Streams | None) -> LayerRe
     began, sink, index = time.perf_counter(), work.sink, sites.index
     reference = full_precision(work.plan, sites, streams.reference if streams else None)
     loaded, name = streams.calibration.loaded(index) if streams else nullcontext(), shard_name(work.output, work.plan.structure, index)
-    with work.output.shard(name, sink.specs(sink.parameters(f"{sites.name}."))) as shard, loaded as layer:
+    with work.output.shard(name, layer_specs(sink, sites)) as shard, loaded as layer:
         context = LayerContext(work.plan, sink, sites, shard, layer, work.device, work.progress, work.seed)
         report = quantize_layer(context, LayerState(LayerReport(index), streams, reference)).report
     report = replace(report, seconds=round(time.perf_counter() - began, 3), peak_memory_bytes=peak_resident_bytes())

@@ -59,8 +59,12 @@ class Recipe(Section):
             raise ValueError(f"weights.type: {kind} is a block type of ggml; set format: gguf, or weights.type: int")
         if self.weights.ggml and self.solver.scales == "dynamic":
             raise ValueError(f"solver.scales: dynamic: blocks of {kind} are fixed before the solve; set solver.scales: static")
-        if self.weights.ggml and self.needs_profile:
-            raise ValueError(f"allocation and switching choose integer widths, not types like {kind}; use weights.overrides")
+        budgeted = self.allocation.kind == "budget" and not self.switching.share
+        if self.weights.ggml and self.needs_profile and not budgeted:
+            raise ValueError(
+                f"allocation and switching choose integer widths, not types like {kind}; set allocation.kind: budget, or use "
+                "weights.overrides"
+            )
         return self
 
     @model_validator(mode="after")

@@ -158,6 +158,23 @@ def points(across: Axis, up: Axis, series: Sequence[Series], shapes: Sequence[st
         return _svg(figure, f"{up.label} by {across.label}", titles)
 
 
+def curves(across: Axis, up: Axis, lines: Sequence[Series], dots: Sequence[Series] = (), shapes: Sequence[str] = ()) -> str:
+    """Lines without marks over any numbers, and points on them or beside them; `shapes`, one for each of `dots`, are names of markers."""
+    with _chart(across, up) as (figure, axes):
+        for one in lines:
+            shown = [(x, y) for x, y in one.points if across.shows(x) and up.shows(y)]
+            axes.plot(*_columns(shown), color=LIGHT[f"k{one.kind}"], linestyle=DASHES[one.kind])
+        titles = {}
+        for number, (one, shape) in enumerate(zip(dots, shapes, strict=True)):
+            shown = [(x, y) for x, y in one.points if across.shows(x) and up.shows(y)]
+            axes.plot(*_columns(shown), color=LIGHT[f"k{one.kind}"], marker=shape, linestyle="none", gid=f"s{number}", **EDGED)
+            titles[f"s{number}"] = [f"{one.name}: {across.label} {x:.4g}, {up.label} {y:.4g}" for x, y in shown]
+        axes.margins(0.06)
+        _scale(axes, "x", across)
+        _scale(axes, "y", up)
+        return _svg(figure, f"{up.label} by {across.label}", titles)
+
+
 def heat(values_RC: np.ndarray, across: Axis, down: Axis, colour: Axis, rows: Sequence[str] | None = None) -> str:
     """A heat map, row by row from the top, one pixel a value, and a bar that tells what its colours mean; what is no number stays empty.
 

@@ -16,7 +16,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -202,6 +202,13 @@ def read_index(directory: Path) -> dict[str, TensorEntry]:
     return read_header(directory / "model.safetensors" if len(files) > 1 else files[0])
 
 
+def index_text(files: Mapping[str, Mapping[str, int]]) -> str:
+    """The index of the weights, from file -> tensor -> bytes."""
+    total = sum(sum(tensors.values()) for tensors in files.values())
+    weight_map = {tensor: name for name, tensors in files.items() for tensor in tensors}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=1)
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     return checked(Index, read_object(index, remedy="download it again"), index, "download it again").weight_map
 
@@ -257,14 +264,7 @@ class ShardFile:
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         self.path, self.specs = path, dict(specs)
         self._temporary = path.with_name(path.name + ".writing")
-        header, position = {}, 0
-        self._offsets = {}
-        for name, spec in specs.items():
-            header[name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, position + spec.nbytes]}
-            self._offsets[name] = position
-            position += spec.nbytes
-        text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text, self._offsets, position = _laid_out(specs)
         self._start = 8 + len(text)
         self._missing = {name: spec.nbytes for name, spec in specs.items()}
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in specs}
@@ -331,6 +331,24 @@ class ShardFile:
         except BaseException:
             self.abandon()
             raise
+
+
+def shard_bytes(specs: Mapping[str, TensorSpec]) -> int:
+    """The size of the file that holds these tensors."""
+    header, _, data = _laid_out(specs)
+    return 8 + len(header) + data
+
+
+def _laid_out(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int], int]:
+    """(header, name -> byte at which a tensor begins behind it, bytes of all tensors)."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position, offsets = 0, {}
+    for name, spec in specs.items():
+        header[name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, position + spec.nbytes]}
+        offsets[name] = position
+        position += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8), offsets, position
 
 
 def _claim(written: list[tuple[int, int]], start: int, stop: int) -> bool:

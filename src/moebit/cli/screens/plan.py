@@ -7,7 +7,9 @@ from typing import Any
 
 from moebit.cli.screens.model import show_activations, show_engines
 from moebit.cli.terminal import row, say, show, table, warning
-from moebit.words import duration, size
+from moebit.words import duration, plain, size
+
+FILLED = 0.995  # of a budget, below which the steps are to blame
 
 
 def show_plan(plan: dict[str, Any], before: int | None) -> None:
@@ -19,6 +21,8 @@ def show_plan(plan: dict[str, Any], before: int | None) -> None:
     row(facts, "peak memory, about", size(plan["peak_memory_bytes"]))
     row(facts, "time, about", duration(plan["seconds"]))
     show(facts)
+    if "budget" in plan:
+        show_budget(plan["budget"])
     if "gguf" in plan:
         _show_gguf(plan["gguf"])
     if "activations" in plan:
@@ -27,6 +31,22 @@ def show_plan(plan: dict[str, Any], before: int | None) -> None:
         say(warning(f"more than --memory {size(plan['memory'])}"), ": the smallest pieces of this model need that much")
     show_engines(plan["engines"])
     _show_kept(plan)
+
+
+def show_budget(found: dict[str, Any]) -> None:
+    """What a budget is spent on, what is predicted for it, and what a little more or less would change."""
+    facts = table("budget", "")
+    row(facts, "on disk", f"{size(found['size_bytes'])} of {size(found['limit_bytes'])} ({found['size_bytes'] / found['limit_bytes']:.2%})")
+    row(facts, "predicted loss", f"{plain(found['predicted_loss'])} {found['unit']}")
+    row(facts, "matrices", ", ".join(f"{count} x {kind}" for kind, count in found["matrices"].items()))
+    for near in found["neighbours"]:
+        more = near["size_bytes"] - found["size_bytes"]
+        change = near["loss"] / found["predicted_loss"] - 1 if found["predicted_loss"] else 0.0
+        row(facts, f"{size(abs(more))} {'more' if more > 0 else 'less'}", f"{change:+.0%}")
+    row(facts, "possible", f"{size(found['smallest_bytes'])} to {size(found['largest_bytes'])}")
+    show(facts)
+    if found["size_bytes"] < FILLED * found["limit_bytes"]:
+        say(warning("not filled"), ": the steps that this format and engine leave are so large that the next one does not fit")
 
 
 def _show_gguf(found: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from moebit.cli.options import (
     SettingsOption,
     TextOption,
     check_recipe,
+    finite,
     overrides,
     typed_command,
 )
@@ -31,6 +32,7 @@ from moebit.memory import DEFAULT_MEMORY
 EXAMPLES = (
     "moebit quantize reference/olmoe -o olmoe-w3 --recipe gptq-w3 --text reference/text/wiki.calib.txt",
     "moebit quantize MODEL -o OUT --recipe rtn-w4 --set weights.group_size=64",
+    "moebit quantize MODEL -o OUT --size 12GB --engine llama.cpp --text chat.jsonl",
     "moebit quantize MODEL -o OUT --recipe gptq-w4 --text calib.txt --resume",
 )
 
@@ -39,6 +41,12 @@ def quantize(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Directory to make.")],
     recipe: Annotated[str | None, typer.Option(help="Preset or YAML file (default: gptq-w4); `moebit recipes` lists the presets.")] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="SIZE", help="Find the best output of so many bytes for --engine, for example 12GB.")
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option("--bits", help="The same for an average of bits per quantized weight on disk.", callback=finite)
+    ] = None,
     text: TextOption = None,
     settings: SettingsOption = None,
     plan_file: Annotated[
@@ -64,12 +72,13 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint."""
     changes = overrides(settings)
-    check_recipe(recipe, changes, output_format)
+    if size is None and bits is None:
+        check_recipe(recipe, changes, output_format)
     import moebit
 
     with progress_bars() as progress:
         result: Any = moebit.quantize(
-            model, output, recipe=recipe, text=text or [], overrides=changes, plan=plan_file, profile=profile_dir,
+            model, output, recipe=recipe, text=text or [], overrides=changes, size=size, bits=bits, plan=plan_file, profile=profile_dir,
             format=output_format, llama_cpp=llama_cpp, gguf_pre=gguf_pre, engine=engine,
             device=device, memory=memory, seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
             accept_unquantized=accept_unquantized, follow_links=follow_links, progress=progress, command=typed_command(),
