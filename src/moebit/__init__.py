@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moebit.formats.verify import verify
     from moebit.profiling.adapt import Adaptation, adapt
     from moebit.profiling.allocate import Allocation, allocate
+    from moebit.profiling.imatrix import ImatrixResult, imatrix
     from moebit.profiling.profile import profile
     from moebit.profiling.usage import drift
     from moebit.quantize.inspect import inspect
@@ -41,6 +42,7 @@ __all__ = [
     "BadInputError",
     "Generated",
     "Generation",
+    "ImatrixResult",
     "InterruptedWorkError",
     "MoebitError",
     "Recipe",
@@ -52,6 +54,7 @@ __all__ = [
     "evaluate",
     "generate",
     "heatmaps",
+    "imatrix",
     "inspect",
     "load_recipe",
     "presets",
@@ -69,6 +72,7 @@ _HOMES = {
     "formats.verify": ("verify",),
     "profiling.adapt": ("Adaptation", "adapt"),
     "profiling.allocate": ("Allocation", "allocate"),
+    "profiling.imatrix": ("ImatrixResult", "imatrix"),
     "profiling.profile": ("profile",),
     "profiling.usage": ("drift",),
     "quantize.inspect": ("inspect",),
