@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moebit.formats.verify import verify
     from moebit.profiling.adapt import Adaptation, adapt
     from moebit.profiling.allocate import Allocation, allocate
+    from moebit.profiling.imatrix import ImatrixResult, imatrix
     from moebit.profiling.profile import profile
     from moebit.profiling.usage import drift
     from moebit.quantize.frontier import Frontier, frontier
@@ -43,6 +44,7 @@ __all__ = [
     "Frontier",
     "Generated",
     "Generation",
+    "ImatrixResult",
     "InterruptedWorkError",
     "MoebitError",
     "Recipe",
@@ -55,6 +57,7 @@ __all__ = [
     "frontier",
     "generate",
     "heatmaps",
+    "imatrix",
     "inspect",
     "load_recipe",
     "presets",
@@ -72,6 +75,7 @@ _HOMES = {
     "formats.verify": ("verify",),
     "profiling.adapt": ("Adaptation", "adapt"),
     "profiling.allocate": ("Allocation", "allocate"),
+    "profiling.imatrix": ("ImatrixResult", "imatrix"),
     "profiling.profile": ("profile",),
     "profiling.usage": ("drift",),
     "quantize.frontier": ("Frontier", "frontier"),

@@ -14,17 +14,20 @@ MOST_MEMORY = 2**63 - 1
 _SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*(?:([KMGT]?)(i?)(B)?)\s*", flags=re.IGNORECASE | re.ASCII)
 
 
-def memory_bytes(memory: Memory) -> int:
+def memory_bytes(memory: Memory, option: str = "--memory") -> int:
     """Bytes from an integer (bytes) or from a text with a unit: `4GiB`, `500MB`, or `2G`, which is read as `2GiB`.
+
+    Args:
+        option: what the text was given for, in messages.
 
     Raises:
         BadInputError: a number without a unit in a text, less than `LEAST_MEMORY`, or anything else.
     """
     if isinstance(memory, bool) or not isinstance(memory, int | str):
         raise BadInputError(f"memory {memory!r}: give bytes as an integer, or a size with its unit such as '4GiB'")
-    count = memory if isinstance(memory, int) else _read(memory)
+    count = memory if isinstance(memory, int) else _read(memory, option)
     if not LEAST_MEMORY <= count <= MOST_MEMORY:
-        raise BadInputError(f"--memory {memory}: this is {'less' if count < LEAST_MEMORY else 'more'} than can be meant; write 4GiB, say")
+        raise BadInputError(f"{option} {memory}: this is {'less' if count < LEAST_MEMORY else 'more'} than can be meant; write 4GiB, say")
     return count
 
 
@@ -54,7 +57,7 @@ def peak_resident_bytes() -> int:
         return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")), resident_bytes())
 
 
-def _read(text: str, option: str = "--memory") -> int:
+def _read(text: str, option: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise BadInputError(f"{option} {text}: a size such as 4GiB or 500MB is expected")

@@ -129,6 +129,24 @@ def test_sections_are_there_when_their_numbers_are() -> None:
     assert "Adjusting the router" not in report_page(documents())
 
 
+def test_types_of_a_gguf_file_by_layer_and_projection() -> None:
+    """llama.cpp gives no routing, so the evaluation has none; neighbouring layers of the same types share a row."""
+    parts = {"attn_q": "q4_k", "ffn_down_exps": "q6_k"}
+    types = {f"blk.{layer}.{part}.weight": kind for layer in range(4) for part, kind in parts.items()}
+    types |= {"blk.3.ffn_down_exps.weight": "q8_0", "blk.4.attn_q.weight": "q4_k", "output.weight": "q6_k"}
+    judged = evaluation(0)
+    for text in judged["texts"].values():
+        del text["routing_exact"], text["routing_overlap"]
+    made = documents(evaluated=False)
+    manifest = {**made.manifest, "plan": {"gguf": {"types": types, "wanted": {"blk.3.ffn_down_exps.weight": "q6_k"}}}}
+    text = " ".join(Page(report_page(replace(made, manifest=manifest, evaluations=[judged]))).text.split())
+    assert "layers attn_q ffn_down_exps 0–2 q4_k q6_k 3 q4_k q8_0 4 q4_k –" in text
+    assert "Outside of the layers: output.weight q6_k ." in text.replace("q6_k.", "q6_k .")
+    assert "In 1 tensors rows are not divided by the blocks of the type that was asked for" in text
+    assert "Tokens with the same experts" not in text
+    assert "Types" not in re.findall(r"<h2>(.*?)</h2>", report_page(documents()))
+
+
 def test_the_shortest_report_and_one_of_a_dense_layer() -> None:
     least = facts.Documents("x", {"layers": [{"layer": 0}]}, {}, "")
     assert Page(report_page(least)).text

@@ -63,6 +63,12 @@ def _memory(size: str) -> str:
     return size
 
 
+def _shard_size(size: str | None) -> str | None:
+    if size is not None:
+        memory_bytes(size, "--shard-size")
+    return size
+
+
 def _texts(items: list[str] | None) -> list[str]:
     from moebit.calibration.named_texts import parse_texts
 
@@ -94,6 +100,10 @@ LlamaOption = Annotated[
 ]
 GgufPreOption = Annotated[
     str | None, typer.Option("--gguf-pre", metavar="NAME", help="The pre-tokenizer, where llama.cpp does not recognise the tokenizer.")
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option("--shard-size", metavar="SIZE", callback=_shard_size, help="Several GGUF files, none with more than that in tensors."),
 ]
 EngineOption = Annotated[str, typer.Option("--engine", help="What has to run the output: transformers, vllm, llama.cpp or any.")]
 JsonOption = Annotated[

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,20 +238,21 @@ class OutputDirectory:
         sync_directory(self.partial)
         self._give_name()
 
-    def announce(self, name: str) -> None:
-        """Note that finishing makes a file of this name, before it is begun: an interrupted run is then known as its owner."""
-        if not any(entry["kind"] == "finish" and name in entry["names"] for entry in self.entries):
-            self._append({"kind": "finish", "files": {}, "names": [name]})
+    def announce(self, names: Sequence[str]) -> None:
+        """Note that finishing makes files of these names, before they are begun: an interrupted run is then known as their owner."""
+        known = {name for entry in self.entries if entry["kind"] == "finish" for name in entry["names"]}
+        if not known.issuperset(names):
+            self._append({"kind": "finish", "files": {}, "names": list(names)})
 
-    def finish_file(self, name: str, documents: Mapping[str, str]) -> None:
-        """Documents beside one file that was made of all shards; then the directory gets its name, and the shards are removed."""
+    def finish_files(self, names: Sequence[str], documents: Mapping[str, str]) -> None:
+        """Documents beside files that were made of all shards; then the directory gets its name, and the shards are removed."""
         small = set(documents)
         if not any(entry["kind"] == "finish" and set(entry["names"]) == small for entry in self.entries):
             self._append({"kind": "finish", "files": {}, "names": sorted(small)})
         for document, text in documents.items():
             if document != SEALED:
                 self._document(document, text)
-        checksums = {file: sha256(self.partial / file) for file in [name, *documents] if file != SEALED and not is_report(file)}
+        checksums = {file: sha256(self.partial / file) for file in [*names, *documents] if file != SEALED and not is_report(file)}
         self._document(SEALED, seal(json.loads(documents[SEALED]), checksums))
         check_own(self.partial, foreign_to_partial(self.partial))
         sync_directory(self.partial)

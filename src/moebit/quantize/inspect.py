@@ -26,11 +26,15 @@ def inspect(
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     *,
     format: str | None = None,
+    llama_cpp: str | Path | None = None,
     engine: str = ANY,
     memory: Memory = DEFAULT_MEMORY,
     follow_links: bool = False,
 ) -> dict[str, Any]:
     """Structure, sizes and, with a recipe, what it would make of the model. Reads headers, no weights.
+
+    Args:
+        llama_cpp: a clone of llama.cpp whose converter is asked about a GGUF file, instead of the one of the extra `gguf`.
 
     Raises:
         BadInputError: not a model that moebit understands, or a recipe that does not fit it.
@@ -51,7 +55,8 @@ def inspect(
     elif recipe is not None:
         chosen = load_recipe(recipe, {"format": format} if format else {})
         checkpoint, weights, transforms = transformed(checkpoint, structure, chosen, 0)
-        target = GgufTarget.find(checkpoint.path, weights.stored_specs) if chosen.format == "gguf" else None
+        clone = Path(llama_cpp) if llama_cpp else None
+        target = GgufTarget.find(checkpoint.path, weights.stored_specs, clone) if chosen.format == "gguf" else None
         plan = make_plan(checkpoint, structure, chosen, memory_bytes(memory), engine=engine, transforms=transforms, target=target)
         result["plan"] = plan.describe()
     return result

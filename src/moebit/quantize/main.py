@@ -61,6 +61,7 @@ def quantize(
     format: str | None = None,
     llama_cpp: str | Path | None = None,
     gguf_pre: str | None = None,
+    shard_size: Memory | None = None,
     engine: str = ANY,
     device: str = "cpu",
     memory: Memory = DEFAULT_MEMORY,
@@ -85,6 +86,7 @@ def quantize(
         format: native, compressed-tensors, dense or gguf, instead of the recipe's.
         llama_cpp: a clone of llama.cpp whose converter is asked about a GGUF file, instead of the one of the extra `gguf`.
         gguf_pre: llama.cpp's name of the pre-tokenizer, for a tokenizer that its converter does not recognise.
+        shard_size: bytes, or a size such as `40GB`, that the tensors of one GGUF file may take; more of them become several files.
         engine: what has to run the output: transformers, vllm, or any of them (`formats/engines.py`).
         text: calibration texts, `[NAME=]FILE` items or a mapping; needed unless the recipe rounds to nearest or lets the model write its
             own. For such a recipe, text that is given takes the sample's place, or its share of the set.
@@ -104,7 +106,7 @@ def quantize(
     began = time.perf_counter()
     asked = command or python_call(
         "moebit.quantize", model, out, recipe=recipe, text=text, overrides=overrides, size=size, bits=bits, plan=plan, format=format,
-        llama_cpp=llama_cpp, gguf_pre=gguf_pre,
+        llama_cpp=llama_cpp, gguf_pre=gguf_pre, shard_size=shard_size,
         engine=(engine, ANY),
         device=(device, "cpu"), memory=(memory_bytes(memory), DEFAULT_MEMORY), seed=(seed, 0), accept_unquantized=accept_unquantized,
     )  # fmt: skip
@@ -124,7 +126,7 @@ def quantize(
     chosen = chosen or budget_recipe(recipe, changes, budget, checkpoint)
     report = progress or (lambda what, done, total: None)
     asking = _Request(chosen, given, engine, device, memory_bytes(memory), seed, out, asked, report, follow_links)
-    job = _prepare(asking, checkpoint, text, profile, accept_unquantized, _Gguf.of(chosen, llama_cpp, gguf_pre))
+    job = _prepare(asking, checkpoint, text, profile, accept_unquantized, _Gguf.of(chosen, llama_cpp, gguf_pre, shard_size))
     if dry_run:
         check_free(out, resume=resume, overwrite=overwrite)
         return job.preview()
@@ -147,13 +149,14 @@ class _Gguf:
 
     llama_cpp: Path | None
     pre: str | None
+    shard_bytes: int
 
     @classmethod
-    def of(cls, recipe: Recipe, llama_cpp: str | Path | None, pre: str | None) -> _Gguf | None:
+    def of(cls, recipe: Recipe, llama_cpp: str | Path | None, pre: str | None, shard_size: Memory | None) -> _Gguf | None:
         if recipe.format == "gguf":
-            return cls(Path(llama_cpp) if llama_cpp else None, pre)
-        if llama_cpp or pre:
-            raise BadInputError(f"--llama-cpp and --gguf-pre: the recipe's format is {recipe.format}; add --format gguf")
+            return cls(Path(llama_cpp) if llama_cpp else None, pre, memory_bytes(shard_size, "--shard-size") if shard_size else 0)
+        if llama_cpp or pre or shard_size:
+            raise BadInputError(f"--llama-cpp, --gguf-pre and --shard-size: the recipe's format is {recipe.format}; add --format gguf")
         return None
 
     def target(self, checkpoint: Checkpoint, weights: EditedWeights) -> GgufTarget:
@@ -164,7 +167,7 @@ class _Gguf:
         """
         if weights.untied:
             raise BadInputError("format gguf: rotation.absorbed unties the head from the embeddings; set rotation.absorbed: none")
-        target = GgufTarget.find(checkpoint.path, weights.stored_specs, self.llama_cpp, self.pre)
+        target = GgufTarget.find(checkpoint.path, weights.stored_specs, self.llama_cpp, self.pre, self.shard_bytes)
         target.check_tokenizer()
         return target
 
@@ -263,7 +266,8 @@ class _Job:
             self.checkpoint, asking.recipe, self.data, asking.bits, memory=asking.memory, seed=asking.seed, device=asking.device
         )
         if self.plan.gguf:
-            facts = {**facts, "gguf_pre": self.plan.gguf.target.pre}
+            target = self.plan.gguf.target
+            facts = {**facts, "gguf_pre": target.pre, **({"shard_bytes": target.shard_bytes} if target.shard_bytes else {})}
         try:
             directory = OutputDirectory(asking.out, {**facts, **circumstances(asking.device, seen)}, resume=resume, overwrite=overwrite)
             with directory as output, freed_memory_kept():
@@ -292,12 +296,13 @@ class _Job:
         sink = SINKS[asking.recipe.format](self.weights, plan.modules, plan.activations)
         work = Work(checkpoint, plan, output, sink, asking.device, asking.progress, asking.seed)
         reports = run(work, Windows(windows, self.data.pool))
-        size = self._write_gguf(output, sink, plan) or sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
+        files = self._write_gguf(output, sink, plan) or list(output.partial.glob("model-*.safetensors"))
+        size = sum(file.stat().st_size for file in files)
         told = RunFacts(asking.out.name, size, time.perf_counter() - began, asking.command, peak_resident_bytes(), coactivation)
         written = documents(checkpoint, plan, facts, reports, told)
         check_unchanged(checkpoint, seen)
         if plan.gguf:
-            output.finish_file(self._gguf_name, written)
+            output.finish_files([file.name for file in files], written)
         else:
             output.finish(checkpoint.path, sink.config(output_config(checkpoint, self.weights)), written, follow_links=asking.follow_links)
         return Result(asking.out, plan, checkpoint.size_bytes, size, reports, time.perf_counter() - began)
@@ -311,17 +316,13 @@ class _Job:
         )
         return replace(found, spent=prepared.facts["allocation"]) if self.disk is not None else found
 
-    @property
-    def _gguf_name(self) -> str:
-        return f"{self.asking.out.name}.gguf"
-
-    def _write_gguf(self, output: OutputDirectory, sink: Sink, plan: Plan) -> int:
-        """The size of the GGUF file, made of the shards; 0 where the format is another one."""
+    def _write_gguf(self, output: OutputDirectory, sink: Sink, plan: Plan) -> list[Path]:
+        """The GGUF file, or the files that it is cut into, made of the shards; nothing where the format is another one."""
         if plan.gguf is None:
-            return 0
+            return []
         assert isinstance(sink, GgufSink)
-        output.announce(self._gguf_name)
-        file = output.partial / self._gguf_name
-        sink.write(output.partial, file, plan.gguf)
-        sync_file(file)
-        return file.stat().st_size
+        whole = output.partial / f"{self.asking.out.name}.gguf"
+        files = sink.write(output.partial, whole, plan.gguf, lambda files: output.announce([file.name for file in files]))
+        for file in files:
+            sync_file(file)
+        return files

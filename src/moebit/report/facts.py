@@ -62,7 +62,7 @@ def read_documents(out: Path, evaluations: Sequence[Path] = ()) -> Documents:
         read_text(recipe) if recipe.is_file() else "",
         [_read(file) for file in evaluations],
     )
-    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))  # as `evaluate` counts
+    size = sum(file.stat().st_size for kind in ("*.safetensors", "*.gguf") for file in out.glob(kind))  # as `evaluate` counts
     for file, evaluation in zip(evaluations, documents.evaluations, strict=True):
         if not isinstance(evaluation.get("texts"), dict):
             raise BadInputError(f"{file}: no result of `moebit evaluate --json`")
@@ -265,6 +265,7 @@ def summary(documents: Documents) -> list[tuple[str, str, str]]:
     if kl:
         texts = words.count(len(kl), "text")
         rows.append(("Distance from the original", words.plain(1000 * statistics.fmean(kl)), f"KL × 1000, nats per token, mean of {texts}"))
+    if same:
         rows.append(("Tokens with the same experts", words.share(statistics.fmean(same)), "as the original chooses"))
     errors = [row.mean_error for row in layer_rows(documents) if row.mean_error is not None]
     if errors and not kl:
@@ -337,7 +338,7 @@ def quality(documents: Documents) -> list[tuple[str, ...]]:
                     words.plain(text["perplexity"], 4),
                     words.plain(1000 * text["kl"]) if compared else "–",
                     words.share(text["top1_agreement"]) if compared else "–",
-                    words.share(text["routing_exact"]) if compared else "–",
+                    words.share(text["routing_exact"]) if "routing_exact" in text else "–",
                 )
             )
     return rows

@@ -18,6 +18,7 @@ from moebit.report import facts
 from moebit.report.facts import Documents, read_documents
 from moebit.report.plots import figures
 from moebit.report.svg import DARK, LIGHT
+from moebit.report.types import type_table
 from moebit.storage.documents import understood
 from moebit.storage.durable import replace_text
 
@@ -55,6 +56,7 @@ def report_page(documents: Documents) -> str:
         engines=facts.engines(documents),
         quality=facts.quality(documents),
         layers=facts.layer_rows(documents),
+        types=type_table(documents),
         kept=facts.kept(documents),
         figures=defaultdict(list, figures(documents)),
         command=documents.report.get("command"),

@@ -128,6 +128,32 @@ def test_a_finished_output_survives_the_end_of_its_tidying_up(converter: Convert
     assert moebit.verify(tmp_path / "b" / "x")["findings"] == []
 
 
+def test_shards_hold_the_same_and_llama_cpp_loads_them(converter: Converter, library: Path, checkpoint: Get, tmp_path: Path) -> None:
+    rtn = {"version": 1, "weights": {"type": "q4_0"}, "solver": {"method": "rtn"}, "format": "gguf"}
+    directory, limit = checkpoint("olmoe"), 2**18
+    moebit.quantize(directory, tmp_path / "whole", recipe=rtn, gguf_pre=PRE)
+    moebit.quantize(directory, tmp_path / "x", recipe=rtn, gguf_pre=PRE, shard_size="256KiB")
+    files = sorted((tmp_path / "x").glob("*.gguf"))
+    assert [file.name for file in files] == [f"x-{n:05d}-of-{len(files):05d}.gguf" for n in range(1, len(files) + 1)]
+    shards = [read_gguf(converter.gguf, file) for file in (tmp_path / "whole" / "whole.gguf", files[0])]
+    assert shards[1].files == tuple(files)
+    for name, tensor in shards[0].tensors.items():
+        assert (tensor.read() == shards[1].tensors[name].read()).all()
+    held = [[one.nbytes for one in shards[1].tensors.values() if one.file == file] for file in files]
+    assert len(files) > 2
+    assert all(sum(sizes) <= limit or len(sizes) == 1 for sizes in held)
+    assert torch.equal(llama_logits(files[0], token_windows(), library), llama_logits(shards[0].files[0], token_windows(), library))
+    assert moebit.verify(tmp_path / "x")["findings"] == []
+    assert moebit.inspect(tmp_path / "x")["size_bytes"] == sum(file.stat().st_size for file in files)
+    # Killed while the shards are written, and taken up again.
+    with stopped("moebit.tensor", PowerCut(), nth=9), pytest.raises(PowerCut):
+        moebit.quantize(directory, tmp_path / "b" / "x", recipe=rtn, gguf_pre=PRE, shard_size="256KiB")
+    moebit.quantize(directory, tmp_path / "b" / "x", recipe=rtn, gguf_pre=PRE, shard_size="256KiB", resume=True)
+    assert [(tmp_path / "b" / "x" / file.name).read_bytes() for file in files] == [file.read_bytes() for file in files]
+    files[-1].unlink()
+    assert moebit.verify(tmp_path / "x")["state"] == "damaged"
+
+
 def test_what_cannot_be_written_is_refused_before_the_work(converter: Converter, checkpoint: Get, tmp_path: Path) -> None:
     directory, out = checkpoint("olmoe"), tmp_path / "x"
     rtn = {"version": 1, "weights": {"type": "q4_0"}, "solver": {"method": "rtn"}, "format": "gguf"}
@@ -137,8 +163,10 @@ def test_what_cannot_be_written_is_refused_before_the_work(converter: Converter,
         moebit.quantize(directory, out, recipe=rtn, gguf_pre="nonsense", dry_run=True)
     with pytest.raises(BadInputError, match=r"there is no conversion/base\.py"):
         moebit.quantize(directory, out, recipe=rtn, llama_cpp=tmp_path, dry_run=True)
-    with pytest.raises(BadInputError, match="--llama-cpp and --gguf-pre: the recipe's format is native"):
+    with pytest.raises(BadInputError, match="--llama-cpp, --gguf-pre and --shard-size: the recipe's format is native"):
         moebit.quantize(directory, out, recipe="rtn-w4", gguf_pre=PRE, dry_run=True)
+    with pytest.raises(BadInputError, match="--shard-size 5: the unit is missing"):
+        moebit.quantize(directory, out, recipe=rtn, gguf_pre=PRE, shard_size="5", dry_run=True)
     wrong = {**rtn, "weights": {"type": "q4_0", "overrides": [{"match": "blk.9*", "type": "q8_0"}]}}
     with pytest.raises(BadInputError, match=r"weights.overrides: 'blk.9\*' matches no quantized tensor"):
         moebit.quantize(directory, out, recipe=wrong, gguf_pre=PRE, dry_run=True)
@@ -194,7 +222,9 @@ def test_mixtures_are_llama_quantizes() -> None:
 @pytest.mark.parametrize("name", ["gguf-q4_k_m", "gguf-q3_k_m", "gguf-q2_k", "gguf-iq4_xs"])
 def test_presets_are_planned(converter: Converter, checkpoint: Get, tmp_path: Path, name: str) -> None:
     recipe = load_recipe(name)
-    plan: Any = moebit.inspect(checkpoint("olmoe"), recipe)["plan"]
+    plan: Any = moebit.inspect(checkpoint("olmoe"), recipe, llama_cpp=converter.root)["plan"]
+    with pytest.raises(BadInputError, match=r"there is no conversion/base\.py"):
+        moebit.inspect(checkpoint("olmoe"), recipe, llama_cpp=tmp_path)
     types = plan["gguf"]["types"]
     assert types["output.weight"] == "q6_k"
     assert types["token_embd.weight"] == types["blk.0.ffn_up_exps.weight"] == recipe.weights.type

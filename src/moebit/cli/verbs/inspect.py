@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moebit.cli.options import EngineOption, FormatOption, JsonOption, LinksOption, MemoryOption, ModelArgument, check_recipe
+from moebit.cli.options import EngineOption, FormatOption, JsonOption, LinksOption, LlamaOption, MemoryOption, ModelArgument, check_recipe
 from moebit.cli.screens.model import show_gguf, show_structure
 from moebit.cli.screens.plan import show_plan
 from moebit.cli.terminal import write_json
@@ -19,6 +19,7 @@ def inspect(
     model: ModelArgument,
     recipe: Annotated[str | None, typer.Option(help="Preset or YAML file: show what it would make of the model.")] = None,
     output_format: FormatOption = None,
+    llama_cpp: LlamaOption = None,
     engine: EngineOption = "any",
     memory: MemoryOption = DEFAULT_MEMORY,
     follow_links: LinksOption = False,
@@ -29,7 +30,9 @@ def inspect(
         check_recipe(recipe, {}, output_format)
     import moebit
 
-    result = moebit.inspect(model, recipe, format=output_format, engine=engine, memory=memory, follow_links=follow_links)
+    result = moebit.inspect(
+        model, recipe, format=output_format, llama_cpp=llama_cpp, engine=engine, memory=memory, follow_links=follow_links
+    )
     if write_json(json_file, result):
         return
     if "gguf" in result:

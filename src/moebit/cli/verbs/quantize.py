@@ -18,6 +18,7 @@ from moebit.cli.options import (
     ModelArgument,
     ResumeOption,
     SettingsOption,
+    ShardOption,
     TextOption,
     check_recipe,
     finite,
@@ -58,6 +59,7 @@ def quantize(
     output_format: FormatOption = None,
     llama_cpp: LlamaOption = None,
     gguf_pre: GgufPreOption = None,
+    shard_size: ShardOption = None,
     engine: EngineOption = "any",
     device: Annotated[str, typer.Option(help="Where matrices are solved: cpu or cuda.")] = "cpu",
     memory: MemoryOption = DEFAULT_MEMORY,
@@ -79,7 +81,7 @@ def quantize(
     with progress_bars() as progress:
         result: Any = moebit.quantize(
             model, output, recipe=recipe, text=text or [], overrides=changes, size=size, bits=bits, plan=plan_file, profile=profile_dir,
-            format=output_format, llama_cpp=llama_cpp, gguf_pre=gguf_pre, engine=engine,
+            format=output_format, llama_cpp=llama_cpp, gguf_pre=gguf_pre, shard_size=shard_size, engine=engine,
             device=device, memory=memory, seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
             accept_unquantized=accept_unquantized, follow_links=follow_links, progress=progress, command=typed_command(),
         )  # fmt: skip

@@ -8,7 +8,7 @@ there, `write` sends what is plain through llama.cpp's converter and puts packed
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,12 @@ class GgufSink(Sink):
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
 
-    def write(self, shards: Path, file: Path, plan: GgufPlan) -> None:
-        """Write the file from the shards `model-*.safetensors` of a directory."""
+    def write(self, shards: Path, file: Path, plan: GgufPlan, announce: Callable[[list[Path]], None] | None = None) -> list[Path]:
+        """Write the file, or the files that it is cut into, from the shards `model-*.safetensors` of a directory; returns them.
+
+        Args:
+            announce: called with them before the first is begun.
+        """
         entries: dict[str, TensorEntry] = {}
         for shard in sorted(shards.glob("model-*.safetensors")):
             entries |= read_header(shard)
@@ -100,7 +104,7 @@ class GgufSink(Sink):
         prepared = target.prepare({name: entry.read for name, entry in entries.items()})
         tensors = {name: assembly.data(target.rows.maps[name], kind) for name, kind in plan.types.items()}
         sys.audit("moebit.gguf", str(file))
-        write_gguf(target.converter.gguf, file, prepared, tensors, plan.file_type)
+        return write_gguf(target.converter.gguf, file, prepared, tensors, plan.file_type, target.shard_bytes, announce)
 
     def _owners(self, entries: Mapping[str, TensorEntry]) -> dict[str, str]:
         """Tensor of the checkpoint -> the quantized parameter that holds it."""

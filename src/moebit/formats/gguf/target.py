@@ -26,6 +26,7 @@ class GgufTarget:
     Attributes:
         checkpoint: its directory. specs: its tensors as they are read.
         pre: llama.cpp's name of the pre-tokenizer, where the converter does not recognise it.
+        shard_bytes: what the tensors of one file may take, where there are to be several; 0: one file.
     """
 
     converter: Converter
@@ -33,9 +34,17 @@ class GgufTarget:
     specs: Mapping[str, TensorSpec]
     rows: Rows
     pre: str | None = None
+    shard_bytes: int = 0
 
     @classmethod
-    def find(cls, checkpoint: Path, specs: Mapping[str, TensorSpec], llama_cpp: Path | None = None, pre: str | None = None) -> GgufTarget:
+    def find(
+        cls,
+        checkpoint: Path,
+        specs: Mapping[str, TensorSpec],
+        llama_cpp: Path | None = None,
+        pre: str | None = None,
+        shard_bytes: int = 0,
+    ) -> GgufTarget:
         """Ask the converter of a clone of llama.cpp, or the installed one, what it does to these tensors.
 
         Raises:
@@ -47,7 +56,7 @@ class GgufTarget:
         rows = find_rows(converter, checkpoint, specs)
         if wrong := exchanged_experts(rows):
             raise BadInputError(f"llama.cpp's converter in {converter.root} exchanges experts: {wrong[0]}; use another llama.cpp")
-        return cls(converter, checkpoint, dict(specs), rows, pre)
+        return cls(converter, checkpoint, dict(specs), rows, pre, shard_bytes)
 
     def prepare(self, load: Mapping[str, Callable[[], Tensor]]) -> Prepared:
         """Metadata, tokenizer and tensors as the converter writes them.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,13 @@ FILE_TYPES = {
 
 
 def write_gguf(
-    gguf: Any, path: Path, prepared: Prepared, tensors: Mapping[str, GgufData], file_type: str = "", shard_bytes: int = 0
+    gguf: Any,
+    path: Path,
+    prepared: Prepared,
+    tensors: Mapping[str, GgufData],
+    file_type: str = "",
+    shard_bytes: int = 0,
+    announce: Callable[[list[Path]], None] | None = None,
 ) -> list[Path]:
     """Write what a converter prepared, with some tensors replaced.
 
@@ -42,7 +49,8 @@ def write_gguf(
         tensors: GGUF name → what is written there instead, rows packed by ggml's blocks.
         file_type: llama.cpp's name of the mixture of types, such as MOSTLY_Q4_K_M; without one it follows from the types of the weights, as
             llama.cpp guesses it.
-        shard_bytes: the largest size of a shard's tensors; 0 writes one file.
+        shard_bytes: the largest size of a shard's tensors (a tensor that is larger has a shard of its own); 0 writes one file.
+        announce: called with the files before the first of them is begun.
 
     Returns:
         The files, in their order.
@@ -61,11 +69,14 @@ def write_gguf(
     for name, data in content.items():
         writer.add_tensor_info(name, data.shape, np.dtype(np.float32), packed_bytes(gguf, name, data), _type(gguf, name, data.type))
     files: list[Path] = writer.format_shard_names(path)
+    if announce is not None:
+        announce(files)
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, data in content.items():
+            sys.audit("moebit.tensor", str(path), name)
             writer.write_tensor_data(_loaded(gguf, name, data))
     finally:
         writer.close()
