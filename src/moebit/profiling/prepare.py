@@ -92,7 +92,8 @@ def _profile(
     section = plan.recipe.allocation
     errors = allocating and section.kind == "knapsack"
     where, widths = output.partial / PROFILE_DIRECTORY, tuple(sorted(section.ladder))
-    return run_profile(checkpoint, plan.structure, plan, sets, where, widths, section.solver, errors, plan.budget.memory, progress)
+    solver = section.solver if section.solver != "auto" else "gptq" if plan.recipe.solver.method == "gptq" else "rtn"
+    return run_profile(checkpoint, plan.structure, plan, sets, where, widths, solver, errors, plan.budget.memory, progress)
 
 
 def _record(output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, bits: BitPlan | None, profile: Profile) -> None:

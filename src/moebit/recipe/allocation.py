@@ -15,7 +15,8 @@ class AllocationSection(Section):
     kind: `fuzzy` (MoQa: clusters of significance), `knapsack` (measured errors), `frequency` (tokens alone).
     target_bits: average on disk of everything quantized, scales included. ladder: widths to choose from.
     granularity: what has one width: an expert, a projection, a layer's experts (the last two: knapsack).
-    significance: over data sets, for fuzzy. solver: what rounds where errors are measured. engine: `vllm` restricts to what it serves.
+    significance: over data sets, for fuzzy. solver: what rounds where errors are measured; `auto` is gptq where the model is rounded with
+    it, else rtn. engine: `vllm` restricts to what it serves.
     """
 
     kind: Literal["uniform", "fuzzy", "knapsack", "frequency"] = "uniform"
@@ -23,7 +24,7 @@ class AllocationSection(Section):
     ladder: list[int] = Field(default_factory=lambda: [2, 3, 4, 6, 8])
     granularity: Literal["expert", "projection", "layer"] = "expert"
     significance: Literal["mean", "max"] = "mean"
-    solver: Literal["rtn", "gptq"] = "rtn"
+    solver: Literal["auto", "rtn", "gptq"] = "auto"
     engine: Literal["any", "vllm"] = "any"
 
     @field_validator("ladder")
