@@ -30,10 +30,11 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def naive_loss(w: np.ndarray, s: np.ndarray, x: np.ndarray, weight: np.ndarray, grid: Grid) -> float:
+def naive_loss(w: np.ndarray, s: np.ndarray, x: np.ndarray, weight: np.ndarray, grid: Grid, clip: bool) -> float:
     """sum_t weight_t || Q(W diag(s)) diag(s)^-1 x_t - W x_t ||^2 of one matrix."""
     scaled = w * s
-    scale, zero = matrix_grid(scaled, grid)
+    importance = sum(weight[t] * (x[t] / s) ** 2 for t in range(len(x)))
+    scale, zero = matrix_grid(scaled, grid, importance, clip_search=clip)
     total = 0.0
     for t, x_t in enumerate(x):
         for row in range(len(w)):
@@ -47,19 +48,20 @@ def naive_loss(w: np.ndarray, s: np.ndarray, x: np.ndarray, weight: np.ndarray, 
     return total
 
 
+@pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize(("symmetric", "bits"), [(True, (3, 4)), (False, (2, 3))])
-def test_losses_are_the_formula(symmetric: bool, bits: tuple[int, int]) -> None:
+def test_losses_are_the_formula_on_the_grid_that_rounds(symmetric: bool, bits: tuple[int, int], clip: bool) -> None:
     w, x, weight = random(2, 3, 32), random(2, 5, 32, seed=1), random(2, 5, seed=2).abs()
     weight[1, 3:] = 0  # an expert with fewer tokens
     s = candidates(magnitudes(x, weight))
     scheme = UniformGrid(32, symmetric)
-    found = losses(w, s, x, weight, torch.tensor(bits), scheme)
+    found = losses(w, s, x, weight, torch.tensor(bits), scheme, clip)
     for ratio in (0, 7, 19):
         for e in range(2):
             grid = Grid(bits[e], 32, symmetric, scale_dtype="float32")
-            expected = naive_loss(*(t.double().numpy() for t in (w[e], s[ratio, e], x[e], weight[e])), grid)
+            expected = naive_loss(*(t.double().numpy() for t in (w[e], s[ratio, e], x[e], weight[e])), grid, clip)
             assert float(found[ratio, e]) == pytest.approx(expected, rel=1e-3)
-    shared = losses(w, s[:, :1], x, weight, torch.tensor(bits), scheme)
+    shared = losses(w, s[:, :1], x, weight, torch.tensor(bits), scheme, clip)
     assert torch.allclose(shared[:, 0], found[:, 0])
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebit.methods.router import CLIP_RATIOS, AlignedRouter, Divergence, align_router, kl_top, rounded, score_function, top_experts
+from moebit.methods.router import AlignedRouter, Divergence, align_router, kl_top, rounded, score_function, top_experts
 
 E, K, H, T = 6, 2, 12, 40
+RATIOS = [1.0 - 0.0065 * step for step in range(101)]  # the paper's: 101 from 1 to 0.35
 
 
 def naive_probabilities(z: np.ndarray, score: str) -> np.ndarray:
@@ -90,24 +91,46 @@ def test_rounding_is_asymmetric_and_by_row() -> None:
 def test_no_single_channel_can_do_better_and_common_ratios_cannot_either() -> None:
     w, x, ids, b = problem(5)
     result = aligned(w, x, ids, b, 3, share=0.5)
-    for ratio in CLIP_RATIOS:
+    for ratio in RATIOS[::5]:
         assert result.loss <= naive_loss(w, rounded(w, ratio, 3, torch.float32), x, ids, "softmax", b, 4, 1.0) * (1 + 1e-6)
-    candidates = [rounded(w, ratio, 3, torch.float32) for ratio in CLIP_RATIOS]
-    for e, candidate in itertools.product(range(E), candidates[::3]):
+    candidates = [rounded(w, ratio, 3, torch.float32) for ratio in RATIOS]
+    for e, candidate in itertools.product(range(E), candidates[::9]):
         other = result.weight.clone()
         other[e] = candidate[e]
         assert result.loss <= naive_loss(w, other, x, ids, "softmax", b, 4, 1.0) * (1 + 1e-6)
 
 
 def test_two_channels_find_the_best_of_all_pairs() -> None:
+    """All 101 x 101 pairs of ratios, in float64: L of a router with two experts, one of which is chosen."""
     g = torch.Generator().manual_seed(0)
     w, x = torch.randn(2, 8, generator=g), torch.randn(20, 8, generator=g)
     ids = (x @ w.T).topk(1, 1).indices
     result = align_router(w, x, ids, 3, score="softmax", bias_E=None, counted=Divergence(), stored=torch.float32)
-    candidates = [rounded(w, ratio, 3, torch.float32) for ratio in CLIP_RATIOS]
-    pairs = itertools.product(candidates, candidates)
-    best = min(naive_loss(w, torch.stack([a[0], b[1]]), x, ids, "softmax", None, 1, 1.0) for a, b in pairs)
+    z = (x.double() @ w.double().T).numpy()
+    zq = np.stack([(x.double() @ rounded(w, ratio, 3, torch.float32).double().T).numpy() for ratio in RATIOS])  # [R, T, 2]
+    best = np.inf
+    for a, b in itertools.product(range(len(RATIOS)), repeat=2):
+        q = np.stack([zq[a, :, 0], zq[b, :, 1]], 1)
+        p, r = (np.exp(v) / np.exp(v).sum(1, keepdims=True) for v in (z, q))
+        best = min(best, ((q - z) ** 2).sum() / (z**2).sum() + (p * np.log(p / r)).sum(1).mean())
     assert best * (1 - 1e-6) <= result.loss <= best * 1.1  # descent may end beside the best pair, not far from it
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_fine_steps_find_what_coarse_ones_miss(bits: int) -> None:
+    """At 8 bits the best range lies within 5% of the whole: 14 ratios choose 1 for every row, 101 do not."""
+    g = torch.Generator().manual_seed(1)
+    w, x = torch.randn(16, 64, generator=g), torch.randn(400, 64, generator=g)
+    ids = (x @ w.T).topk(4, 1).indices
+
+    def found(ratios: int) -> AlignedRouter:
+        return align_router(w, x, ids, bits, score="softmax", bias_E=None, counted=Divergence(), stored=torch.float32, ratios=ratios)
+
+    coarse, fine = found(14), found(101)
+    assert fine.loss < coarse.loss
+    if bits == 8:
+        assert set(coarse.ratios) == {1.0}
+        assert any(ratio < 1 for ratio in fine.ratios)
 
 
 def test_weights_are_judged_as_they_are_stored() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from moebit.errors import BadInputError
 from moebit.formats.profile import Profile
 from moebit.profiling import profile as verb
 from moebit.profiling.prices import token_weights
+from moebit.profiling.sensitivity import SEED
 from tests.support import reference
 from tests.support.models import ARCHITECTURES, EXPERTS, HIDDEN, INTERMEDIATE, LENGTH, WINDOWS, Checkpoints, Reference, windows
 from tests.support.observer import observed
@@ -94,8 +95,15 @@ def layer_change(model: Reference, index: int, change: Callable[[], AbstractCont
 @contextmanager
 def rounded(weight: torch.Tensor, bits: int, group: int) -> Iterator[None]:
     """A weight [out, in], a view of a parameter, rounded by the oracle and then put back."""
+    value = reference.rtn(weight.detach().double().numpy(), reference.Grid(bits, group, True, False, "float32")).weight_OI
+    with replaced(weight, value):
+        yield
+
+
+@contextmanager
+def replaced(weight: torch.Tensor, value: np.ndarray) -> Iterator[None]:
+    """Other values in a weight, until its own are put back."""
     kept = weight.detach().clone()
-    value = reference.rtn(kept.double().numpy(), reference.Grid(bits, group, True, False, "float32")).weight_OI
     try:
         weight.data.copy_(torch.from_numpy(value).float())
         yield
@@ -117,6 +125,65 @@ def test_prices_of_experts_are_what_the_layer_puts_out(index: int, bits: int, ch
             weight = {"gate_proj": gate, "up_proj": up, "down_proj": experts.down_proj.data[e]}[projection]
             wanted = layer_change(model, index, lambda weight=weight: rounded(weight, bits, 32))
             assert float(prices[e]) == pytest.approx(wanted, rel=0.02, abs=1e-9), (projection, e)
+
+
+@contextmanager
+def whole_experts(model: Reference, index: int, bits: int, group: int, only: int | None = None) -> Iterator[None]:
+    """All projections of a layer's experts (or of one) rounded by the oracle, and then put back."""
+    experts = model.experts(index)
+    with ExitStack() as stack:
+        for e in range(EXPERTS) if only is None else (only,):
+            for weight in (*experts.gate_up_proj.data[e].chunk(2), experts.down_proj.data[e]):
+                stack.enter_context(rounded(weight, bits, group))
+        yield
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_prices_of_whole_experts(bits: int, checkpoints: Checkpoints, mixtral: Profile) -> None:
+    """All projections of one expert rounded at once in transformers' model: more than the sum of one at a time."""
+    model, found = checkpoints.reference(MIXTRAL), load_file(mixtral.path / "a.safetensors")
+    name = f"{model.layers_name}.1.mlp.experts"
+    for e in range(EXPERTS):
+        wanted = layer_change(model, 1, lambda e=e: whole_experts(model, 1, bits, 32, e))
+        assert float(found[f"{name}.error"][verb.LADDER.index(bits), e]) == pytest.approx(wanted, rel=0.02, abs=1e-9), e
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_a_layers_experts_move_the_prediction_together(bits: int, checkpoints: Checkpoints, mixtral: Profile) -> None:
+    """Prices times sensitivity: 1/2 mean (g . D)^2 with autograd's g and transformers' D, every expert of the layer rounded at once."""
+    model, found = checkpoints.reference(MIXTRAL), load_file(mixtral.path / "a.safetensors")
+    seen: list[torch.Tensor] = []
+    hook = model.layers[1].register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    try:
+        log_prob = model.model(input_ids=windows(), use_cache=False).logits.float().log_softmax(-1)
+        generator = torch.Generator().manual_seed(SEED)
+        labels = torch.stack([torch.multinomial(row.detach().exp(), 1, generator=generator) for row in log_prob])
+        (gradient,) = torch.autograd.grad(log_prob.gather(2, labels).sum(), seen[0])
+        with torch.no_grad(), whole_experts(model, 1, bits, 32):
+            model.model(input_ids=windows(), use_cache=False)
+    finally:
+        hook.remove()
+    wanted = 0.5 * float((gradient * (seen[1] - seen[0])).detach().double().sum(-1).square().mean())
+    name, number = f"{model.layers_name}.1.mlp.experts", verb.LADDER.index(bits)
+    price = found[f"{name}.error"][number].double().sum() * found[f"{name}.sensitivity"][number]
+    assert float(price) == pytest.approx(wanted, rel=0.03)
+
+
+def test_linears_are_priced_as_gptq_rounds_them(checkpoints: Checkpoints, texts: dict[str, Path], tmp_path: Path) -> None:
+    """The oracle's GPTQ on the inputs that transformers delivers, put into transformers' model."""
+    found = profiled(checkpoints.path(MIXTRAL), tmp_path / "p", {"a": texts["a"]}, solver="gptq", widths=[3])
+    tensors, model = load_file(found.path / "a.safetensors"), checkpoints.reference(MIXTRAL)
+    linear, seen = model.layers[1].self_attn.o_proj, []
+    hook = linear.register_forward_hook(lambda module, args, out: seen.append(args[0].detach().flatten(0, 1).double().numpy()))
+    try:
+        with torch.no_grad():
+            model.model(input_ids=windows(), use_cache=False)
+    finally:
+        hook.remove()
+    grid = reference.Grid(3, 32, True, False, "float32")
+    value = reference.gptq(linear.weight.detach().double().numpy(), seen[0].T @ seen[0], grid).weight_OI
+    wanted = layer_change(model, 1, lambda: replaced(linear.weight, value))
+    assert float(tensors[f"{model.layers_name}.1.self_attn.o_proj.error"][0]) == pytest.approx(wanted, rel=0.05)
 
 
 @pytest.mark.parametrize("bits", [2, 3])

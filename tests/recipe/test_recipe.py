@@ -80,6 +80,15 @@ def test_our_own_presets_are_gptq_with_the_options_that_won(bits: int) -> None:
     assert best.calibration.kind == "self"
 
 
+@pytest.mark.parametrize(("name", "bits", "target"), [("4bit", 4, 4.125), ("3bit", 3, 3.125), ("2.5bit", 3, 2.5)])
+def test_best_presets_at_a_size_hand_its_bits_out_by_solved_prices(name: str, bits: int, target: float) -> None:
+    """On text, a data set each: prices are measured on it before the model could write its own."""
+    best, alike = load_recipe(f"best-{name}"), load_recipe(f"best-w{bits}", {"calibration.kind": "text"})
+    chosen = best.allocation
+    assert (chosen.kind, chosen.target_bits, chosen.granularity, chosen.solver) == ("knapsack", target, "projection", "gptq")
+    assert load_recipe(best, {"allocation": {}}) == alike
+
+
 @pytest.mark.parametrize(("weights", "activations"), [(4, 4), (3, 4), (3, 3), (2, 4), (8, 8)])
 def test_presets_of_eaquant_are_duquant_and_the_expert_aware_parts(weights: int, activations: int) -> None:
     eaquant = load_recipe(f"eaquant-w{weights}a{activations}")

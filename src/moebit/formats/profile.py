@@ -21,7 +21,7 @@ from moebit.storage.documents import ProfileFile, checked
 from moebit.storage.durable import replace_text
 from moebit.storage.files import ShardFile, TensorSpec, read_header
 
-VERSION = 2  # 2: errors are shares of the layer's output, measured through the rest of the layer
+VERSION = 3  # 2: errors are shares of the layer's output, measured through the rest of the layer; 3: of whole experts, too
 HEAD = "profile.json"
 
 
@@ -140,7 +140,7 @@ class Profile:
     @property
     def has_sensitivities(self) -> bool:
         """Whether every matrix that was priced has a sensitivity in every set."""
-        names = [f"{name}.{part}" if part else name for name, module in self.modules.items() for part in module.parts]
+        names = {f"{name}.{part}" if part else name for name, module in self.modules.items() for part in ("", *module.parts)}
         stored = [read_header(self.path / set_file(key)) for key in self.sets]
         return bool(stored) and all(f"{name}.sensitivity" in entries for entries in stored for name in names)
 

@@ -2,10 +2,12 @@
 
 The scale of a site is s = m^a / sqrt(max m^a min m^a), m the root mean square of every input channel, a the best of 0, 1/20 … 19/20 for
     sum_e sum_t g_te^p || Q(W_e diag(s)) diag(s)^-1 x_t - W_e x_t ||^2
-on a sample of the tokens: one s for a layer's gate, up, router and shared experts, which share a norm, and one for every expert's down.
+on a sample of the tokens, Q being the rounding that follows with its clipping search: one s for a layer's gate, up, router and shared
+experts, which share a norm, and one for every expert's down.
 
 Departures: the root mean square instead of the mean absolute value (both tell large channels from small ones); each expert is judged on at
-most `SAMPLE` of its own tokens, weighed so that they stand for all; clipping is searched afterwards by the weighted error of the weights.
+most `SAMPLE` of its own tokens, weighed so that they stand for all; clipping is searched for every candidate by the error of the weights
+times the second moments of the scaled inputs, as in the rounding itself (the authors judge scales without clipping, and clip afterwards).
 Shape suffixes: C experts (or 1), O outputs, I inputs, S sampled tokens, R ratios.
 """
 
@@ -35,19 +37,29 @@ def candidates(magnitude_CI: Tensor) -> Tensor:
     return powers / (powers.amax(-1, keepdim=True) * powers.amin(-1, keepdim=True)).sqrt()
 
 
-def losses(w_COI: Tensor, s_RCI: Tensor, x_CSI: Tensor, weight_CS: Tensor, bits_C: Tensor, grid: Grid) -> Tensor:
-    """[R, C]: `sum_t weight_t || Q(W s) s^-1 x_t - W x_t ||^2` of every matrix for every scale, without clipping.
+def losses(w_COI: Tensor, s_RCI: Tensor, x_CSI: Tensor, weight_CS: Tensor, bits_C: Tensor, grid: Grid, clip_search: bool = True) -> Tensor:
+    """[R, C]: `sum_t weight_t || Q(W s) s^-1 x_t - W x_t ||^2` of every matrix for every scale, Q being the rounding that follows.
 
     Args:
         s_RCI: scales; [R, 1, I] for one that all matrices share.
+        clip_search: whether Q searches for clipping ratios, by the error of the weights times the second moments of x / s.
     """
     w, x = w_COI.float(), x_CSI.float()
-    result = []
+    moment_CI, result = second_moments(x, weight_CS), []
     for s in s_RCI.float():
-        scaled = w * s[:, None]
-        missed = solve_rtn(scaled, bits_C, grid, clip_search=False).dequantize().div_(s[:, None]).sub_(w)
+        importance = moment_CI / s.square()
+        missed = solve_rtn(w * s[:, None], bits_C, grid, importance_EI=importance, clip_search=clip_search).dequantize()
+        missed.div_(s[:, None]).sub_(w)
         result.append((torch.bmm(x, missed.mT).square().sum(-1) * weight_CS).sum(-1).double())
     return torch.stack(result)
+
+
+def second_moments(x_CSI: Tensor, weight_CS: Tensor) -> Tensor:
+    """[C, I] second moments of every channel; channels that never fire have the mean of the others, matrices without tokens ones."""
+    total_CI = torch.einsum("csi,cs->ci", x_CSI.square(), weight_CS)
+    live = total_CI > 0
+    mean = total_CI.sum(1, keepdim=True) / live.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(live, total_CI, torch.where(mean > 0, mean, torch.ones_like(mean)))
 
 
 def best(s_RCI: Tensor, losses_RC: Tensor) -> Tensor:

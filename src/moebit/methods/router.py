@@ -9,9 +9,9 @@ Source: EAQuant (arXiv 2506.13329), its section on routing consistency alignment
 P and P_q are the masses of the top m experts before and after; a is the share of the experts that are not chosen, 0 to 1.
 
 Departures: the paper's sum stops at the top m, which rewards sharpening; the rest bucket makes it a divergence. One ratio per expert
-instead of one per layer: coordinate descent from the best common ratio. Ratios are those of all other weights (1.00 ... 0.35 in steps
-of 0.05), not 101. The first k of the top m are those that the model's own router chose, whatever its groups and correction biases; the
-others follow by probability. Probabilities of routers that score each expert by itself (sigmoid) are their scores divided by their sum.
+instead of one per layer: coordinate descent from the best common ratio. The first k of the top m are those that the model's own router
+chose, whatever its groups and correction biases; the others follow by probability. Probabilities of routers that score each expert by
+itself (sigmoid) are their scores divided by their sum.
 
 Shape suffixes: T tokens, E experts, k experts per token, H inputs of the router, R clipping ratios.
 """
@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moebit.tensor.grids import CLIP_RATIOS, UniformGrid, as_bits
+from moebit.tensor.grids import UniformGrid, as_bits
 from moebit.tensor.grids.uniform import clipped_grid, round_to_grid
 from moebit.tensor.spacing import evenly_spaced
 
-TABLE_VALUES = 2**24  # logit errors (tokens x experts x ratios) that are looked at together: bounds the tokens that are used
+RATIOS, NARROWEST = 101, 0.35  # clipping ratios from 1 down, evenly spaced: as published
+TABLE_VALUES = 2**25  # logit errors (tokens x experts x ratios) that are looked at together: bounds the tokens that are used
 SCORED_TOKENS = 4096  # enough to tell score functions apart
 MAX_MISFIT = 0.1  # of a score function; the rounding of affinities computed in bf16 stays well below
 MAX_SWEEPS = 4
@@ -131,6 +132,7 @@ def kl_top(u_TE: Tensor, uq_TE: Tensor, top_TE: Tensor) -> Tensor:
 
 def align_router(
     w_EH: Tensor, x_TH: Tensor, ids_Tk: Tensor, bits: int, *, score: str, bias_E: Tensor | None, counted: Divergence, stored: torch.dtype,
+    ratios: int = RATIOS,
 ) -> AlignedRouter:  # fmt: skip
     """Round a router's weight, its clipping ratios chosen by L.
 
@@ -138,20 +140,21 @@ def align_router(
         w_EH: the weight. x_TH: what arrives at it. ids_Tk: what the model chooses with it.
         bits: 2 to 8. score: one of `SCORES`. bias_E: added to the logits, not rounded.
         counted: how the divergence of the probabilities counts in L.
-        stored: the type that the result is rounded to, before it is judged.
+        stored: the type that the result is rounded to, before it is judged. ratios: how many clipping ratios are tried.
     """
-    w, x, ids = w_EH.float(), *_sample(x_TH, ids_Tk, len(w_EH))
-    candidates = [rounded(w, ratio, bits, stored) for ratio in CLIP_RATIOS]
+    tried = clip_ratios(ratios)
+    w, x, ids = w_EH.float(), *_sample(x_TH, ids_Tk, len(w_EH) * ratios)
+    candidates = [rounded(w, ratio, bits, stored) for ratio in tried]
     logits = x @ w.T
     table = torch.stack([x @ (q.float() - w).T for q in candidates], 2)  # [T, E, R] errors of the logits
     z = logits.double() if bias_E is None else logits.double() + bias_E.double()
     log_score = SCORES[score]
     top, energy = top_experts(log_score(z), ids, counted.share), float(logits.double().square().sum())
     descent = _Descent(z, log_score, table, top, energy, counted.weight)
-    common = [descent.loss(torch.full((len(w),), r)) for r in range(len(CLIP_RATIOS))]
+    common = [descent.loss(torch.full((len(w),), r)) for r in range(ratios)]
     chosen, loss, sweeps = descent.run(torch.full((len(w),), common.index(min(common))))
     value = torch.stack([candidates[r][e] for e, r in enumerate(chosen.tolist())])
-    return AlignedRouter(value, [CLIP_RATIOS[r] for r in chosen.tolist()], common[0], loss, sweeps)
+    return AlignedRouter(value, [tried[r] for r in chosen.tolist()], common[0], loss, sweeps)
 
 
 def rounded(w_EH: Tensor, ratio: float, bits: int, stored: torch.dtype) -> Tensor:
@@ -162,16 +165,21 @@ def rounded(w_EH: Tensor, ratio: float, bits: int, stored: torch.dtype) -> Tenso
     return (scale * (codes.float() - zero))[0].to(stored)
 
 
-def search_rounded(w_EH: Tensor, bits: int, stored: torch.dtype) -> Tensor:
+def clip_ratios(count: int = RATIOS) -> tuple[float, ...]:
+    """Shares of a row's range that are tried, from 1 down to `NARROWEST` in even steps."""
+    return tuple(1.0 - (1.0 - NARROWEST) * step / (count - 1) for step in range(count))
+
+
+def search_rounded(w_EH: Tensor, bits: int, stored: torch.dtype, ratios: int = RATIOS) -> Tensor:
     """[E, H] in `stored`: rounded to nearest, each row with the clipping ratio whose rounding error is least; looks at no tokens."""
-    candidates = torch.stack([rounded(w_EH, ratio, bits, stored) for ratio in CLIP_RATIOS])
+    candidates = torch.stack([rounded(w_EH, ratio, bits, stored) for ratio in clip_ratios(ratios)])
     best = (candidates.float() - w_EH.float()).square().sum(2).argmin(0)
     return candidates[best, torch.arange(len(w_EH))]
 
 
-def _sample(x_TH: Tensor, ids_Tk: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+def _sample(x_TH: Tensor, ids_Tk: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """(inputs, chosen experts) of as many tokens, evenly spaced, as the table has room for."""
-    rows = evenly_spaced(len(x_TH), max(1, TABLE_VALUES // (experts * len(CLIP_RATIOS))))
+    rows = evenly_spaced(len(x_TH), max(1, TABLE_VALUES // columns))
     return x_TH[rows].float(), ids_Tk[rows]
 
 

@@ -199,20 +199,28 @@ class _Problem:
     def _errors(self, items: list[list[Member]]) -> Tensor:
         """Return float64 [N, K], what rounding an item costs, mean over data sets.
 
-        The unit is nats per token where sensitivities were measured, else a share of the layer's output.
+        The unit is nats per token where sensitivities were measured, else a share of the layer's output. An item that holds whole experts
+        costs what was measured with all of their projections rounded: their errors point the same way and do not just add up.
         """
         columns = [self.profile.widths.index(width) for width in self.ladder]
-        weighed = self.profile.has_sensitivities
-        by_part: dict[tuple[str, str], Tensor] = {}
+        whole = self.granularity != "projection"
+        costs: dict[tuple[str, str], Tensor] = {}
         for name, module in self.profile.modules.items():
-            for part in module.parts:
-                full = f"{name}.{part}" if part else name
-                error = self.profile.stacked(f"{full}.error").double()  # [D, W] or [D, W, E]
-                error = error.view(len(error), len(self.profile.widths), -1)
-                if weighed:
-                    error = error * self.profile.stacked(f"{full}.sensitivity").view(-1, 1, 1)
-                by_part[name, part] = error.mean(0)[columns]
-        return torch.stack([sum((by_part[n, p][:, e] for n, p, e in members), torch.zeros(len(columns))) for members in items])
+            for part in ("",) if whole else module.parts:
+                costs[name, part] = self._costs(f"{name}.{part}" if part else name)[columns]
+        found = []
+        for members in items:
+            parts = {(name, "" if whole else part, expert) for name, part, expert in members}
+            found.append(sum((costs[name, part][:, expert] for name, part, expert in sorted(parts)), torch.zeros(len(columns))))
+        return torch.stack(found)
+
+    def _costs(self, full: str) -> Tensor:
+        """Return float64 [W, E] (or [W, 1]), what rounding a matrix, or an expert, costs at every measured width."""
+        error = self.profile.stacked(f"{full}.error").double()  # [D, W] or [D, W, E]
+        error = error.view(len(error), len(self.profile.widths), -1)
+        if self.profile.has_sensitivities:
+            error = error * self.profile.stacked(f"{full}.sensitivity").unsqueeze(2)
+        return error.mean(0)
 
     def _bytes(self, members: list[Member], width: int) -> int:
         return sum(self._spec(name, part, (width,)).nbytes for name, part, _ in members)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from moebit.methods.significance import ExpertEvidence, coactivation
 from moebit.model.experts import ExpertWeights, RoutedTokens, dispatch, experts_names, finish, intermediate, read_experts
 from moebit.model.structure import LayerSites, Structure
-from moebit.profiling.prices import LINEAR_TOKENS, ExpertPrices, LinearTrials, Measure, token_weights
+from moebit.profiling.linear_prices import LinearTrials
+from moebit.profiling.prices import LINEAR_TOKENS, WHOLE, ExpertPrices, Measure, token_weights
 from moebit.profiling.sensitivity import layer_gradients
 from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.budget import Budget
@@ -122,18 +123,19 @@ class _LayerPass:
         }
 
     def _prices(self, routed: RoutedTokens, measure: Measure) -> dict[str, Tensor]:
-        """EXPERTS.PROJECTION.error [W, E], once the hidden states are those behind the layer."""
+        """EXPERTS.PROJECTION.error and EXPERTS.error [W, E], once the hidden states are those behind the layer."""
         moe = self.sites.moe
         assert moe is not None
         name, layout, module = f"{self.sites.name}.{moe.experts}", moe.layout, self.layer.get_submodule(moe.experts)
         slots = dispatch(routed.ids, routed.weights, layout.experts)
         weights_T = token_weights(self.stream.hidden)
         priced = ExpertPrices(self.stream, name, layout, module, routed, slots, weights_T, measure, self.gradient)
-        parts: dict[str, list[Tensor]] = {projection: [] for projection in layout.projections}
-        for start, stop, weights in self._chunks(max(1, self.chunk // 2), torch.float32):  # rounded copies stand beside the weights
-            for projection, prices in priced.chunk(weights, start, stop).items():
-                parts[projection].append(prices)
+        parts: dict[str, list[Tensor]] = {part: [] for part in priced.parts}
+        for start, stop, weights in self._chunks(max(1, self.chunk // 3), torch.float32):  # rounded copies stand beside the weights
+            for part, prices in priced.chunk(weights, start, stop).items():
+                parts[part].append(prices)
+        full = {part: name if part == WHOLE else f"{name}.{part}" for part in parts}
         return {
-            **{f"{name}.{projection}.error": torch.cat(columns, 1).float() for projection, columns in parts.items()},
-            **{f"{name}.{projection}.sensitivity": value for projection, value in priced.sensitivities().items()},
+            **{f"{full[part]}.error": torch.cat(columns, 1).float() for part, columns in parts.items()},
+            **{f"{full[part]}.sensitivity": value for part, value in priced.sensitivities().items()},
         }

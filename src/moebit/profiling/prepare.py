@@ -99,7 +99,8 @@ def _profile(
     errors = allocating and section.kind in ("knapsack", "budget")
     where = output.partial / PROFILE_DIRECTORY
     widths = measured_widths(section) if section.kind == "budget" else tuple(sorted(section.ladder))
-    return run_profile(checkpoint, plan.structure, plan, sets, where, widths, section.solver, errors, plan.budget.memory, progress)
+    solver = section.solver if section.solver != "auto" else "gptq" if plan.recipe.solver.method == "gptq" else "rtn"
+    return run_profile(checkpoint, plan.structure, plan, sets, where, widths, solver, errors, plan.budget.memory, progress)
 
 
 def priced(plan: Plan, profile: Profile, disk: DiskSize) -> Spender:

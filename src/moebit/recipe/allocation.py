@@ -18,7 +18,8 @@ class AllocationSection(Section):
     target_bits: average on disk of everything quantized, scales included. target_bytes: of all files that an engine reads (budget).
     ladder: widths to choose from. types: block types of ggml to choose from (budget; none: all that llama.cpp at hand has).
     granularity: what has one width: an expert, a projection, a layer's experts (the last two: knapsack and budget).
-    significance: over data sets, for fuzzy. solver: what rounds where errors are measured. engine: restricts to what it serves.
+    significance: over data sets, for fuzzy. solver: what rounds where errors are measured; `auto` is gptq where the model is rounded with
+    it, else rtn. engine: restricts to what it serves.
     """
 
     named_if_on = frozenset({"target_bytes", "types"})
@@ -30,7 +31,7 @@ class AllocationSection(Section):
     types: list[str] = Field(default_factory=list)
     granularity: Literal["expert", "projection", "layer"] = "expert"
     significance: Literal["mean", "max"] = "mean"
-    solver: Literal["rtn", "gptq"] = "rtn"
+    solver: Literal["auto", "rtn", "gptq"] = "auto"
     engine: Literal["any", "vllm", "sglang", "transformers", "llama.cpp", "mlx"] = "any"
 
     @field_validator("ladder")

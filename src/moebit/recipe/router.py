@@ -16,6 +16,7 @@ class RouterSection(Section):
 
     bits: of the grid that a router's values lie on, 3 to 8; 16 leaves them.
     align: `kl` chooses the clipping ratios so that the same experts stay chosen, else by the rounding error of the weight.
+    ratios: how many clipping ratios from 1 to 0.35 are tried for every row.
     top_share: `kl` looks at `k + top_share (E - k)` experts one by one and at the others together. kl_weight: lambda.
     realign: `ridge` corrects routers for the drift of their inputs; with any recipe and any bits.
     realign_weight: of a token in it: `one`, or `margin` for more where the choice is close.
@@ -23,6 +24,7 @@ class RouterSection(Section):
 
     bits: int = 16
     align: Literal["none", "kl"] = "none"
+    ratios: int = Field(101, ge=2, le=1001)
     top_share: float = Field(0.0, ge=0.0, le=1.0)
     kl_weight: float = Field(1.0, ge=0.0, le=1e6)
     realign: Literal["none", "ridge"] = "none"

@@ -31,7 +31,7 @@ def adjust_router(context: LayerContext, state: LayerState) -> LayerState:
         return _reported(state, {"skipped": dict.fromkeys(recipe.wanted, reason)})
     weight = context.sink.weights.parameter(name)
     if state.stream is None:
-        context.edit({name: (Replace(search_rounded(weight, recipe.bits, weight.dtype)),)})
+        context.edit({name: (Replace(search_rounded(weight, recipe.bits, weight.dtype, recipe.ratios)),)})
         return _reported(state, {"bits": recipe.bits})
     seen = _look(state.stream, context.sites, weight, state.reference.routing, reason)
     changed, report, skipped = _changed(seen, recipe, moe.top_k)
@@ -121,10 +121,11 @@ def _rounded(seen: _Seen, recipe: RouterSection, weight: Tensor) -> tuple[Tensor
     """The weight on its grid: clipped so that the same experts stay chosen, or by its own error where that cannot be."""
     if recipe.align != "kl" or seen.x is None or seen.reason or seen.score is None:
         skipped = {"align": seen.reason or NO_SCORE} if recipe.align == "kl" else {}
-        return search_rounded(weight, recipe.bits, seen.weight.dtype), {"bits": recipe.bits}, skipped
+        return search_rounded(weight, recipe.bits, seen.weight.dtype, recipe.ratios), {"bits": recipe.bits}, skipped
     counted = Divergence(recipe.top_share, recipe.kl_weight)
     aligned = align_router(
-        weight, seen.x, seen.ids, recipe.bits, score=seen.score, bias_E=seen.bias, counted=counted, stored=seen.weight.dtype
-    )
+        weight, seen.x, seen.ids, recipe.bits,
+        score=seen.score, bias_E=seen.bias, counted=counted, stored=seen.weight.dtype, ratios=recipe.ratios,
+    )  # fmt: skip
     report = {"ratios": aligned.ratios, "loss_unclipped": aligned.loss_before, "loss": aligned.loss, "bits": recipe.bits}
     return aligned.weight, report, {}

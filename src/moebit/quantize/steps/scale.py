@@ -42,7 +42,7 @@ def scale(context: LayerContext, state: LayerState) -> LayerState:
     plan, recipe, moe = context.plan, context.recipe, context.sites.moe
 
     def rounding(spec: PackedSpec) -> Rounding:
-        return Rounding(spec.bits, grid_of(recipe, spec))
+        return Rounding(spec.bits, grid_of(recipe, spec), recipe.solver.clip_search)
 
     linears = {full: rounding(spec) for full, spec in plan.linears.items() if full.startswith(context.full(""))}
     parts = plan.experts.get(context.full(moe.experts), {}) if moe else {}
@@ -57,10 +57,11 @@ def scale(context: LayerContext, state: LayerState) -> LayerState:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a stack of matrices will be rounded: a width each, and the grid."""
+    """How a stack of matrices will be rounded: a width each, the grid, and whether clipping ratios are searched for."""
 
     bits: tuple[int, ...]
     grid: Grid
+    clip_search: bool = True
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,9 @@ class LayerAWQ:
     def _losses(self, w: Tensor, s: Tensor, x: Tensor, weight: Tensor, rounding: Rounding, span: tuple[int, int]) -> Tensor:
         """[R, C] of the matrices whose numbers are in a span."""
         device, bits = self.device, torch.tensor(rounding.bits[slice(*span)])
-        return losses(w.to(device), s.to(device), x.to(device), weight.to(device), bits.to(device), rounding.grid).cpu()
+        return losses(
+            w.to(device), s.to(device), x.to(device), weight.to(device), bits.to(device), rounding.grid, rounding.clip_search
+        ).cpu()
 
     def _behind_linear(self, pair: PairSite, inputs: _Inputs, report: dict[str, Any]) -> Edits:
         """Rows of the first that reach several channels of the second have one scale for all of them."""
