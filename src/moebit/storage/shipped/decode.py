@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moebit.tensor.layouts.words import unpack_words
 from moebit.tensor.packing import packed_row_bytes
 from moebit.tensor.packing import unpack as unpack_stream
 
@@ -52,7 +53,9 @@ def e2m1_rows(stored: Tensor) -> Tensor:
 
 def e2m3_rows(stored: Tensor) -> Tensor:
     """uint8 [n, 3 in / 4] -> float32 [n, in]: codes of six bits, the first from the lowest bit on."""
-    return E2M3.index_select(0, unpack_stream(_to_eights(stored, 6), 6, stored.shape[-1] * 4 // 3).flatten().int()).view(len(stored), -1)
+    count = stored.shape[-1] * 4 // 3
+    whole = torch.nn.functional.pad(stored, (0, packed_row_bytes(count, 6) - stored.shape[-1]))
+    return E2M3.index_select(0, unpack_stream(whole, 6, count).flatten().int()).view(len(stored), -1)
 
 
 def unpack(words: Tensor, *, bits: int, width: int) -> Tensor:
@@ -63,11 +66,11 @@ def unpack(words: Tensor, *, bits: int, width: int) -> Tensor:
 
 
 def unsigned(words: Tensor, *, bits: int, width: int) -> Tensor:
-    """Whole words or bytes [n, k] -> uint8 [n, width]: codes of 1 to 8 bits from the lowest bit of the first one on."""
-    stored = words.contiguous().view(torch.uint8)
+    """int32 [n, words] -> uint8 [n, width]: codes of 1 to 8 bits from the lowest bit of the first word on."""
     if bits == 1:
+        stored = words.contiguous().view(torch.uint8)
         return ((stored.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(1)[:, :width]
-    return unpack_stream(_to_eights(stored, bits)[:, : packed_row_bytes(width, bits)], bits, width)
+    return unpack_words(words, bits, width)
 
 
 def unpack_apart(words: Tensor, *, bits: int, width: int) -> Tensor:
@@ -78,11 +81,6 @@ def unpack_apart(words: Tensor, *, bits: int, width: int) -> Tensor:
     per_word = WORD // bits
     codes = (words.long().unsqueeze(-1) >> (torch.arange(per_word) * bits)) & (2**bits - 1)
     return codes.flatten(1)[:, :width].float() - float(2 ** (bits - 1))
-
-
-def _to_eights(stored: Tensor, bits: int) -> Tensor:
-    """Rows of bytes, with zeros behind them until they hold whole eights of codes."""
-    return torch.nn.functional.pad(stored, (0, -stored.shape[-1] % bits))
 
 
 def _lookup(stored: Tensor, table: Tensor) -> Tensor:

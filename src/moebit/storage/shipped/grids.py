@@ -31,16 +31,17 @@ class Shared:
     """One further number for a whole matrix, by which its numbers are multiplied or divided (NVFP4's global scale).
 
     Attributes:
-        entry: float32, one number or one for each matrix of a stack.
+        entry: float32, one number or one for each matrix of a stack. unit: what it is divided by first.
     """
 
     entry: TensorEntry
     divides: bool
+    unit: float = 1.0
 
     def on(self, numbers: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """The numbers [n, ..], or those of matrices [start, stop) of a stack, with it."""
         stored = self.entry.read() if self.entry.spec.nbytes == self.entry.dtype.itemsize else self.entry.read(start, stop)
-        factor = stored.float().reshape(-1, *(1,) * (numbers.ndim - 1))
+        factor = (stored.float() / self.unit).reshape(-1, *(1,) * (numbers.ndim - 1))
         return numbers / factor if self.divides else numbers * factor
 
 
@@ -227,7 +228,7 @@ def grid_of(entry: TensorEntry, shape: tuple[int, ...], block: tuple[int, int], 
     return Grid(entry, (rows, columns), block, decode, shared=shared)
 
 
-def shared_of(codes: TensorEntry, name: str, stored: Mapping[str, TensorEntry], divides: bool) -> Shared:
+def shared_of(codes: TensorEntry, name: str, stored: Mapping[str, TensorEntry], divides: bool, unit: float = 1.0) -> Shared:
     """The global scale of a matrix, or of each matrix of a stack.
 
     Raises:
@@ -239,7 +240,7 @@ def shared_of(codes: TensorEntry, name: str, stored: Mapping[str, TensorEntry], 
     matrices = codes.shape[0] if len(codes.shape) == 3 else 1
     if entry.dtype != torch.float32 or count not in (1, matrices) or (count > 1 and entry.shape[0] != count):
         raise unfit(entry, f"one float32 for each of {matrices} matrices" if matrices > 1 else "one float32")
-    return Shared(entry, divides)
+    return Shared(entry, divides, unit)
 
 
 def derived_block(codes: TensorEntry, scale: TensorEntry) -> tuple[int, int]:
