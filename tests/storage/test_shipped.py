@@ -40,6 +40,7 @@ DEEPSEEK, GPT_OSS, QWEN3 = ARCHITECTURES["deepseek_v3"], ARCHITECTURES["gpt_oss"
 UNEVEN = {"hidden_size": 160, "moe_intermediate_size": 136, "intermediate_size": 200}  # no multiples of 128
 BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+MX = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "scale_dtype": "torch.uint8"}
 EXPERT = "model.layers.1.mlp.experts.3.up_proj"
 
 Tensors = dict[str, Tensor]
@@ -116,14 +117,15 @@ def compressor(weights: dict[str, Any], format: str = "pack-quantized", scale_dt
 
     def ship(name: str, tensor: Tensor) -> tuple[Tensors, Tensor]:
         owner, (out, inputs) = name.removesuffix(".weight"), tensor.shape
-        block = {"tensor": (out, inputs), "channel": (1, inputs), "group": (1, args.group_size), "block": args.block_structure}[
-            args.strategy
-        ]
+        blocks = {"tensor": (out, inputs), "channel": (1, inputs), "block": args.block_structure}
+        block = blocks.get(args.strategy, (1, args.group_size))
         grid = (1,) if args.strategy == "tensor" else (-(-out // block[0]), -(-inputs // block[1]))
         generator = torch.Generator().manual_seed(len(name))
-        largest = 448 if args.type == "float" else 2 ** (args.num_bits - 1)
+        largest = {8: 448, 6: 7.5, 4: 6}[args.num_bits] if args.type == "float" else 2 ** (args.num_bits - 1)
         scale = ((0.5 + torch.rand(grid, generator=generator)) * 0.15 / largest).to(scale_dtype)
         state = {"weight": tensor.to(scale_dtype), "weight_scale": scale}
+        if args.strategy == "tensor_group":
+            state |= {"weight_scale": scale * 2000, "weight_global_scale": torch.tensor([2000.0])}
         if not args.symmetric:
             half = 2 ** (args.num_bits - 1)
             state["weight_zero_point"] = torch.randint(-half, half, grid, generator=generator, dtype=torch.int8)
@@ -278,6 +280,11 @@ COMPRESSED = {
     "int4-asymmetric": ({**INT4, "group_size": 8, "symmetric": False}, "pack-quantized", torch.bfloat16),
     "int4-channel": ({**INT4, "strategy": "channel", "group_size": None}, "pack-quantized", torch.bfloat16),
     "int2": ({**INT4, "num_bits": 2, "group_size": 8}, "pack-quantized", torch.bfloat16),
+    **{f"int{bits}": ({**INT4, "num_bits": bits}, "pack-quantized", torch.bfloat16) for bits in (1, 3, 5, 6, 7)},
+    "int3-channel-asymmetric": (
+        {**INT4, "num_bits": 3, "strategy": "channel", "group_size": None, "symmetric": False}, "pack-quantized", torch.bfloat16
+    ),
+    "int4-tensor": ({**INT4, "strategy": "tensor", "group_size": None}, "pack-quantized", torch.float32),
     "int8-packed": ({**INT4, "num_bits": 8, "group_size": 8}, "pack-quantized", torch.bfloat16),
     "int8-packed-channel-asymmetric": (
         {**INT4, "num_bits": 8, "strategy": "channel", "group_size": None, "symmetric": False}, "pack-quantized", torch.bfloat16
@@ -285,6 +292,18 @@ COMPRESSED = {
     "int8": ({"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}, "int-quantized", torch.bfloat16),
     "int8-tensor": ({"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True}, "int-quantized", torch.float32),
     "int8-asymmetric": ({"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False}, "int-quantized", torch.bfloat16),
+    "int8-groups": ({**INT4, "num_bits": 8}, "int-quantized", torch.bfloat16),
+    "int8-blocks": (
+        {"num_bits": 8, "type": "int", "strategy": "block", "block_structure": [8, 8], "symmetric": True}, "naive-quantized", torch.bfloat16
+    ),
+    "nvfp4": (
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True},
+        "nvfp4-pack-quantized",
+        torch.float32,
+    ),
+    "mxfp4": (MX, "mxfp4-pack-quantized", torch.bfloat16),
+    "mxfp6": ({**MX, "num_bits": 6}, "mxfp6-pack-quantized", torch.bfloat16),
+    "mxfp8": ({**MX, "num_bits": 8}, "mxfp8-quantized", torch.bfloat16),
     "fp8-channel": ({"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}, "float-quantized", torch.bfloat16),
     "fp8-tensor": ({"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}, "float-quantized", torch.float32),
     "fp8-blocks": (
@@ -306,7 +325,7 @@ def test_compressed_tensors(weights: dict[str, Any], format: str, dtype: torch.d
         return stored, value if dtype == torch.float16 else value.bfloat16()
 
     def chosen(name: str) -> bool:
-        return is_projection(name) and not (weights["strategy"] == "group" and "layers.1.mlp.down_proj" in name)  # 100 is no multiple
+        return is_projection(name) and not ("group" in weights["strategy"] and "layers.1.mlp.down_proj" in name)  # 100 is no multiple
 
     shipped, plain = make_pair(tmp_path, source, ship, compressed_config(weights, format), chosen)
     assert_reads_as(shipped, plain)
@@ -584,12 +603,14 @@ def test_damaged_values(
             {"quant_method": "awq", "bits": 4},
             r"already quantized \(awq\); give the full-precision checkpoint: .* reads fp8, mxfp4, compressed",
         ),
-        ({"quant_method": "bitsandbytes"}, r"already quantized \(bitsandbytes\); give the full-precision checkpoint"),
+        ({"quant_method": "quanto"}, r"already quantized \(quanto\); give the full-precision checkpoint"),
         ({**BLOCKS, "weight_block_size": [128]}, r"\(fp8\); give the full-precision checkpoint: weight_block_size \[128\]"),
         ({"quant_method": "mxfp4"}, r"\(mxfp4\); .* no tensor here is; .* take quantization_config out"),
         ({"quant_method": "compressed-tensors"}, r"\(compressed-tensors\); .*: config_groups"),
-        (compressed_config(INT4, "nvfp4-pack-quantized"), r"\(compressed-tensors\); .* this is nvfp4-pack-quantized"),
-        (compressed_config({**INT4, "num_bits": 3}), r"does not read pack-quantized weights with num_bits 3"),
+        (compressed_config(INT4, "marlin-24"), r"\(compressed-tensors\); .* this is marlin-24"),
+        (compressed_config(INT4, "nvfp4-pack-quantized"), r"does not read nvfp4-pack-quantized weights with type 'int'"),
+        (compressed_config({**INT4, "num_bits": 9}), r"does not read pack-quantized weights with num_bits 9"),
+        (compressed_config({**INT4, "strategy": "token"}), r"does not read pack-quantized weights with strategy 'token'"),
         (compressed_config(INT4, transform_config={"a": {}}), r"rotated \(transform_config\)"),
     ],
     ids=lambda value: value["quant_method"] if isinstance(value, dict) else "",
@@ -606,9 +627,10 @@ def test_tensors_that_do_not_fit_the_scheme(blocks: tuple[Path, Path], packed: t
     assert f"'{EXPERT}.weight' is bfloat16 and has scales in '{EXPERT}.weight_scale_inv'" in plain
     both = said(1, packed[0], lambda t: t.update({f"{EXPERT}.weight": torch.ones(136, 160)}))
     assert f"'{EXPERT}.weight' is float32 and has scales" in both
-    scattered = said(2, packed[0], lambda t: t.update({f"{EXPERT}.weight_g_idx": torch.zeros(160, dtype=torch.int32)}))
-    assert f"{EXPERT}: its groups are scattered (weight_g_idx)" in scattered
-    assert "full-precision" in scattered
+    scattered = said(2, packed[0], lambda t: t.update({f"{EXPERT}.weight_g_idx": torch.zeros(159, dtype=torch.int32)}))
+    assert f"'{EXPERT}.weight_g_idx' is int32 [159], expected the group of each of 160 columns" in scattered
+    outside = said(5, packed[0], lambda t: t.update({f"{EXPERT}.weight_g_idx": torch.full((160,), 20, dtype=torch.int32)}))
+    assert f"'{EXPERT}.weight_g_idx' names a group outside of the 20 there are" in outside
     zero = said(3, packed[0], lambda t: None, compressed_config({**INT4, "group_size": 8, "symmetric": False}))
     assert ".weight_zero_point' is missing" in zero
     elsewhere = compressed_config({**INT4, "group_size": 8})

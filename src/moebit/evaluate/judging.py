@@ -28,8 +28,7 @@ from moebit.formats.opening import open_checkpoint, quantized_modules
 from moebit.memory import DEFAULT_MEMORY, Memory
 from moebit.model.seam import is_experts
 from moebit.storage.checkpoint import Checkpoint, resolve
-from moebit.storage.config import read_config
-from moebit.storage.shipped.reading import shipped_config
+from moebit.storage.shipped.reading import declared, shipped_config
 
 SAME = 3e-6  # |dW|^2 / |W|^2 of a change of type alone (float32 to bfloat16 gives 1e-6, 8-bit integers 2e-5)
 OTHER = 0.5  # from here on the weights are not the original's: independent ones of the same size have 2
@@ -115,7 +114,7 @@ def _judge_gguf(file: Path, reference: str | Path, text: Texts, **how: Any) -> J
 def _made_by(path: Path) -> str:
     if (path / "moebit.json").is_file():
         return "moebit"
-    quantization = shipped_config(read_config(path))
+    quantization = declared(path)
     return str(quantization.get("quant_method", "unknown")) if quantization else "full precision"
 
 
@@ -124,7 +123,7 @@ def _made_by(path: Path) -> str:
 
 def _walked_past(checkpoint: Checkpoint, original: Checkpoint) -> str | None:
     """Why a readable model is not what it says it is: quantized by its configuration, with experts in full precision."""
-    if shipped_config(read_config(checkpoint.path)) is None or quantized_modules(checkpoint) is not None:
+    if declared(checkpoint.path) is None or quantized_modules(checkpoint) is not None:
         return None  # nothing claimed, or an output of moebit's, whose plan says what is quantized
     assert checkpoint.shipped is not None
     packed = {id(entry) for entry in checkpoint.shipped.quantized}
@@ -160,7 +159,7 @@ def _expert_parameters(model: nn.Module) -> Iterator[str]:
 
 def _remarks(path: Path, checkpoint: Checkpoint) -> Iterator[str]:
     """What to know about numbers that come from the files of another library."""
-    quantization = shipped_config(read_config(path)) or {}
+    quantization = declared(path) or {}
     groups = quantization.get("config_groups")
     if (path / "moebit.json").is_file() or checkpoint.shipped is None:
         return

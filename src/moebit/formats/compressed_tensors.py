@@ -31,9 +31,10 @@ from moebit.model.seam import is_experts
 from moebit.storage.files import Entry, TensorEntry, TensorSpec
 from moebit.storage.hub import HubWeights
 from moebit.storage.weights import Weights
-from moebit.tensor import QTensor, pack, packed_row_bytes, unpack
+from moebit.tensor import QTensor
 from moebit.tensor.grids import FLOAT8, Float8Grid
 from moebit.tensor.grids.uniform import dequantize
+from moebit.tensor.layouts.words import pack_words, unpack_words, words
 from moebit.tensor.row_rounding import Rounding
 
 METHOD = "compressed-tensors"
@@ -53,24 +54,6 @@ def storage(spec: PackedSpec) -> str:
     if spec.float8:
         return FLOAT
     return INT if spec.input_bits == 8 else PACKED
-
-
-def words(n: int, bits: int) -> int:
-    """32-bit words of one packed row of `n` codes."""
-    return -(-n * bits // 32)
-
-
-def pack_words(codes_RN: Tensor, bits: int) -> Tensor:
-    """int32 [R, words] from uint8 codes [R, N]."""
-    packed, size = pack(codes_RN, bits), 4 * words(codes_RN.shape[1], bits)
-    packed = nn.functional.pad(packed[:, :size], (0, max(0, size - packed.shape[1])))
-    return packed.contiguous().view(torch.int32)
-
-
-def unpack_words(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The inverse: uint8 codes [R, n]."""
-    by, size = packed.contiguous().view(torch.uint8), packed_row_bytes(n, bits)
-    return unpack(nn.functional.pad(by[:, :size], (0, max(0, size - by.shape[1]))), bits, n)
 
 
 def matrix_specs(spec: PackedSpec, bits: int) -> dict[str, TensorSpec]:

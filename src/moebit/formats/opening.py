@@ -10,6 +10,7 @@ import torch
 from moebit.errors import BadInputError
 from moebit.formats import compressed_tensors, native
 from moebit.formats.compressed_tensors import CompressedWeights
+from moebit.formats.gguf.shipped import gguf_source, open_gguf_checkpoint
 from moebit.formats.inputs_config import read_activations
 from moebit.formats.names import METHOD
 from moebit.formats.native import NativeWeights, PackedSpec, packed_specs
@@ -29,7 +30,7 @@ AGAIN = "`moebit verify` says what is damaged; copy or make this output again"
 
 
 def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float32, *, follow_links: bool = False) -> Checkpoint:
-    """A checkpoint directory or hub id; moebit's own outputs are dequantized as they are read, and inputs are rounded where they say so.
+    """A checkpoint directory, hub id or GGUF file; moebit's own outputs are dequantized as they are read, inputs rounded where they say so.
 
     Args:
         compute: the type in which its layers are to be computed; None takes what is fastest here without losing accuracy that is stored.
@@ -40,6 +41,9 @@ def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float
     """
     if str(model).endswith(".partial"):
         raise BadInputError(f"{model}: unfinished output of an interrupted run; finish it with `moebit quantize ... --resume`")
+    source = gguf_source(model)
+    if source is not None:
+        return open_gguf_checkpoint(*source, compute, follow_links=follow_links)
     path = resolve(model, follow_links=follow_links)
     quantization = read_config(path).get("quantization_config") or {}
     if compressed_tensors.is_output(path, quantization):

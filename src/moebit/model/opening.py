@@ -10,11 +10,11 @@ import torch
 
 from moebit.model.skeleton import skeleton
 from moebit.storage.checkpoint import Checkpoint
-from moebit.storage.config import load_config, read_config
+from moebit.storage.config import load_config
 from moebit.storage.documents import check_layers, understood
 from moebit.storage.files import Entry, read_index
 from moebit.storage.hub import HubWeights
-from moebit.storage.shipped.reading import check_plain, read_shipped, shipped_config
+from moebit.storage.shipped.reading import check_plain, declared, read_shipped
 
 FAST_BF16_WIDTH = 512  # hidden size from which on bf16 products are faster than float32 ones on a CPU that has instructions for them
 
@@ -41,7 +41,7 @@ def open_hub_checkpoint(path: Path, dtype: torch.dtype | None = torch.float32) -
         BadInputError: whatever is wrong with it, by name; one that is quantized in another way.
     """
     config = load_config(path)
-    quantization = shipped_config(read_config(path))
+    quantization = declared(path)
     stored = read_index(path)
     check_layers(config, len(stored), path)
     with understood(path / "config.json", "copy it again"):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key, revert_weight_conversion
 
-from moebit.storage.files import Entry
+from moebit.storage.files import Entry, TensorSpec
 
 INSIDE = "language_model"  # what transformers calls the language model inside a wrapper
 
@@ -90,6 +90,16 @@ def match(model: PreTrainedModel, entries: Mapping[str, Entry]) -> tuple[list[So
         source = sources.setdefault(name, Source(by_pattern[pattern] if pattern else None, name))
         source.parts.append((pattern or stored, entries[stored]))
     return list(sources.values()), unused
+
+
+def checkpoint_specs(model: PreTrainedModel) -> dict[str, TensorSpec]:
+    """The tensors that a checkpoint of a model has, by the names under which transformers stores them; tied ones once."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    own = {
+        name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in model.state_dict().items() if name not in tied
+    }
+    found = revert_weight_conversion(model, own)
+    return {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in found.items()}
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:

@@ -9,7 +9,8 @@ from typing import Any
 from moebit.errors import BadInputError
 from moebit.storage.files import TensorEntry
 from moebit.storage.shipped.decode import FLOAT8
-from moebit.storage.shipped.entries import Shipped, UnreadableError, activation_parts, derived_block, gathered, missing, plain_entry, short
+from moebit.storage.shipped.entries import Shipped, UnreadableError, gathered, missing, short
+from moebit.storage.shipped.grids import activation_parts, derived_block, plain_entry
 
 
 def read(stored: Mapping[str, TensorEntry], quantization: Mapping[str, Any]) -> Shipped:

@@ -10,7 +10,8 @@ import torch
 from moebit.errors import BadInputError
 from moebit.storage.files import TensorEntry
 from moebit.storage.shipped.decode import E2M1, e2m1, e8m0
-from moebit.storage.shipped.entries import Grid, Shipped, ShippedEntry, gathered, missing, short
+from moebit.storage.shipped.entries import Shipped, gathered, missing, short
+from moebit.storage.shipped.grids import Grid, RowsEntry
 
 
 def read(stored: Mapping[str, TensorEntry], quantization: Mapping[str, Any]) -> Shipped:
@@ -34,5 +35,5 @@ def read(stored: Mapping[str, TensorEntry], quantization: Mapping[str, Any]) -> 
         experts, out, groups, size = codes.shape
         grid = Grid(scales, (out, groups), (1, 2 * size), e8m0)
         shape = (experts, groups * 2 * size, out)
-        made.append(ShippedEntry(name, torch.bfloat16, shape, codes, e2m1, grid, E2M1[-1], transposed=True))
+        made.append(RowsEntry(name, torch.bfloat16, shape, codes, e2m1, grid, E2M1[-1], turned=True))
     return gathered("mxfp4", "mxfp4 groups of 32", stored, made)

@@ -6,11 +6,14 @@ An adapter finds the tensors that belong together by the stored tensors, not by 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from moebit.errors import BadInputError
+from moebit.recipe.reading import read_object
+from moebit.storage.config import read_config
 from moebit.storage.files import TensorEntry
-from moebit.storage.shipped import compressed_tensors, fp8, mxfp4
+from moebit.storage.shipped import auto_round, awq, bitsandbytes, compressed_tensors, fp8, gptq, mlx, modelopt, mxfp4
 from moebit.storage.shipped.decode import FLOAT8
 from moebit.storage.shipped.entries import Shipped, UnreadableError, short
 
@@ -29,22 +32,49 @@ class Adapter(Protocol):
         """
 
 
-ADAPTERS: dict[str, Adapter] = {"fp8": fp8.read, "mxfp4": mxfp4.read, "compressed-tensors": compressed_tensors.read}
+ADAPTERS: dict[str, Adapter] = {
+    "fp8": fp8.read,
+    "mxfp4": mxfp4.read,
+    "compressed-tensors": compressed_tensors.read,
+    "modelopt": modelopt.read,
+    "gptq": gptq.read,
+    "awq": awq.read,
+    "auto-round": auto_round.read,
+    "bitsandbytes": bitsandbytes.read,
+    "mlx": mlx.read,
+}
+OTHER_NAMES = {"intel/auto-round": "auto-round", "modelopt_fp4": "modelopt", "modelopt_mxfp8": "modelopt", "modelopt_mixed": "modelopt"}
+KEYS = ("quantization_config", "compression_config", "quantization")  # of config.json; mlx-lm's is the last
+MODELOPT_FILE = "hf_quant_config.json"  # where older versions of ModelOpt declare what they did
+
+
+def declared(path: Path) -> Mapping[str, Any] | None:
+    """The quantization that a checkpoint declares: in its config.json, or in ModelOpt's own file; None where there is none.
+
+    Raises:
+        BadInputError: documents that cannot be read.
+    """
+    found = shipped_config(read_config(path))
+    if found is None and (path / MODELOPT_FILE).is_file():
+        said = read_object(path / MODELOPT_FILE, remedy="copy it again").get("quantization")
+        return {**(said if isinstance(said, Mapping) else {}), "quant_method": "modelopt"}
+    return found
 
 
 def shipped_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The quantization that config.json declares: at the top, or inside the text part of a larger model; None where there is none."""
     for part in (config, config.get("text_config")):
         if isinstance(part, Mapping):
-            for key in ("quantization_config", "compression_config"):
+            for key in KEYS:
                 if part.get(key):
-                    return dict(part[key]) if isinstance(part[key], Mapping) else {"quant_method": part[key]}
+                    found = dict(part[key]) if isinstance(part[key], Mapping) else {"quant_method": part[key]}
+                    return {**found, "quant_method": mlx.METHOD} if mlx.is_declared(found) else found
     return None
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the same checkpoint stored plain."""
-    result = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    result = {key: value for key, value in config.items() if key not in KEYS}
     if isinstance(result.get("text_config"), Mapping):
         result["text_config"] = plain_config(result["text_config"])
     return result
@@ -59,7 +89,8 @@ def read_shipped(path: object, stored: Mapping[str, TensorEntry], quantization: 
     Raises:
         BadInputError: a scheme that moebit does not read, a tensor that is missing or does not fit.
     """
-    method = str(quantization.get("quant_method"))
+    named = str(quantization.get("quant_method"))
+    method = OTHER_NAMES.get(named, named)
     try:
         if method not in ADAPTERS:
             raise UnreadableError(f"of what is shipped quantized, moebit reads {', '.join(ADAPTERS)}")
