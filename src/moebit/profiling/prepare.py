@@ -99,8 +99,15 @@ def _profile(
     errors = allocating and section.kind in ("knapsack", "budget")
     where = output.partial / PROFILE_DIRECTORY
     widths = measured_widths(section) if section.kind == "budget" else tuple(sorted(section.ladder))
-    solver = section.solver if section.solver != "auto" else "gptq" if plan.recipe.solver.method == "gptq" else "rtn"
-    return run_profile(checkpoint, plan.structure, plan, sets, where, widths, solver, errors, plan.budget.memory, progress)
+    return run_profile(
+        checkpoint, plan.structure, plan, sets, where, widths, pricing_solver(plan.recipe), errors, plan.budget.memory, progress
+    )
+
+
+def pricing_solver(recipe: Recipe) -> str:
+    """What rounds where errors are measured, gptq or rtn: what the model will be rounded with, unless the recipe says otherwise."""
+    chosen = recipe.allocation.solver
+    return chosen if chosen != "auto" else "gptq" if recipe.solver.method == "gptq" else "rtn"
 
 
 def priced(plan: Plan, profile: Profile, disk: DiskSize) -> Spender:

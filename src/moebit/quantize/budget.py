@@ -16,7 +16,7 @@ from moebit.memory import Memory, asked_bytes
 from moebit.plan.disk import DiskSize
 from moebit.plan.plan import Plan
 from moebit.profiling.passes import Progress
-from moebit.profiling.prepare import spend
+from moebit.profiling.prepare import pricing_solver, spend
 from moebit.profiling.profile import run_profile
 from moebit.profiling.spend import measured_widths
 from moebit.recipe import BIT_WIDTHS, Recipe, load_recipe
@@ -96,7 +96,7 @@ def preview(checkpoint: Checkpoint, plan: Plan, disk: DiskSize, sets: Mapping[st
     with tempfile.TemporaryDirectory() as directory:
         section, where = plan.recipe.allocation, Path(directory) / "profile"
         widths, memory = measured_widths(section), plan.budget.memory
-        found = run_profile(checkpoint, plan.structure, plan, sets, where, widths, section.solver, True, memory, progress)
+        found = run_profile(checkpoint, plan.structure, plan, sets, where, widths, pricing_solver(plan.recipe), True, memory, progress)
         return _spent(plan, disk, found)
 
 

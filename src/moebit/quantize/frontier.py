@@ -20,7 +20,7 @@ from moebit.plan.disk import DiskSize
 from moebit.plan.plan import Plan, make_plan
 from moebit.plan.transforms import transformed
 from moebit.profiling.passes import Progress
-from moebit.profiling.prepare import check_profile, priced
+from moebit.profiling.prepare import check_profile, priced, pricing_solver
 from moebit.profiling.profile import LENGTH, SAMPLES, data_sets, run_profile
 from moebit.profiling.spend import Spender, measured_widths
 from moebit.quantize.budget import budget_changes, budget_recipe
@@ -152,7 +152,9 @@ class _Asked:
 def _profiled(asked: _Asked, plan: Plan, sets: Mapping[str, Any], where: Path, progress: Progress) -> Profile:
     section = plan.recipe.allocation
     widths = measured_widths(section)
-    return run_profile(asked.checkpoint, asked.structure, plan, sets, where, widths, section.solver, True, asked.memory, progress)
+    return run_profile(
+        asked.checkpoint, asked.structure, plan, sets, where, widths, pricing_solver(plan.recipe), True, asked.memory, progress
+    )
 
 
 def _points(found: Spender) -> tuple[tuple[int, float], ...]:
