@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "100-scales": {**LEARNED, "refine.tune": ["scales"]},
     "100-from-rtn": {**LEARNED, "solver.method": "rtn", "solver.refit": False, "solver.drift": "none", "solver.output_aware": False},
     "100-without-drift": {**LEARNED, "solver.drift": "none"},
+    "100-gumbel": {**LEARNED, "refine.kind": "gumbel"},
     "100-sign": {**LEARNED, "refine.kind": "sign", "refine.rate": "auto"},
     "200x1024": {**LEARNED, "refine.steps": 200, "refine.tokens": 1024},
 }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moebit.methods.gumbel import GumbelLatent
 from moebit.methods.latent import FACTORS, Latent
 from moebit.methods.learned_rounding import Learned, Learning, Objective, learn_rounding
 from moebit.tensor import QTensor, UniformGrid, solve_rtn
@@ -18,6 +19,7 @@ from moebit.tensor.grids.ggml import GRIDS
 EXPERTS, ROWS, INPUTS, GROUP = 3, 6, 16, 8
 GRID = UniformGrid(GROUP, False, scale_dtype=torch.bfloat16)
 STEPS = Learning("straight_through", 40, (0.02,))
+KINDS = ["straight_through", "sign", "gumbel"]
 
 
 class Products(Objective):
@@ -55,7 +57,7 @@ def left(learned: Learned) -> float:
     return course.held_back[course.at.index(learned.step)]
 
 
-@pytest.mark.parametrize("kind", ["straight_through", "sign"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_better_of_two_codes_is_found(kind: str) -> None:
     """Weights (0.4, 0.2) on inputs that always agree, 1 and 1.2: rounding gives 0, should be 0.64, and 1 x 1 is nearest to that."""
     w = torch.tensor([[[0.4, 0.2, 3.0, 0.0]]])
@@ -69,7 +71,7 @@ def test_the_better_of_two_codes_is_found(kind: str) -> None:
     assert learned.matrices["w"].codes[0, 0, 2:].tolist() == [3, 0]
 
 
-@pytest.mark.parametrize("kind", ["straight_through", "sign"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_it_ends_better_than_it_began_and_on_the_grid(kind: str, symmetric: bool) -> None:
     w, _, objective = problem()
@@ -104,7 +106,7 @@ def test_what_is_not_tuned_stays() -> None:
     assert not torch.equal(scales.params.scale, q.params.scale)
 
 
-@pytest.mark.parametrize("kind", ["straight_through", "sign"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_matrix_without_tokens_stays(kind: str) -> None:
     w, q, objective = problem()
     objective.x[1] = 0
@@ -174,7 +176,7 @@ def test_gradients_past_the_rounding_are_those_of_the_smooth_map() -> None:
 GGML = ["q4_0", "q4_1", "q2_k", "q3_k", "q4_k", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4"]
 
 
-@pytest.mark.parametrize("kind", ["straight_through", "sign"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", GGML)
 def test_blocks_of_ggml_and_tables_end_better_and_can_be_stored(name: str, kind: str) -> None:
     """What comes out of the packed bytes is what the loss was taken of, on grids with offsets, integer scales, tables and exponents."""
@@ -209,6 +211,32 @@ def test_factors_of_scales_and_offsets_have_the_slope_of_the_grid(name: str) -> 
                 moved[place] *= 1 + sign * 0.01
                 sums.append(float((weight.double() * grid.dequantize(q.codes, replace(q.params, **{field: moved})).double()).sum()))
             assert float(gradient[place]) == pytest.approx((sums[0] - sums[1]) / 0.02, rel=1e-3, abs=1e-4)
+
+
+def test_drawn_codes_have_the_slope_of_their_mean() -> None:
+    """The weights under the same noise, as the logits move a little, written down again in float64."""
+    w, q, _ = problem()
+    weight = np.random.default_rng(0).normal(size=w.shape)
+    noise = -torch.empty(*w.shape[:2], INPUTS // GROUP, GROUP, 3).exponential_(generator=torch.Generator().manual_seed(3)).log().double()
+    latent = GumbelLatent(q, w)
+    value = latent.tried(0.5, torch.Generator().manual_seed(3))
+    to_logits, _ = latent.slopes(torch.from_numpy(weight).float())
+    scale, zero = (np.repeat(x.double().numpy(), GROUP, 2).reshape(*w.shape[:2], -1, GROUP) for x in (q.params.scale, q.params.zero_point))
+    codes = q.codes.double().numpy().reshape(scale.shape)
+
+    def smooth(logits: Tensor) -> Tensor:
+        shares = ((logits + noise) / (0.1 + 0.9 * 0.5)).softmax(-1).numpy()
+        numbers = np.clip(codes[..., None] + np.array([-1, 0, 1]), 0, 3) - zero[..., None]
+        return torch.from_numpy((numbers * shares).sum(-1) * scale)
+
+    begun = latent.logits.double()
+    assert torch.allclose(value.double(), smooth(begun).flatten(-2), atol=1e-5)
+    for place in [(0, 0, 0, 0, 1), (1, 3, 1, 2, 1), (2, 5, 1, 7, 1)]:
+        up, down = begun.clone(), begun.clone()
+        up[place] += 1e-4
+        down[place] -= 1e-4
+        slope = (torch.from_numpy(weight) * (smooth(up) - smooth(down)).flatten(-2)).sum() / 2e-4
+        assert float(to_logits[place]) == pytest.approx(float(slope), rel=1e-3, abs=1e-5)
 
 
 def test_a_latent_on_a_table_begins_between_its_neighbours() -> None:

@@ -89,10 +89,29 @@ def test_the_loss_is_of_the_layers_output(name: str, checkpoints: Checkpoints, t
     assert rows(refined.layers[1])["first_expert"] == [0]
 
 
+@torch.no_grad()
+def test_the_last_of_several_chunks_sees_the_finished_layer(checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
+    """One expert in memory at a time: what the last one is judged by is the whole layer's error, over the held-back tokens it gets."""
+    path = checkpoints.path(MIXTRAL)
+    refined = quantize(path, tmp_path / "refined", text, recipe(), memory=TIGHT)
+    exact, drifted = load_reference(MIXTRAL, path).model, with_weights(MIXTRAL, path, tmp_path / "refined")
+    ids = torch.tensor(json.loads(text.read_text())["input_ids"])
+    windows = calibration_windows([TokenText("t", ids, None)], SAMPLES, LENGTH, 0)
+    chosen: list[Tensor] = []
+    hook = drifted.get_submodule(EXPERTS).register_forward_pre_hook(lambda m, args: chosen.append(args[1]))
+    should, does = (behind_layer(model, 1, windows).double().flatten(0, 1) for model in (exact, drifted))
+    hook.remove()
+    held = (torch.arange(SAMPLES) % 10 == 9).repeat_interleave(LENGTH) & (chosen[0] == MIXTRAL_EXPERTS - 1).any(1)
+    row = rows(refined.layers[1])
+    assert row["first_expert"] == list(range(MIXTRAL_EXPERTS))
+    if row.get("after", [None] * MIXTRAL_EXPERTS)[-1] is None:
+        pytest.skip("no token that is held back reaches the last expert")
+    left = ((does - should).square().sum(1) / should.square().sum(1))[held].mean()
+    assert row["after"][-1] == pytest.approx(float(left), rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_the_gradient_is_that_of_the_loss(
-    name: str, checkpoints: Checkpoints, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gradient_is_that_of_the_loss(name: str, checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
     """Along itself, in every projection, by finite differences; gpt_oss has biases and alternating gate and up rows."""
     path, checked = checkpoints.path(ARCHITECTURES[name]), []
 

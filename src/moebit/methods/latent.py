@@ -6,7 +6,8 @@ that the grid lets be moved by itself (`Grid.factored`: scales of integers, d an
 in use, the product is rounded to the type that is stored, so that nothing is ever compared that could not be written.
 
 Sources: straight-through estimation (Bengio et al., 2013, arXiv 1308.3432) with Adam (Kingma and Ba, 2014, arXiv 1412.6980); `sign` is the
-descent of SignRound (Cheng et al., 2023, arXiv 2309.05516), whose offsets stay within half a step of where they began.
+descent of SignRound (Cheng et al., 2023, arXiv 2309.05516), whose offsets stay within half a step of where they began. What `gumbel` does
+is in `gumbel.py`.
 
 Shape suffixes: E matrices, O outputs, I inputs, G groups, B blocks (whose groups share a number that is stored).
 """
@@ -102,6 +103,10 @@ class Latent:
         moved = {name: self._moved(name) for name in self.stored}
         return replace(self.q.params, **moved) if moved else self.q.params
 
+    def tried(self, left: float, generator: torch.Generator) -> Tensor:
+        """[E, O, I] the numbers whose gradient the next step takes; `left`: the share of the steps that are left, before it."""
+        return self.value()
+
     def _moved(self, name: str) -> Tensor:
         """A stored number times its factor, where that is a number of the same kind; else as it was."""
         old = self.stored[name]
@@ -110,21 +115,30 @@ class Latent:
 
     def value(self) -> Tensor:
         """[E, O, I] the numbers that codes and scales stand for now, in float32."""
+        return self._scaled(self._numbers())
+
+    def _scaled(self, numbers: Tensor) -> Tensor:
+        """[E, O, I] numbers times their scales, plus their offsets; the numbers' memory is used up."""
         scale, offset = self._columns(self.params())
-        value = self._numbers().mul_(scale)
+        value = numbers.mul_(scale)
         return (value if offset is None else value.add_(offset)).flatten(-2)
 
     def slopes(self, gradient_EOI: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients in the latents [E, O, G, I / G] and in the factors, by name, from the gradient in the values, past all roundings."""
         gradient = gradient_EOI.unflatten(-1, (self.groups, -1))
+        step = self._columns(self.params())[0]
+        to_u = gradient * step if self.levels is None else gradient * step * self._spacing()
+        return to_u, self._to_factors(gradient, self._numbers())
+
+    def _to_factors(self, gradient: Tensor, numbers: Tensor) -> dict[str, Tensor]:
+        """Gradients in the factors, by name, from that in the values [E, O, G, I / G], which have these numbers."""
         began_scale, began_offset = self._columns(self.q.params)
         to_factors = dict[str, Tensor]()
         for number, name in enumerate(self.q.grid.factored):
             if name in self.stored:  # the first of them multiplies scales, the second offsets
-                of = (gradient * self._numbers()).sum(-1) * began_scale[..., 0] if number == 0 else gradient.sum(-1) * _only(began_offset)
+                of = (gradient * numbers).sum(-1) * began_scale[..., 0] if number == 0 else gradient.sum(-1) * _only(began_offset)
                 to_factors[name] = of.unflatten(-1, (self.factors[name].shape[-1], -1)).sum(-1)
-        step = self._columns(self.params())[0]
-        return gradient * step if self.levels is None else gradient * step * self._spacing(), to_factors
+        return to_factors
 
     def _spacing(self) -> Tensor:
         """[E, O, G, I / G] of the table's levels around every code."""
@@ -141,7 +155,10 @@ class Latent:
             if self.begun is not None:
                 torch.minimum(torch.maximum(self.u, self.begun - REACH, out=self.u), self.begun + REACH, out=self.u)
             torch.minimum(self.u.clamp_(min=-INERTIA), self.top + INERTIA, out=self.u)
-        for name, gradient in to_factors.items() if scales else ():
+        self._move_factors(to_factors if scales else {}, rate, step)
+
+    def _move_factors(self, to_factors: dict[str, Tensor], rate: float, step: int) -> None:
+        for name, gradient in to_factors.items():
             self.descents[name].move(self.factors[name], gradient, rate, step)
             self.factors[name].clamp_(*FACTORS)
 

@@ -4,18 +4,14 @@ A solver such as GPTQ answers for one matrix at a time. What counts is what the 
 
     min over codes and scales of  sum_t |y_q(x_t) - y_t|^2.
 
-Every code has a latent value u, a real number that is rounded to it; the gradient passes the rounding as if it were not there
-(straight-through). A latent begins at the solver's code plus how far the weight itself lies from it, at most `INERTIA`, so that rounding
-it gives the solver's code. Scales have a relative factor that begins at 1; in use they are rounded to the type that is stored. Both are
-moved by Adam or by the gradient's sign, at a rate that falls to zero; it is in code steps for u and relative for scales. Latents near the
-middle between two codes go back and forth between these, more of them the higher the rate, and the loss shows how good the codes are only
-once that has ended; so the rate falls early (as a cube, where the sources let it fall in a line) and the last steps are small ones.
-Tokens that are held back say, now and then, how good the rounding is: the best one is kept, and the beginning is among them.
+Codes and scales are moved along gradients that pass their rounding (`latent.py`, or `gumbel.py` for codes that are drawn), at a rate that
+falls to zero; it is in code steps for codes and relative for scales. Latents near the middle between two codes go back and forth between
+these, more of them the higher the rate, and the loss shows how good the codes are only once that has ended; so the rate falls early (as a
+cube, where the sources let it fall in a line) and the last steps are small ones. Tokens that are held back say, now and then, how good the
+rounding is: the best one is kept, and the beginning is among them.
 
-Sources: straight-through estimation (Bengio et al., 2013, arXiv 1308.3432) with Adam (Kingma and Ba, 2014, arXiv 1412.6980); `sign` is the
-descent of SignRound (Cheng et al., 2023, arXiv 2309.05516), whose offsets stay within half a step of where they began. Departures: the
-rate's fall; the start is a solver's result instead of rounding to nearest; scales are tuned through one factor instead of two clipping
-ratios; the result is chosen on tokens that were held back.
+Departures from the sources that `latent.py` and `gumbel.py` name: the rate's fall; the start is a solver's result instead of rounding to
+nearest; scales are tuned through one factor instead of two clipping ratios; the result is chosen on tokens that were held back.
 
 Shape suffixes: E matrices, O outputs, I inputs, G groups.
 """
@@ -29,7 +25,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from moebit.methods.gumbel import GumbelLatent
 from moebit.methods.latent import Latent
+from moebit.methods.online import site_generator
 from moebit.tensor import QTensor
 
 EVALUATIONS = 10  # of the held-back loss, besides the one at the beginning
@@ -53,15 +51,17 @@ class Learning:
     """How rounding is learned.
 
     Attributes:
-        kind: `straight_through` with Adam, or `sign`. steps: of every try. rates: at which it is tried, each from the beginning.
-        codes, scales: what is tuned; scales only on grids where a scale can be changed by itself.
+        kind: `straight_through` with Adam, SignRound's `sign`, or `gumbel`.
+        steps: of every try. rates: at which it is tried, each from the beginning.
+        codes, scales: what is tuned; scales only on grids where a scale can be changed by itself. seed: of the codes that are drawn.
     """
 
-    kind: Literal["straight_through", "sign"]
+    kind: Literal["straight_through", "sign", "gumbel"]
     steps: int
     rates: tuple[float, ...]
     codes: bool = True
     scales: bool = True
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,8 @@ def learn_rounding(
 
 
 def _latents(matrices: Mapping[str, QTensor], weights: Mapping[str, Tensor], how: Learning) -> dict[str, Latent]:
+    if how.kind == "gumbel":
+        return {name: GumbelLatent(q, weights[name]) for name, q in matrices.items()}
     return {name: Latent(q, weights[name], how.kind == "sign") for name, q in matrices.items()}
 
 
@@ -140,9 +142,10 @@ def _steps(latents: Mapping[str, Latent], objective: Objective, how: Learning, c
     """Take the steps of a try, and yield after each of them; the course is added to."""
     every, losses = max(1, how.steps // EVALUATIONS), list[float]()
     for step in range(1, how.steps + 1):
-        loss, gradients = objective.gradients({name: latent.value() for name, latent in latents.items()}, step - 1)
+        left, draw = 1 - (step - 1) / how.steps, site_generator(how.seed, f"step {step}")
+        loss, gradients = objective.gradients({name: latent.tried(left, draw) for name, latent in latents.items()}, step - 1)
         losses.append(loss)
-        rate = course.rate * (1 - (step - 1) / how.steps) ** DECAY
+        rate = course.rate * left**DECAY
         for name, latent in latents.items():
             latent.move(gradients[name], how.codes, how.scales, rate, step)
         if step % every == 0 or step == how.steps:

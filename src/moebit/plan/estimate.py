@@ -18,6 +18,8 @@ from moebit.recipe import Recipe
 from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.budget import Budget, make_budget
 
+# Of a weight whose rounding is learned: latent, what the descent remembers, value, gradients, what comes in between; of three candidates.
+LEARNING_BYTES = {"none": 0, "straight_through": 40, "sign": 40, "gumbel": 120}
 STEP_FLOPS = 500  # of a weight in a step of learned rounding: a dozen passes over memory, as operations that take as long
 FLOPS_PER_THREAD = 50e9  # float32 products on an AVX-512 core, cautiously; only for the time estimate
 
@@ -41,7 +43,7 @@ def budget(checkpoint: Checkpoint, structure: Structure, recipe: Recipe, memory:
         hessians=recipe.needs_hessians,
         streams=1 + recipe.needs_reference,
         drift=recipe.solver.drift != "none",
-        refine=recipe.refine.active,
+        refine=LEARNING_BYTES[recipe.refine.kind],
     )
 
 

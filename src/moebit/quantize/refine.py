@@ -69,13 +69,13 @@ def refine_chunk(
         context.progress("learning", done, total)
 
     sys.audit("moebit.learn", quantized, weights, outputs)
-    learned = learn_rounding(quantized, weights, outputs, learning(recipe), progress)
+    learned = learn_rounding(quantized, weights, outputs, learning(recipe, context.seed), progress)
     return learned.matrices, {**chunk, **report_of(learned)}
 
 
-def learning(recipe: RefineSection) -> Learning:
+def learning(recipe: RefineSection, seed: int) -> Learning:
     """How rounding is learned, of a recipe that says so."""
-    return Learning(recipe.kind, recipe.steps, recipe.rates, "codes" in recipe.tune, "scales" in recipe.tune)  # type: ignore[arg-type]
+    return Learning(recipe.kind, recipe.steps, recipe.rates, "codes" in recipe.tune, "scales" in recipe.tune, seed)  # type: ignore[arg-type]
 
 
 def report_of(learned: Learned) -> Report:

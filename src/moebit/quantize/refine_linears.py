@@ -86,7 +86,7 @@ def refine_linears(
         context.progress("learning", done, total)
 
     sys.audit("moebit.learn", plain, weights, outputs)
-    learned: Learned = learn_rounding(plain, weights, outputs, learning(context.recipe.refine), progress)
+    learned: Learned = learn_rounding(plain, weights, outputs, learning(context.recipe.refine, context.seed), progress)
     return learned.matrices, {where: {"linears": [list(solved)], **report_of(learned)}}
 
 

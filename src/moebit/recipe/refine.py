@@ -8,19 +8,19 @@ from pydantic import Field, model_validator
 
 from moebit.recipe.section import Section
 
-RATES = (0.002, 0.006)  # of a code step: what `rate: auto` tries with straight_through
+RATES = (0.002, 0.006)  # of a code step: what `rate: auto` tries with straight_through and gumbel
 
 
 class RefineSection(Section):
-    """How the routed experts' codes and scales are tuned once they are solved (methods/learned_rounding.py).
+    """How codes and scales are tuned once they are solved (methods/learned_rounding.py).
 
-    kind: `straight_through` with Adam; `sign`, SignRound's descent; `none` leaves the solver's rounding.
+    kind: `straight_through` with Adam; `sign`, SignRound's descent; `gumbel`, GSQ's relaxation; `none` leaves the solver's rounding.
     steps: of every try. rate: of a code step, and relative for scales; `auto` tries those of `RATES`, or 1 / steps for `sign`.
     tune: `codes`, `scales` or both. holdout: share of the calibration windows that decide what is kept, and are not learned from.
     tokens: of the calibration set in a batch; every chunk of experts learns from those of them that are routed to it.
     """
 
-    kind: Literal["none", "straight_through", "sign"] = "none"
+    kind: Literal["none", "straight_through", "sign", "gumbel"] = "none"
     steps: int = Field(300, ge=1, le=100_000)
     rate: float | Literal["auto"] = "auto"
     tune: tuple[Literal["codes", "scales"], ...] = ("codes", "scales")
@@ -44,7 +44,7 @@ class RefineSection(Section):
         """The rates that are tried."""
         if self.rate != "auto":
             return (self.rate,)
-        return RATES if self.kind == "straight_through" else (1 / self.steps,)
+        return (1 / self.steps,) if self.kind == "sign" else RATES
 
     @property
     def held_out_every(self) -> int:

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from moebit import words
 from moebit.errors import BadInputError
-from moebit.report import facts
+from moebit.report import facts, learning
 from moebit.report.facts import Documents, read_documents
 from moebit.report.plots import figures
 from moebit.report.svg import DARK, LIGHT
@@ -58,7 +58,7 @@ def report_page(documents: Documents) -> str:
         layers=facts.layer_rows(documents),
         types=type_table(documents),
         kept=facts.kept(documents),
-        figures=defaultdict(list, figures(documents)),
+        figures=defaultdict(list, figures(documents), learning=learning.figures(documents.layers)),
         command=documents.report.get("command"),
         versions=_versions(documents),
         recipe=recipe,

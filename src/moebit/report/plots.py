@@ -41,7 +41,8 @@ def figures(documents: Documents) -> dict[str, list[Figure]]:
     return {section: found for section, found in made.items() if found}
 
 
-def _legend(series: Sequence[Series]) -> list[tuple[int, str, str]]:
+def legend(series: Sequence[Series]) -> list[tuple[int, str, str]]:
+    """What the legend of some lines shows."""
     return [(one.kind, mark(one.kind), one.name) for one in series]
 
 
@@ -60,7 +61,7 @@ def _errors(layers: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
     if not any(y > 0 for one in series for _, y in one.points):
         return
     chart = lines(LAYER, Axis("mean |ΔW|² / |W|²", log=True), series)
-    yield Figure("Error of the weights, by layer", chart, _legend(series), "Mean over a layer's matrices; logarithmic.")
+    yield Figure("Error of the weights, by layer", chart, legend(series), "Mean over a layer's matrices; logarithmic.")
     ends = _ends([e for layer in layers for part in layer.get("experts", {}).values() for e in part["weight_error"]])
     for name in names:
         svg = _map(layers, partial(_column, name, "weight_error"), Axis("|ΔW|² / |W|²", True, ends))
@@ -104,7 +105,7 @@ def _load_of(layers: Sequence[Mapping[str, Any]], counts: Callable[[Mapping[str,
     note = "1 is an even load. The area holds the middle eighty percent of the experts."
     high = max(max(v) for v in shares.values())
     chart = lines(LAYER, Axis(LOAD, ends=(0.0, 1.05 * high)), series, bands=[(1, spread)])
-    yield Figure(f"{title}, by layer", chart, _legend(series), note)
+    yield Figure(f"{title}, by layer", chart, legend(series), note)
     svg = _map(layers, lambda layer: _relative(counts(layer)) if sum(counts(layer)) else [], Axis(LOAD, ends=(0.0, high)))
     if svg:
         yield Figure(f"{title}, by expert", svg)
@@ -138,7 +139,7 @@ def _routing(documents: Documents) -> Iterator[Figure]:
 def _agreement(title: str, series: Sequence[Series], note: str) -> Figure:
     low = min(y for one in series for _, y in one.points)
     up = Axis("share", ends=(math.floor(low * 10 - 1e-9) / 10 if low > 0.1 else 0.0, 1.005))
-    return Figure(title, lines(LAYER, up, series), _legend(series), note)
+    return Figure(title, lines(LAYER, up, series), legend(series), note)
 
 
 def _bits(layers: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:

@@ -26,7 +26,6 @@ MIN_SLOTS = 64
 # the system at once, and filling fresh pages again takes longer than the work on them.
 TEMPORARY_BYTES = 2**24
 DRIFT_BYTES = 32  # of a pair of inputs: two sums of two parts, float32, and what is solved from them
-REFINE_BYTES = 40  # of a weight whose rounding is learned: itself, latent, Adam's two, value, gradients and what comes in between
 CHANNEL_BYTES = 160  # of a token, for a channel of a recurrent mixer: a state of 16 numbers and a few copies
 
 
@@ -69,7 +68,7 @@ def make_budget(
     hessians: bool,
     streams: int = 1,
     drift: bool = False,
-    refine: bool = False,
+    refine: int = 0,
 ) -> Budget:
     """Share `memory` bytes out.
 
@@ -77,7 +76,7 @@ def make_budget(
         tokens: that stream through the layers; 0 for none. length: of a window.
         solve: whether weights are solved, not only run. hessians: whether from second moments.
         streams: models that run side by side. drift: whether inputs are compared between them, everywhere in a layer.
-        refine: whether the experts' rounding is learned on what they put out.
+        refine: bytes that learning takes for every weight whose rounding is learned, beside itself; 0 for none.
     """
     item = checkpoint.model.dtype.itemsize
     width = int(checkpoint.config.get_text_config().hidden_size)
@@ -99,20 +98,20 @@ def make_budget(
     widest = max((4 * max(layout.hidden, 2 * layout.intermediate) for layout in layouts.values()), default=1)
     slots = max(MIN_SLOTS, min(SLOTS, rest // 8 // per_slot, TEMPORARY_BYTES // widest))
     room = max(rest // 2 - (SOLVER_BYTES if solve else 0), rest // 8)
-    kinds = {"solve": solve, "hessians": hessians, "drift": drift, "refine": refine}
-    each = {index: expert_bytes(layout, item, **kinds) for index, layout in layouts.items()}
+    kinds = {"solve": solve, "hessians": hessians, "drift": drift}
+    each = {index: expert_bytes(layout, item, **kinds, refine=refine) for index, layout in layouts.items()}
     chunk = {index: max(1, min(layout.experts, room // each[index])) for index, layout in layouts.items()}
     experts = max((chunk[index] * each[index] for index in chunk), default=0) + (slots * per_slot if tokens else 0)
     linears = max((_linear_bytes(checkpoint.model, sites, item, hessians, drift) for sites in structure.layers), default=0) if solve else 0
     if refine:
         learned = max((_outside_experts(checkpoint.model.get_submodule(sites.name), sites) for sites in structure.layers), default=0)
-        linears = max(linears, learned * (2 * item + 1 + REFINE_BYTES) + batch * per_token)
+        linears = max(linears, learned * (2 * item + 1 + refine) + batch * per_token)
     busiest = max(experts + (SOLVER_BYTES if solve else 0), linears + (SOLVER_BYTES if solve else 0), batch * per_token if tokens else 0)
     peak = PROCESS_BYTES + (layer if tokens else 0) + activations + busiest
     return Budget(batch, slots, chunk, allowance, stored[0] > allowance, memory * 6 // 10, memory, peak)
 
 
-def expert_bytes(layout: ExpertsLayout, item: int, *, solve: bool, hessians: bool, drift: bool = False, refine: bool = False) -> int:
+def expert_bytes(layout: ExpertsLayout, item: int, *, solve: bool, hessians: bool, drift: bool = False, refine: int = 0) -> int:
     """Memory that one expert takes while it is read and, perhaps, solved."""
     weights = layout.parameters_per_expert
     reading = weights * (2 * 4 + item)  # as stored (at most four bytes), stacked, and in the type that is computed in
@@ -124,7 +123,7 @@ def expert_bytes(layout: ExpertsLayout, item: int, *, solve: bool, hessians: boo
     if drift:
         solving += DRIFT_BYTES * max(layout.hidden, layout.intermediate) ** 2 + 16 * weights
     if refine:
-        solving = max(solving, weights * (2 * item + 1 + REFINE_BYTES))
+        solving = max(solving, weights * (2 * item + 1 + refine))
     return max(reading, solving)
 
 
