@@ -30,13 +30,13 @@ from moebit.profiling.prepare import prepare
 from moebit.quantize.context import Progress
 from moebit.quantize.data import Data, Sources, Windows, calibration_set, gather
 from moebit.quantize.documents import RunFacts, documents
-from moebit.quantize.identity import check_unchanged, circumstances, identity, seen_contents
+from moebit.quantize.identity import check_unchanged, circumstances, identity, is_finished, seen_contents
 from moebit.quantize.report import Result
 from moebit.quantize.run import Work, run
 from moebit.recipe import Recipe, load_recipe
 from moebit.report.command import python_call
 from moebit.storage.checkpoint import Checkpoint
-from moebit.storage.config import read_config
+from moebit.storage.config import portable_config, read_config
 from moebit.storage.contents import Seen
 from moebit.storage.documents import one_line
 from moebit.storage.edits import EditedWeights, untied_config
@@ -119,6 +119,8 @@ def quantize(
     if dry_run:
         check_free(out, resume=resume, overwrite=overwrite)
         return job.plan
+    if resume and not overwrite and (finished := job.finished()):
+        return finished
     seen = job.check_before_work(resume)
     return job.run(began, seen, resume=resume, overwrite=overwrite)
 
@@ -214,6 +216,26 @@ class _Job:
     plan: Plan
     data: Data
 
+    def _identity(self) -> dict[str, Any]:
+        asking = self.asking
+        facts = identity(
+            self.checkpoint, asking.recipe, self.data, asking.bits, memory=asking.memory, seed=asking.seed, device=asking.device
+        )
+        return {**facts, "gguf_pre": self.plan.gguf.target.pre} if self.plan.gguf else facts
+
+    def finished(self) -> Result | None:
+        """The output that this run would make, if it is there and whole: job scripts are run twice.
+
+        Raises:
+            BadInputError: a whole output is there that another run made.
+        """
+        asking = self.asking
+        unknown = {"profile", *(["calibration"] if self.data.sampled else [])}
+        if not is_finished(asking.out, self._identity(), asking.recipe, unknown):
+            return None
+        files = [*asking.out.glob("*.safetensors"), *asking.out.glob("*.gguf")]
+        return Result(asking.out, self.plan, self.checkpoint.size_bytes, sum(file.stat().st_size for file in files), [], 0.0, already=True)
+
     def check_before_work(self, resume: bool) -> Seen:
         """Return the content of the input; refuse a disk that is too small, files that cannot be carried, values that are not finite.
 
@@ -230,14 +252,11 @@ class _Job:
 
     def run(self, began: float, seen: Seen, *, resume: bool, overwrite: bool) -> Result:
         """Do the work and finish the output."""
-        asking = self.asking
-        facts = identity(
-            self.checkpoint, asking.recipe, self.data, asking.bits, memory=asking.memory, seed=asking.seed, device=asking.device
-        )
-        if self.plan.gguf:
-            facts = {**facts, "gguf_pre": self.plan.gguf.target.pre}
+        asking, facts = self.asking, self._identity()
         try:
-            directory = OutputDirectory(asking.out, {**facts, **circumstances(asking.device, seen)}, resume=resume, overwrite=overwrite)
+            directory = OutputDirectory(
+                asking.out, {**facts, **circumstances(asking.device, seen, asking.recipe)}, resume=resume, overwrite=overwrite
+            )
             with directory as output, freed_memory_kept():
                 return self._fill(output, facts, seen, began)
         except OSError as error:
@@ -265,14 +284,16 @@ class _Job:
         work = Work(checkpoint, plan, output, sink, asking.device, asking.progress, asking.seed)
         reports = run(work, Windows(windows, self.data.pool))
         size = self._write_gguf(output, sink) or sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
-        told = RunFacts(asking.out.name, size, time.perf_counter() - began, asking.command, peak_resident_bytes(), coactivation)
+        told = RunFacts(
+            asking.out.name, size, time.perf_counter() - began, asking.command, peak_resident_bytes(), coactivation, self.data.texts
+        )
         written = documents(checkpoint, plan, facts, reports, told)
         check_unchanged(checkpoint, seen)
         if plan.gguf:
             output.finish_file(self._gguf_name, written)
         else:
             output.finish(checkpoint.path, sink.config(_config(checkpoint, self.weights)), written, follow_links=asking.follow_links)
-        return Result(asking.out, plan, checkpoint.size_bytes, size, reports, time.perf_counter() - began)
+        return Result(asking.out, plan, checkpoint.size_bytes, size, reports, time.perf_counter() - began, texts=self.data.texts)
 
     @property
     def _gguf_name(self) -> str:
@@ -293,7 +314,7 @@ class _Job:
 def _config(checkpoint: Checkpoint, weights: EditedWeights) -> dict[str, Any]:
     """config.json without what it says about how the checkpoint was shipped: the output is no longer stored like that.
 
-    Nor does it say that the head is tied to the embeddings, where it is its own now.
+    Nor does it name code that the output does not have, or say that the head is tied to the embeddings, where it is its own now.
     """
-    config = plain_config(read_config(checkpoint.path))
+    config = portable_config(plain_config(read_config(checkpoint.path)))
     return untied_config(config) if weights.untied else config
