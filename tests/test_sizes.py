@@ -9,6 +9,7 @@ import pytest
 
 import moebit
 from moebit import words
+from moebit.calibration.rows import Chosen
 from moebit.calibration.text import parse_texts
 from moebit.errors import BadInputError
 from moebit.memory import DEFAULT_MEMORY, memory_bytes
@@ -91,8 +92,10 @@ def test_texts_in_every_form(tmp_path: Path) -> None:
         assert parse_texts(given) == {"a=b.txt": file}
     assert parse_texts(f"n={file}") == {"n": file}
     assert parse_texts(()) == {}
-    with pytest.raises(BadInputError, match="is a directory"):
-        parse_texts(tmp_path)
+    assert parse_texts([f"n={file}:title"]) == {"n": Chosen(file, "title")}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInputError, match="none of the 0 files"):
+        parse_texts(tmp_path / "empty")
     with pytest.raises(BadInputError, match="3 is no file's name"):
         parse_texts([3])  # type: ignore[list-item] # what a caller without a type checker gives
 

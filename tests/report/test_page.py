@@ -205,7 +205,7 @@ def test_quantize_writes_it_and_report_again(outputs: Outputs, tmp_path: Path) -
     document = json.loads((out / "report.json").read_text())
     assert document["size_after"] == sum(file.stat().st_size for file in out.glob("*.safetensors"))
     assert document["peak_memory_bytes"] >= document["layers"][-1]["peak_memory_bytes"] > 10**7
-    assert document["command"].startswith(f"moebit.quantize({str(outputs.checkpoints.path(MIXTRAL))!r}, {str(out)!r}, recipe={{")
+    assert document["command"].startswith(f"moebit.quantize({outputs.checkpoints.path(MIXTRAL).name!r}, {out.name!r}, recipe={{")
     assert Page(written).text
     assert moebit.report(out, tmp_path / "again.html") == tmp_path / "again.html"
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == written

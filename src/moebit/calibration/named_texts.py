@@ -6,33 +6,40 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from moebit.calibration.rows import Chosen, files_of
 from moebit.errors import BadInputError
 from moebit.recipe.reading import is_there
 
-Item = str | os.PathLike[str]  # `[NAME=]FILE`, or a path
+Item = str | os.PathLike[str]  # `[NAME=]FILE[:COLUMN]`, or a path
 Texts = Item | Sequence[Item] | Mapping[str, Item]  # one file, several, or files by name
 
 
-def parse_texts(items: Texts) -> dict[str, Path]:
-    """Files by name, from one `[NAME=]FILE` item or path, several of them, or a mapping; the name defaults to the file's.
+def parse_texts(items: Texts) -> dict[str, Path | Chosen]:
+    """Files and folders by name, from one `[NAME=]FILE[:COLUMN]` item or path, several, or a mapping; the name defaults to the file's.
 
     Raises:
-        BadInputError: a missing file, a directory, the same name twice, something that is no text.
+        BadInputError: a missing file, an empty folder, the same name twice, something that is no text.
     """
     if isinstance(items, Mapping):
-        pairs = [(str(name), _path(file)) for name, file in items.items()]
+        pairs = [(str(name), _source(_path(file))) for name, file in items.items()]
     else:
         pairs = [_pair(item) for item in ([items] if isinstance(items, str | os.PathLike) else items)]
-    result: dict[str, Path] = {}
-    for name, path in pairs:
+    result: dict[str, Path | Chosen] = {}
+    for name, source in pairs:
         if name in result:
-            raise BadInputError(f"--text: the name {name!r} is given twice ({result[name]} and {path}); write NAME=FILE to tell them apart")
-        if is_there(path) and path.is_dir():
-            raise BadInputError(f"--text: {path} is a directory; give the files in it, one --text for each")
-        if not is_there(path) or not path.is_file():
-            raise BadInputError(f"--text: no such file: {path}")
-        result[name] = path
+            raise BadInputError(
+                f"--text: the name {name!r} is given twice ({_said(result[name])} and {_said(source)}); write NAME=FILE to tell them apart"
+            )
+        path = source if isinstance(source, Path) else source.path
+        if not is_there(path) or not (path.is_file() or path.is_dir()):
+            raise BadInputError(f"--text: no such file: {_said(source)}")
+        files_of(path)
+        result[name] = source
     return result
+
+
+def _said(source: Path | Chosen) -> str:
+    return str(source) if isinstance(source, Path) else f"{source.path}:{source.column}"
 
 
 def _path(item: object) -> Path:
@@ -41,10 +48,16 @@ def _path(item: object) -> Path:
     return Path(item)
 
 
-def _pair(item: Item) -> tuple[str, Path]:
-    if not isinstance(item, str):
-        return _path(item).name, _path(item)
-    name, equals, file = item.partition("=")
-    if equals and not is_there(item):
-        return name, Path(file)
-    return Path(item).name, Path(item)
+def _source(path: Path) -> Path | Chosen:
+    """`FILE:COLUMN`, where there is no file of the whole name."""
+    file, colon, column = str(path).rpartition(":")
+    return Chosen(Path(file), column) if colon and column and not is_there(path) and is_there(file) else path
+
+
+def _pair(item: Item) -> tuple[str, Path | Chosen]:
+    if isinstance(item, str) and not is_there(item):
+        name, equals, file = item.partition("=")
+        if equals:
+            return name, _source(Path(file))
+    source = _source(_path(item))
+    return (source if isinstance(source, Path) else source.path).name, source

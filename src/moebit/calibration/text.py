@@ -1,14 +1,16 @@
 """Texts and token windows.
 
-A text is a plain UTF-8 file, or a `.jsonl` with one document a line: `{"input_ids": [...]}`, `{"messages": [...]}` (through the
-tokenizer's chat template) or `{"text": ...}`, in this order of preference.
+A text is a file or a folder: prose, one document; or rows (calibration/rows.py) that each say token ids, text or a conversation
+(calibration/conversations.py), which the model's own chat template puts into words.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebit.calibration.conversations import FIELDS, Said, read_row
 from moebit.calibration.named_texts import Texts as Texts
 from moebit.calibration.named_texts import parse_texts as parse_texts
+from moebit.calibration.rows import Chosen, files_of, read_documents
 from moebit.calibration.timing import TEMPLATE_SECONDS, time_limit
 from moebit.errors import BadInputError
-from moebit.recipe.reading import TEXT_BYTES, parse_json, read_text
 from moebit.storage import documents
 from moebit.storage.documents import one_line, understood
 
@@ -32,11 +35,15 @@ class TokenText:
     Attributes:
         ids: int64 [T].
         byte_starts: int64 [T + 1], the UTF-8 byte of the text at which each token begins, and their number; None without a tokenizer.
+        document_starts: at which token each document begins; one that begins at 0 if nothing else is said.
+        read_as: which fields its documents were read from, or "prose"; and how many documents there are.
     """
 
     name: str
     ids: Tensor
     byte_starts: Tensor | None
+    document_starts: tuple[int, ...] = (0,)
+    read_as: str = "prose"
 
     def bytes_between(self, start: int, stop: int) -> int:
         """UTF-8 bytes that tokens [start, stop) stand for; 0 where that is not known."""
@@ -56,30 +63,91 @@ def load_tokenizer(path: Path) -> Any | None:
     return documents.load_tokenizer(path)
 
 
-def tokenize(name: str, file: Path, tokenizer: Any | None, vocabulary: int) -> TokenText:
+def tokenize(name: str, source: Path | Chosen, tokenizer: Any | None, vocabulary: int, *, begin: bool = False) -> TokenText:
     """Read and tokenize one text.
 
+    Args:
+        source: a file or folder, or one of which a column is meant. begin: put in front of every document of text what the tokenizer
+            puts there by itself (a BOS token); chat templates do that themselves.
+
     Raises:
-        BadInputError: not UTF-8, a malformed jsonl line, no tokenizer for plain text, an id outside of the vocabulary.
+        BadInputError: not UTF-8, a malformed row, fields that say nothing, no tokenizer for text, an id outside of the vocabulary.
     """
-    raw = read_text(file, limit=TEXT_BYTES)
-    with understood(f"{file}: what the tokenizer makes of it", "copy the tokenizer's files again"):
-        if file.suffix == ".jsonl":
-            pieces = [
-                _document(file, number, line, tokenizer, vocabulary) for number, line in enumerate(raw.split("\n"), 1) if line.strip()
-            ]
-        else:
-            pieces = [_encode(file, raw, tokenizer)]
+    path, column = (source, None) if isinstance(source, Path) else (source.path, source.column)
+    reader = _Reader(tokenizer, vocabulary, _beginning(tokenizer) if begin else [])
+    pieces, kinds = [], Counter[str]()
+    for file in files_of(path):
+        found = read_documents(file, FIELDS | ({column} if column else set()))
+        with understood(f"{file}: what the tokenizer makes of it", "copy the tokenizer's files again"):
+            if isinstance(found, str):
+                if column:
+                    raise BadInputError(f"{file}: is prose and has no field {column!r}; leave it out")
+                pieces.append(reader.begun(_encode(str(file), found, tokenizer)))
+                kinds["prose"] += 1
+            else:
+                for row in found:
+                    said = read_row(row, column)
+                    pieces.append(reader.piece(row.where, said))
+                    kinds[" and ".join(said.fields)] += 1
     ids = torch.tensor([i for piece in pieces for i in piece.ids], dtype=torch.int64)
-    _check_ids(file, [int(ids.min()), int(ids.max())] if len(ids) else [], vocabulary)
-    return TokenText(name, ids, _join_starts(pieces))
+    _check_ids(path, [int(ids.min()), int(ids.max())] if len(ids) else [], vocabulary)
+    starts = tuple(accumulate((len(piece.ids) for piece in pieces[:-1]), initial=0))
+    read_as = ", ".join(f"{kind} ({count:,} documents)" if kind != "prose" or count > 1 else kind for kind, count in kinds.items())
+    return TokenText(name, ids, _join_starts(pieces), starts, read_as)
 
 
-def _check_ids(file: Path, ids: Sequence[int], vocabulary: int) -> None:
+def _beginning(tokenizer: Any | None) -> list[int]:
+    """What the tokenizer puts in front of a text by itself, most often one BOS token or nothing."""
+    if tokenizer is None:
+        return []
+    letter, plain = (list(tokenizer("a", add_special_tokens=added, verbose=False)["input_ids"]) for added in (True, False))
+    place = next((at for at in range(len(letter)) if letter[at : at + len(plain)] == plain), 0)
+    return letter[:place]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Documents to tokens. `beginning`: what stands in front of every document of text."""
+
+    tokenizer: Any | None
+    vocabulary: int
+    beginning: list[int]
+
+    def begun(self, piece: _Piece) -> _Piece:
+        if not self.beginning:
+            return piece
+        return _Piece([*self.beginning, *piece.ids], None if piece.starts is None else [*[0] * len(self.beginning), *piece.starts])
+
+    def piece(self, where: str, said: Said) -> _Piece:
+        """The tokens of one row."""
+        if said.ids is not None:
+            _check_ids(where, said.ids, self.vocabulary)
+            return _Piece(said.ids, _starts_by_decoding(said.ids, self.tokenizer))
+        if said.messages is not None and (said.plain is None or getattr(self.tokenizer, "chat_template", None)):
+            return _encode(where, self._in_words(where, said), self.tokenizer)
+        piece = self.begun(_encode(where, said.text if said.text is not None else str(said.plain), self.tokenizer))
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        return piece if end is None or piece.starts is None else _Piece([*piece.ids, end], [*piece.starts, piece.starts[-1]])
+
+    def _in_words(self, where: str, said: Said) -> str:
+        """A conversation in the words of the model's chat template."""
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+            raise BadInputError(f"{where}: conversations need a chat template, which this model's tokenizer lacks; give text instead")
+        try:
+            with time_limit(TEMPLATE_SECONDS):
+                text = self.tokenizer.apply_chat_template(said.messages, tools=said.tools, tokenize=False)
+        except Exception as error:  # whatever a template, which is a program, raises about these messages
+            raise BadInputError(f"{where}: the chat template refuses these messages ({one_line(error)})") from error
+        if not isinstance(text, str):
+            raise BadInputError(f"{where}: the chat template gives no text for these messages")
+        return text
+
+
+def _check_ids(where: Path | str, ids: Sequence[int], vocabulary: int) -> None:
     outside = next((i for i in ids if not 0 <= i < vocabulary), None)
     if outside is not None:
         remedy = "leave label padding out" if outside < 0 else "is this the model's own tokenizer?"
-        raise BadInputError(f"{file}: token id {outside} is outside of the model's vocabulary of {vocabulary}; {remedy}")
+        raise BadInputError(f"{where}: token id {outside} is outside of the model's vocabulary of {vocabulary}; {remedy}")
 
 
 def _join_starts(pieces: list[_Piece]) -> Tensor | None:
@@ -92,48 +160,13 @@ def _join_starts(pieces: list[_Piece]) -> Tensor | None:
     return torch.tensor([*starts, base], dtype=torch.int64)
 
 
-def _document(file: Path, number: int, line: str, tokenizer: Any | None, vocabulary: int) -> _Piece:
-    try:
-        item = parse_json(line)
-    except ValueError as error:
-        raise BadInputError(f"{file}, line {number}: not valid JSON ({error})") from error
-    if not isinstance(item, dict) or not {"input_ids", "messages", "text"}.intersection(item):
-        raise BadInputError(f'{file}, line {number}: expected {{"text": ...}}, {{"input_ids": [...]}} or {{"messages": [...]}}')
-    if "input_ids" in item:
-        ids = item["input_ids"]
-        if not isinstance(ids, list) or not all(type(i) is int and abs(i) < 2**31 for i in ids):
-            raise BadInputError(f"{file}, line {number}: input_ids must be a list of token ids (integers)")
-        _check_ids(file, ids, vocabulary)
-        return _Piece(ids, _starts_by_decoding(ids, tokenizer))
-    if "messages" in item:
-        if not isinstance(item["messages"], list):
-            raise BadInputError(f"{file}, line {number}: messages must be a list of {{role, content}}")
-        if tokenizer is None or not getattr(tokenizer, "chat_template", None):
-            raise BadInputError(
-                f"{file}, line {number}: messages need a chat template, which this model's tokenizer lacks; give text instead"
-            )
-        try:
-            with time_limit(TEMPLATE_SECONDS):
-                text = tokenizer.apply_chat_template(item["messages"], tokenize=False)
-        except Exception as error:  # whatever a template, which is a program, raises about these messages
-            raise BadInputError(f"{file}, line {number}: the chat template refuses these messages ({one_line(error)})") from error
-        if not isinstance(text, str):
-            raise BadInputError(f"{file}, line {number}: the chat template gives no text for these messages")
-        return _encode(file, text, tokenizer)
-    if not isinstance(item["text"], str):
-        raise BadInputError(f"{file}, line {number}: text must be a string, got {type(item['text']).__name__}")
-    piece = _encode(file, item["text"], tokenizer)
-    end = getattr(tokenizer, "eos_token_id", None)
-    return piece if end is None or piece.starts is None else _Piece([*piece.ids, end], [*piece.starts, piece.starts[-1]])
-
-
-def _encode(file: Path, text: str, tokenizer: Any | None) -> _Piece:
+def _encode(where: str, text: str, tokenizer: Any | None) -> _Piece:
     if tokenizer is None:
-        raise BadInputError(f"{file}: the model has no tokenizer files, so that plain text cannot be read; give a .jsonl with input_ids")
+        raise BadInputError(f"{where}: the model has no tokenizer files, so that plain text cannot be read; give a .jsonl with input_ids")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadInputError(f"{file}: text that is no valid Unicode ({error}); a surrogate stands alone") from error
+        raise BadInputError(f"{where}: text that is no valid Unicode ({error}); a surrogate stands alone") from error
     if not getattr(tokenizer, "is_fast", False):
         ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         return _Piece(ids, _starts_by_decoding(ids, tokenizer))
@@ -170,8 +203,12 @@ def consecutive_windows(text: TokenText, length: int, max_tokens: int | None = N
     return ids[: count * length].view(count, length)
 
 
-def calibration_windows(texts: Sequence[TokenText], samples: int, length: int, seed: int) -> Tensor:
+def calibration_windows(texts: Sequence[TokenText], samples: int, length: int, seed: int, *, pack: bool = True) -> Tensor:
     """int64 [samples, length]: non-overlapping windows, equally many of every text, chosen at random by `seed`.
+
+    Args:
+        pack: windows are cut from all documents of a text one after the other; else a window is the beginning of one document that is at
+            least so long. Nothing is padded either way.
 
     Raises:
         BadInputError: texts too short for that, saying which and by how much.
@@ -182,16 +219,31 @@ def calibration_windows(texts: Sequence[TokenText], samples: int, length: int, s
     chosen = []
     for number, text in enumerate(texts):
         share = samples // len(texts) + (number < samples % len(texts))
-        available = len(text.ids) // length
+        windows = packed_windows(text, length) if pack else whole_documents(text, length)
+        available = len(windows)
         if available < share:
+            what = f"{len(text.ids)} tokens give {available} windows of {length}"
+            if not pack:
+                what = f"{available} of its {len(text.document_starts)} documents have {length} tokens or more (calibration.pack: false)"
             raise BadInputError(
-                f"text {text.name!r} is too short to calibrate on: {len(text.ids)} tokens give {available} windows of {length}, "
-                f"{share} are needed; "
+                f"text {text.name!r} is too short to calibrate on: {what}, {share} are needed; "
                 f"give more text, or set calibration.samples={max(1, available * len(texts))} or a smaller calibration.seq_len"
             )
-        windows = text.ids[: available * length].view(available, length)
         chosen.append(windows[torch.randperm(available, generator=generator)[:share].sort().values])
     return torch.cat(chosen)
+
+
+def packed_windows(text: TokenText, length: int) -> Tensor:
+    """int64 [N, length]: all windows of a text, one after the other."""
+    available = len(text.ids) // length
+    return text.ids[: available * length].view(available, length)
+
+
+def whole_documents(text: TokenText, length: int) -> Tensor:
+    """int64 [N, length]: the beginning of every document that is long enough."""
+    ends = (*text.document_starts[1:], len(text.ids))
+    starts = [start for start, end in zip(text.document_starts, ends, strict=True) if end - start >= length]
+    return torch.stack([text.ids[start : start + length] for start in starts]) if starts else text.ids.new_empty(0, length)
 
 
 def digest(windows: Tensor) -> str:

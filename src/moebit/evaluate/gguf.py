@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebit.calibration.rows import Chosen, beginnings
 from moebit.errors import BadInputError
 from moebit.evaluate.llama import LlamaModel, open_llama, token_difference
 
@@ -32,9 +33,9 @@ def llama_engine(file: Path, window: int, vocabulary: int) -> Iterator[tuple[Lla
         yield llama, lambda rows: torch.stack([llama.logits(row)[:, :vocabulary] for row in rows])
 
 
-def token_remarks(llama: LlamaModel, tokenizer: Any | None, files: dict[str, Path]) -> list[str]:
+def token_remarks(llama: LlamaModel, tokenizer: Any | None, files: Mapping[str, Path | Chosen]) -> list[str]:
     """What differs between the checkpoint's tokenizer, which the numbers are taken with, and the file's."""
-    texts = [file.read_text(encoding="utf-8", errors="replace")[:SAMPLE] for file in files.values() if file.suffix != ".jsonl"]
+    texts = [beginning for source in files.values() for beginning in beginnings(source, SAMPLE)]
     if tokenizer is None or not texts:
         return []
     difference = token_difference(llama, tokenizer, texts)

@@ -1,6 +1,7 @@
-"""What an output takes over from the checkpoint as it stands: tokenizer, generation and template files.
+"""What an output takes over from the checkpoint as it stands: tokenizer, generation and template files, and its licence.
 
-Weights, code and papers are not carried, nor are files that moebit itself gives a meaning to: those in an output are its own.
+Weights, code and papers are not carried, nor is what other quantizers left beside their weights, nor are files that moebit itself gives a
+meaning to: those in an output are its own.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from moebit.storage.durable import new_file
 from moebit.storage.files import INDEX
 from moebit.storage.places import check_inside, is_plain
 
-PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", *LICENCES)
+# What says how somebody else quantized: AutoGPTQ and AutoAWQ, NVIDIA ModelOpt, llm-compressor, AutoRound, MLC.
+QUANTIZERS = {"quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json", "recipe.yaml",
+              "mlc-chat-config.json", "modelopt_state.json"}  # fmt: skip
 OWN = {"config.json", SEALED, "overlay.json", "profile.json", "recipe.yaml", SAMPLE, JOURNAL, *REPORTS}
-NOT_CARRIED = {*OWN, INDEX, "training.json", "requirements.txt"}
+NOT_CARRIED = {*OWN, *QUANTIZERS, INDEX, "training.json", "requirements.txt"}
 OWN_KINDS = ("report.", "stream-", "model.safetensors", "calibration.jsonl", "journal.jsonl")
 
 

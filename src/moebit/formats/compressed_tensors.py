@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from moebit.errors import BadInputError
+from moebit.formats.class_names import in_every_class, plain_prediction
 from moebit.formats.native import PackedSpec
 from moebit.model.experts import ExpertsLayout, layout_of
 from moebit.model.seam import is_experts
@@ -205,7 +206,9 @@ def quantization_config(weights: Weights, modules: Modules, names: Names) -> dic
 
 def _targets(name: str, stored: list[str], spec: PackedSpec) -> list[str]:
     """A linear under both of its names; all experts of a module, whose grids engines want alike, by one expression."""
-    return [_numbered(stored[0]) + r"\..*"] if spec.stacked else [name, *stored]
+    if spec.stacked:
+        return [_numbered(each) + r"\..*" for each in in_every_class(stored[0])]
+    return [other for each in (name, *stored) for other in in_every_class(each)]
 
 
 def _numbered(first: str) -> str:
@@ -243,12 +246,13 @@ def ignored(weights: Weights, modules: Modules) -> list[str]:
     for name, module in weights.model.named_modules():
         weight = getattr(module, "weight", None)
         if is_experts(module) and name not in modules:
-            result += dict.fromkeys(_numbered(first) + r"\..*" for first in _first_experts(weights, name))
+            firsts = [other for first in _first_experts(weights, name) for other in in_every_class(first)]
+            result += dict.fromkeys(_numbered(first) + r"\..*" for first in firsts)
         elif isinstance(weight, Tensor) and weight.ndim == 2 and name not in modules and not isinstance(module, nn.Embedding):
             stored = weights.stored_names(f"{name}.weight") if f"{name}.weight" in weights.available() else []
-            result += [name, *(_module(s) for s in stored if len(stored) == 1)]
-    layers = {match[0] for stored in weights.unused if (match := re.match(r"(?:\w+\.)+?\d+\.", stored))}
-    return list(dict.fromkeys(result)) + [f"re:{re.escape(layer)}.*" for layer in sorted(layers)]
+            names = [name, *(_module(s) for s in stored if len(stored) == 1)]
+            result += [other for each in names for other in in_every_class(each)]
+    return list(dict.fromkeys([*result, *plain_prediction(weights)]))
 
 
 def _first_experts(weights: Weights, name: str) -> Iterator[str]:

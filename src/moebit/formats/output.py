@@ -19,6 +19,7 @@ from typing import Any
 
 from moebit.errors import BadInputError, InterruptedWorkError
 from moebit.formats.carried import carried_files, copy_carried
+from moebit.formats.differences import difference
 from moebit.formats.ownership import (
     JOURNAL,
     LINE,
@@ -145,7 +146,7 @@ class OutputDirectory:
         if not records:
             raise BadInputError(f"{self.partial / JOURNAL} is missing or damaged; remove {self.partial} yourself to start again")
         if records[0].get("started") != dict(identity):
-            other = _difference(records[0], identity)
+            other = difference(records[0].get("started", {}), identity)
             raise BadInputError(f"{self.partial} was started with another {other}; give the same again, or --overwrite starts again")
         check_own(self.partial, foreign_to_partial(self.partial))
         self._check_replaced(records)
@@ -354,19 +355,6 @@ def _check_whole(partial: Path, shards: list[str]) -> None:
 def partial_of(path: Path) -> Path:
     """Where the work for an output goes on."""
     return path.with_name(path.name + ".partial")
-
-
-def _difference(started: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
-    """What a journal's first line and this run disagree about."""
-    known = started.get("started", {})
-    changed = sorted(key for key in {*identity, *known} if known.get(key) != identity.get(key))
-    if changed == ["shards"]:
-        old, new = known.get("shards", {}), identity.get("shards", {})
-        written = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-        return f"state of the input ({', '.join(written)} changed since)"
-    simple = (str, int, float, type(None))
-    told = [key for key in changed if isinstance(known.get(key), simple) and isinstance(identity.get(key), simple)]
-    return ", ".join(f"{key} ({known[key]}, now {identity[key]})" if key in told and key in known else key for key in changed)
 
 
 def check_space(path: Path, needed: int) -> None:

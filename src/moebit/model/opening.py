@@ -14,6 +14,7 @@ from moebit.storage.config import load_config
 from moebit.storage.documents import check_layers, understood
 from moebit.storage.files import Entry, read_index
 from moebit.storage.hub import HubWeights
+from moebit.storage.left_over import left_over
 from moebit.storage.shipped.reading import check_plain, declared, read_shipped
 
 FAST_BF16_WIDTH = 512  # hidden size from which on bf16 products are faster than float32 ones on a CPU that has instructions for them
@@ -44,10 +45,12 @@ def open_hub_checkpoint(path: Path, dtype: torch.dtype | None = torch.float32) -
     quantization = declared(path)
     stored = read_index(path)
     check_layers(config, len(stored), path)
+    further = left_over(path, stored, getattr(config.get_text_config(), "num_hidden_layers", None))
+    stored |= further.prediction
     with understood(path / "config.json", "copy it again"):
         shipped = read_shipped(path, stored, quantization) if quantization else None
     if shipped is None:
         check_plain(path, stored)
     entries: Mapping[str, Entry] = shipped.entries if shipped else stored
     model = skeleton(config, dtype or fast_compute_type(config, entries))
-    return Checkpoint(path, config, model, HubWeights(model, entries), stored, shipped)
+    return Checkpoint(path, config, model, HubWeights(model, entries), stored, shipped, left_over=further.files)

@@ -8,6 +8,7 @@ from typing import Any
 
 from moebit.model.structure import LayerSites, Structure
 from moebit.storage.checkpoint import Checkpoint
+from moebit.storage.config import known_type, read_config
 
 NOT_IN_MODEL = "stored, but not in the model"
 
@@ -35,9 +36,18 @@ def describe_structure(checkpoint: Checkpoint, structure: Structure) -> dict[str
         "size_bytes": checkpoint.size_bytes,
         "shipped": checkpoint.shipped.describe() if checkpoint.shipped else None,
         "not_in_model": unused,
+        "left_over": dict(checkpoint.left_over),
+        "read_as": read_as(checkpoint),
         "not_in_model_bytes": sum(checkpoint.entries[stored].spec.nbytes for stored in unused),
         "per_layer": [_describe_layer(layer) for layer in structure.layers],
     }
+
+
+def read_as(checkpoint: Checkpoint) -> dict[str, str] | None:
+    """The checkpoint's own model type and the one that it is read as, where transformers does not know the first."""
+    raw = read_config(checkpoint.path)
+    kind = known_type(raw)
+    return {"model_type": str(raw["model_type"]), "as": kind} if kind else None
 
 
 def _describe_layer(layer: LayerSites) -> dict[str, Any]:

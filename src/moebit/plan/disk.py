@@ -15,7 +15,7 @@ from moebit.model.structure import LayerSites, Structure
 from moebit.plan.bitplan import BitPlan
 from moebit.plan.plan import SINKS, Plan
 from moebit.storage.checkpoint import Checkpoint
-from moebit.storage.config import read_config
+from moebit.storage.config import portable_config, read_config
 from moebit.storage.edits import EditedWeights, untied_config
 from moebit.storage.files import TensorSpec, index_text, shard_bytes
 from moebit.storage.shipped.reading import plain_config
@@ -46,9 +46,9 @@ def config_text(config: Mapping[str, Any]) -> str:
 def output_config(checkpoint: Checkpoint, weights: EditedWeights) -> dict[str, Any]:
     """config.json without what it says about how the checkpoint was shipped: the output is no longer stored like that.
 
-    Nor does it say that the head is tied to the embeddings, where it is its own now.
+    Nor does it name code that the output does not have, or say that the head is tied to the embeddings, where it is its own now.
     """
-    config = plain_config(read_config(checkpoint.path))
+    config = portable_config(plain_config(read_config(checkpoint.path)))
     return untied_config(config) if weights.untied else config
 
 

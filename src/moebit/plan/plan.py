@@ -20,6 +20,7 @@ from moebit.model.proof.router import not_linear
 from moebit.model.reach import Reach, expert_reach
 from moebit.model.structure import LayerSites, MoESite, Structure
 from moebit.plan.bitplan import BitPlan
+from moebit.plan.describe import read_as
 from moebit.plan.estimate import budget, output_size, seconds, stored_dtype
 from moebit.plan.gguf import GgufChooser
 from moebit.plan.inputs import ActivationPlan, plan_activations
@@ -43,6 +44,7 @@ class Plan:
         coverage: which expert parameters of the files the structure covers. What the recipe ignores by name is the user's wish.
         size_bytes: of the output's tensors. budget: the pieces in which the work is done. seconds: an estimate.
         as_stored: stored tensors that the model class does not use; they are written as they are.
+        left_over: files with tensors of which nothing is read, and how many they hold. read_as: the model type, if it is another's.
         transforms: what is done to the weights before they are quantized, and where it can be.
         engines: what each engine makes of the output.
         routers: where the recipe works on routers: by layer, why this one cannot be aligned or realigned; None where it can.
@@ -67,6 +69,8 @@ class Plan:
     inputs: ActivationPlan = field(default_factory=ActivationPlan)
     gguf: GgufPlan | None = None
     spent: Mapping[str, Any] | None = None
+    left_over: Mapping[str, int] = field(default_factory=dict)
+    read_as: dict[str, str] | None = None
 
     @property
     def activations(self) -> Activations:
@@ -110,6 +114,8 @@ class Plan:
             "quantized_experts_modules": len(self.experts),
             "kept": self.kept,
             "kept_as_stored": list(self.as_stored),
+            **({"left_over": dict(self.left_over)} if self.left_over else {}),
+            **({"read_as": self.read_as} if self.read_as else {}),
             "unquantized_expert_share": self.coverage.share,
             "experts_per_chunk": self.chunk,
             "engines": {name: verdict.describe() for name, verdict in self.engines.items()},
@@ -181,6 +187,8 @@ def make_plan(
         _routers(checkpoint, structure) if recipe.router.active else {},
         inputs,
         gguf,
+        left_over=checkpoint.left_over,
+        read_as=read_as(checkpoint),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,12 +43,14 @@ class Data:
     Attributes:
         windows: of given text; None where there are none to be. sampled: how the model writes its own, or None.
         pool: further windows, for experts that get too few tokens. sets: what widths and switchable channels are decided from.
+        texts: by name, from which fields each text was read, and how many documents it has.
     """
 
     windows: Tensor | None
     sampled: Settings | None
     pool: Tensor | None
     sets: dict[str, Tensor] | Profile | None
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     def streamed(self, recipe: Recipe) -> int:
         """Tokens that go through the layers, in all streams."""
@@ -77,11 +80,13 @@ def gather(checkpoint: Checkpoint, recipe: Recipe, sources: Sources) -> Data:
         BadInputError: text that the recipe needs is not there, or does not fit; a profile of another model.
     """
     text, seed = sources.text, sources.seed
+    windows, texts = _calibration(checkpoint, recipe, text, seed)
     return Data(
-        _calibration(checkpoint, recipe, text, seed),
+        windows,
         sampling_settings(recipe, bool(text), seed),
         _pool(checkpoint, recipe, text, seed),
         _data_sets(checkpoint, recipe, sources),
+        {each.name: each.read_as for each in texts},
     )
 
 
@@ -100,22 +105,22 @@ def calibration_set(output: OutputDirectory, checkpoint: Checkpoint, data: Data,
     return windows if data.windows is None else torch.cat([windows, data.windows])
 
 
-def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: Texts, seed: int) -> Tensor | None:
-    """The windows of given text; None where there are none to be."""
+def _calibration(checkpoint: Checkpoint, recipe: Recipe, text: Texts, seed: int) -> tuple[Tensor | None, list[TokenText]]:
+    """The windows of given text, None where there are none to be; and the texts that they were cut from."""
     chosen, given = recipe.calibration, bool(parse_texts(text))  # a text that is not there is refused even where it is not needed
     if not recipe.needs_calibration:
-        return None
+        return None, []
     sampled = sampling_settings(recipe, given, seed)
     if sampled and not chosen.text_share:
-        return None
+        return None, []
     if not given:
         raise _no_text(chosen.text_share)
-    texts = _tokens(checkpoint, text)
+    texts = _tokens(checkpoint, recipe, text)
     limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
     if limit and chosen.seq_len > limit:
         raise BadInputError(f"calibration.seq_len {chosen.seq_len} is longer than the model's context of {limit}; set a smaller one")
     count = chosen.samples - (sampled.sequences if sampled else 0)
-    return calibration_windows(texts, count, chosen.seq_len, seed)
+    return calibration_windows(texts, count, chosen.seq_len, seed, pack=chosen.pack), texts
 
 
 def _no_text(share: float) -> BadInputError:
@@ -123,13 +128,14 @@ def _no_text(share: float) -> BadInputError:
         return BadInputError(
             f"calibration.text_share: {share}: give the text that is to be so much of the calibration set with --text FILE"
         )
-    return BadInputError("this recipe calibrates on text: give --text FILE (plain UTF-8 or .jsonl), or use an rtn recipe, which needs none")
+    return BadInputError("this recipe calibrates on text: give --text FILE (docs/texts.md), or use an rtn recipe, which needs none")
 
 
-def _tokens(checkpoint: Checkpoint, text: Texts) -> list[TokenText]:
+def _tokens(checkpoint: Checkpoint, recipe: Recipe, text: Texts) -> list[TokenText]:
     """The texts as the model's tokens."""
+    begin = recipe.calibration.bos == "auto"
     tokenizer, vocabulary = load_tokenizer(checkpoint.path), int(checkpoint.config.get_text_config().vocab_size)
-    return [tokenize(name, file, tokenizer, vocabulary) for name, file in parse_texts(text).items()]
+    return [tokenize(name, file, tokenizer, vocabulary, begin=begin) for name, file in parse_texts(text).items()]
 
 
 def _pool(checkpoint: Checkpoint, recipe: Recipe, text: Texts, seed: int) -> Tensor | None:
@@ -139,7 +145,7 @@ def _pool(checkpoint: Checkpoint, recipe: Recipe, text: Texts, seed: int) -> Ten
         return None
     if not parse_texts(text):
         raise BadInputError("calibration.balance draws further windows from given text: give --text FILE, or set calibration.balance: none")
-    return further_windows([each.ids for each in _tokens(checkpoint, text)], chosen.samples, chosen.seq_len, seed, chosen.pool)
+    return further_windows([each.ids for each in _tokens(checkpoint, recipe, text)], chosen.samples, chosen.seq_len, seed, chosen.pool)
 
 
 def _data_sets(checkpoint: Checkpoint, recipe: Recipe, sources: Sources) -> dict[str, Tensor] | Profile | None:
@@ -157,4 +163,4 @@ def _data_sets(checkpoint: Checkpoint, recipe: Recipe, sources: Sources) -> dict
             "give --text NAME=FILE several times, or --set switching.share=0"
         )
     each = max(1, recipe.calibration.samples // max(1, len(texts)))
-    return data_sets(checkpoint, texts, each, recipe.calibration.seq_len, sources.seed)
+    return data_sets(checkpoint, sources.text, each, recipe.calibration.seq_len, sources.seed)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from moebit.formats import native
@@ -14,6 +16,8 @@ from moebit.report.facts import Documents
 from moebit.report.page import report_page
 from moebit.storage.checkpoint import Checkpoint
 
+CARD_BYTES = 2**20
+
 
 @dataclass(frozen=True)
 class RunFacts:
@@ -22,6 +26,7 @@ class RunFacts:
     Attributes:
         output: its directory's name. size_after: bytes of the weights. command: the way to make it again.
         coactivation: layer -> [E, E] tokens that two experts both got, of layers that were profiled.
+        texts: by name, from which fields each text was read.
     """
 
     output: str
@@ -30,6 +35,7 @@ class RunFacts:
     command: str
     peak_memory_bytes: int
     coactivation: Mapping[int, list[list[int]]]
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 def documents(
@@ -43,7 +49,8 @@ def documents(
         "size_after": facts.size_after,
         "average_bits": plan.average_bits,
         "peak_memory_bytes": facts.peak_memory_bytes,
-        "command": facts.command,
+        "command": without_folders(facts.command),
+        **({"texts": dict(facts.texts)} if facts.texts else {}),
         "layers": [_layer(report, facts) for report in reports],
     }
     recipe = f"# sha256 of the content: {plan.recipe.digest()}\n{plan.recipe.to_yaml()}"
@@ -73,6 +80,36 @@ def _layer(report: LayerReport, facts: RunFacts) -> dict[str, Any]:
     return asdict(report) | ({} if counts is None else {"coactivation": counts})
 
 
+def without_folders(command: str) -> str:
+    """A command whose absolute paths are names alone: a report is handed on, and the folders of the machine are nobody's business."""
+    return re.sub(r"(?<![\w.~-])/(?:[^/\s'\"=,:]+/)*(?=[^/\s'\"]+)", "", command)
+
+
+def base_model(path: Path) -> str:
+    """What a model card calls the checkpoint: the hub id where it lies in the hub's cache (`models--ORG--NAME/snapshots/…`)."""
+    for part in reversed(path.absolute().parts):
+        if part.startswith("models--"):
+            return "/".join(part.removeprefix("models--").split("--", 1))
+    return path.name
+
+
+def licence(path: Path) -> dict[str, str]:
+    """The licence that the checkpoint's own card names, in the fields of the hub's cards."""
+    card = path / "README.md"
+    if not card.is_file() or card.stat().st_size > CARD_BYTES:
+        return {}
+    matter = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    lines = matter[1].splitlines() if matter else []
+    found = [re.fullmatch(r"(license|license_name|license_link):\s*[\"']?([\w.:/?=#-]+)[\"']?\s*", line) for line in lines]
+    return {match[1]: match[2] for match in found if match}
+
+
+def _front(checkpoint: Checkpoint, library: str, tags: str) -> str:
+    """What stands in front of a card, for the hub."""
+    named = "".join(f"{key}: {value}\n" for key, value in licence(checkpoint.path).items())
+    return f"---\nbase_model: {base_model(checkpoint.path)}\n{named}library_name: {library}\ntags: [{tags}]\n---\n\n"
+
+
 def _inputs(plan: Plan) -> str:
     """What happens to activations as the model runs."""
     a, rotation = plan.recipe.activations, plan.recipe.rotation.online
@@ -83,7 +120,7 @@ def _inputs(plan: Plan) -> str:
 
 
 def _card(checkpoint: Checkpoint, plan: Plan) -> str:
-    base = checkpoint.path.name
+    base = base_model(checkpoint.path).rpartition("/")[2]
     w, s = plan.recipe.weights, plan.recipe.solver
     kind = plan.recipe.allocation.kind
     width = f"{w.bits} bits" if kind == "uniform" else f"widths by {kind}"
@@ -91,11 +128,11 @@ def _card(checkpoint: Checkpoint, plan: Plan) -> str:
         f"The checkpoint itself is shipped quantized ({checkpoint.shipped.scheme}) and was read as it is.\n" if checkpoint.shipped else ""
     )
     if plan.gguf:
-        return _gguf_card(base, plan)
+        return _gguf_card(checkpoint, base, plan)
     registered = "import moebit  # registers the packed format with transformers\n" if plan.recipe.format == "native" else ""
     load = f'{registered}from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("DIRECTORY")'
     return (
-        f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [moebit, quantized, moe]\n---\n\n# {base}, quantized\n\n"
+        f"{_front(checkpoint, 'transformers', 'moebit, quantized, moe')}# {base}, quantized\n\n"
         f"{base}, quantized by moebit: {s.method}, {width}, {'symmetric' if w.symmetric else 'asymmetric'}, "
         f"{'per channel' if w.group_size == -1 else f'groups of {w.group_size}'}, scope {w.scope}; "
         f"{plan.average_bits:.3f} bits per quantized weight on disk.\n{_inputs(plan)}{shipped}"
@@ -104,10 +141,10 @@ def _card(checkpoint: Checkpoint, plan: Plan) -> str:
     )
 
 
-def _gguf_card(base: str, plan: Plan) -> str:
+def _gguf_card(checkpoint: Checkpoint, base: str, plan: Plan) -> str:
     s, kinds = plan.recipe.solver, sorted(set(plan.gguf.types.values())) if plan.gguf else []
     return (
-        f"---\nbase_model: {base}\nlibrary_name: gguf\ntags: [moebit, quantized, moe, gguf]\n---\n\n# {base}, quantized\n\n"
+        f"{_front(checkpoint, 'gguf', 'moebit, quantized, moe, gguf')}# {base}, quantized\n\n"
         f"{base} as a GGUF file, quantized by moebit: {s.method}, {', '.join(kinds)}; {plan.average_bits:.3f} bits per quantized weight.\n"
         f"`recipe.yaml` is the exact recipe, `report.json` says what happened in each layer.\n\n```\nllama-server -m FILE.gguf\n```\n"
     )

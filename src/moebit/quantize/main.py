@@ -32,7 +32,7 @@ from moebit.quantize.budget import budget_changes, budget_recipe, preview
 from moebit.quantize.context import Progress
 from moebit.quantize.data import Data, Sources, Windows, calibration_set, gather
 from moebit.quantize.documents import RunFacts, documents
-from moebit.quantize.identity import check_unchanged, circumstances, identity, seen_contents
+from moebit.quantize.identity import check_unchanged, circumstances, identity, is_finished, seen_contents
 from moebit.quantize.report import Result
 from moebit.quantize.run import Work, run
 from moebit.recipe import Recipe, load_recipe
@@ -130,6 +130,8 @@ def quantize(
     if dry_run:
         check_free(out, resume=resume, overwrite=overwrite)
         return job.preview()
+    if resume and not overwrite and (finished := job.finished()):
+        return finished
     seen = job.check_before_work(resume)
     return job.run(began, seen, resume=resume, overwrite=overwrite)
 
@@ -245,6 +247,29 @@ class _Job:
             return self.plan
         return preview(self.checkpoint, self.plan, self.disk, self.data.sets, self.asking.progress)
 
+    def _identity(self) -> dict[str, Any]:
+        asking = self.asking
+        facts = identity(
+            self.checkpoint, asking.recipe, self.data, asking.bits, memory=asking.memory, seed=asking.seed, device=asking.device
+        )
+        if self.plan.gguf is None:
+            return facts
+        target = self.plan.gguf.target
+        return {**facts, "gguf_pre": target.pre, **({"shard_bytes": target.shard_bytes} if target.shard_bytes else {})}
+
+    def finished(self) -> Result | None:
+        """The output that this run would make, if it is there and whole: job scripts are run twice.
+
+        Raises:
+            BadInputError: a whole output is there that another run made.
+        """
+        asking = self.asking
+        unknown = {"profile", *(["calibration"] if self.data.sampled else [])}
+        if not is_finished(asking.out, self._identity(), asking.recipe, unknown):
+            return None
+        files = [*asking.out.glob("*.safetensors"), *asking.out.glob("*.gguf")]
+        return Result(asking.out, self.plan, self.checkpoint.size_bytes, sum(file.stat().st_size for file in files), [], 0.0, already=True)
+
     def check_before_work(self, resume: bool) -> Seen:
         """Return the content of the input; refuse a disk that is too small, files that cannot be carried, values that are not finite.
 
@@ -261,15 +286,11 @@ class _Job:
 
     def run(self, began: float, seen: Seen, *, resume: bool, overwrite: bool) -> Result:
         """Do the work and finish the output."""
-        asking = self.asking
-        facts = identity(
-            self.checkpoint, asking.recipe, self.data, asking.bits, memory=asking.memory, seed=asking.seed, device=asking.device
-        )
-        if self.plan.gguf:
-            target = self.plan.gguf.target
-            facts = {**facts, "gguf_pre": target.pre, **({"shard_bytes": target.shard_bytes} if target.shard_bytes else {})}
+        asking, facts = self.asking, self._identity()
         try:
-            directory = OutputDirectory(asking.out, {**facts, **circumstances(asking.device, seen)}, resume=resume, overwrite=overwrite)
+            directory = OutputDirectory(
+                asking.out, {**facts, **circumstances(asking.device, seen, asking.recipe)}, resume=resume, overwrite=overwrite
+            )
             with directory as output, freed_memory_kept():
                 return self._fill(output, facts, seen, began)
         except OSError as error:
@@ -298,14 +319,16 @@ class _Job:
         reports = run(work, Windows(windows, self.data.pool))
         files = self._write_gguf(output, sink, plan) or list(output.partial.glob("model-*.safetensors"))
         size = sum(file.stat().st_size for file in files)
-        told = RunFacts(asking.out.name, size, time.perf_counter() - began, asking.command, peak_resident_bytes(), coactivation)
+        told = RunFacts(
+            asking.out.name, size, time.perf_counter() - began, asking.command, peak_resident_bytes(), coactivation, self.data.texts
+        )
         written = documents(checkpoint, plan, facts, reports, told)
         check_unchanged(checkpoint, seen)
         if plan.gguf:
             output.finish_files([file.name for file in files], written)
         else:
             output.finish(checkpoint.path, sink.config(output_config(checkpoint, self.weights)), written, follow_links=asking.follow_links)
-        return Result(asking.out, plan, checkpoint.size_bytes, size, reports, time.perf_counter() - began)
+        return Result(asking.out, plan, checkpoint.size_bytes, size, reports, time.perf_counter() - began, texts=self.data.texts)
 
     def _decided(self, prepared: Prepared) -> Plan:
         """The plan with the widths or types that were chosen."""

@@ -64,6 +64,7 @@ class Result:
 
     Attributes:
         path: the output. plan: what was done. size_before, size_after: bytes of the weights. layers: what happened in each layer.
+        already: the output was there and whole, and nothing was done. texts: from which fields each text was read.
     """
 
     path: Path
@@ -72,6 +73,8 @@ class Result:
     size_after: int
     layers: list[LayerReport]
     seconds: float
+    already: bool = False
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fallbacks(self) -> int:

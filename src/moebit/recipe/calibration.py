@@ -21,9 +21,11 @@ class CalibrationSection(Section):
         as likely as the router would have sent them there (methods/soft_coverage.py).
     balance: experts with fewer than `balance k seq_len / E` tokens draw further windows for themselves (methods/balance.py); `none`, or
         the ratio. pool: there are at most so many times `samples` of those.
+    bos: `auto` puts in front of every document of text what the tokenizer puts there by itself; `none`, nothing.
+    pack: windows are cut from a text's documents one after the other; false takes the beginning of documents that are long enough.
     """
 
-    named_if_on = frozenset({"coverage"})
+    named_if_on = frozenset({"coverage", "bos", "pack"})
 
     kind: Literal["text", "ebss", "self", "self-balanced"] = "text"
     samples: int = Field(128, ge=1, le=2**24)
@@ -31,6 +33,8 @@ class CalibrationSection(Section):
     coverage: Literal["layer", "soft"] = "layer"
     balance: float | str = "none"
     pool: int = Field(4, ge=1, le=1024)
+    bos: Literal["auto", "none"] = "auto"
+    pack: bool = True
 
     text_share: float = Field(0.0, ge=0.0, lt=1.0)
     width: int = Field(4, ge=1, le=1024)
@@ -48,6 +52,12 @@ class CalibrationSection(Section):
         if balance != "none" and not number:
             raise ValueError(f"{balance!r}: a positive ratio like 2, or none")
         return float(balance) if number else balance
+
+    @model_validator(mode="after")
+    def _further_windows_are_packed(self) -> CalibrationSection:
+        if not self.pack and self.balance != "none":
+            raise ValueError("balance draws further windows of packed text; set pack: true or balance: none")
+        return self
 
     @model_validator(mode="after")
     def _only_what_the_kind_knows(self) -> CalibrationSection:

@@ -31,7 +31,16 @@ def read_text(path: str | Path, what: str = "", limit: int = DOCUMENT_BYTES) -> 
         what: put before the path in messages, such as "--plan ". limit: bytes from which on the file is refused, unread.
 
     Raises:
-        BadInputError: missing, no regular file (a pipe or a device could block or never end), too large, no UTF-8, not readable.
+        BadInputError: as `read_bytes`, and no UTF-8.
+    """
+    return as_text(read_bytes(path, what, limit), path, what)
+
+
+def read_bytes(path: str | Path, what: str = "", limit: int = DOCUMENT_BYTES) -> bytes:
+    """The content of a file. The arguments are those of `read_text`.
+
+    Raises:
+        BadInputError: missing, no regular file (a pipe or a device could block or never end), too large, not readable.
     """
     try:
         # O_NONBLOCK: to open a pipe that nobody writes to would wait for ever.
@@ -41,9 +50,17 @@ def read_text(path: str | Path, what: str = "", limit: int = DOCUMENT_BYTES) -> 
                 raise BadInputError(f"{what}{path}: no regular file, but {_kind(found.st_mode)}; give a file")
             if found.st_size > limit:
                 raise BadInputError(f"{what}{path}: {found.st_size:,} bytes, more than the {limit:,} that moebit reads of such a file")
-            raw = file.read(limit + 1)
+            return file.read(limit + 1)
     except (OSError, ValueError) as error:
         raise BadInputError(f"{what}{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def as_text(raw: bytes, path: str | Path, what: str = "") -> str:
+    """Bytes of a file as UTF-8.
+
+    Raises:
+        BadInputError: they are none.
+    """
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -6,6 +6,7 @@ On a CUDA device everything here stays there but the number of tokens of each ex
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -18,8 +19,10 @@ from moebit.errors import BadInputError
 from moebit.formats.names import EXPERTS_IMPLEMENTATION
 from moebit.formats.native import PackedSpec, unpack_matrices
 from moebit.formats.overlay import OverlaySpec
+from moebit.model.expert_gradients import experts_output
 from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots, dispatch, finish, intermediate, layout_of
 from moebit.model.inputs import InputStep
+from moebit.runtime import gradients
 from moebit.runtime.kernels import Stack
 from moebit.runtime.paths import ALWAYS, PATHS, Path, by_triton, compiled, dequantized, few_rows, packed_product, taken, why_not
 
@@ -120,10 +123,13 @@ class PackedLinear(PackedModule):
             return self.unpacked(self.dtype)
         return step.transform.value().undo(self.unpacked(torch.float32)).to(self.dtype)
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
+        """[..., out]; differentiable with respect to the input and the bias. torch.compile leaves it out of its graphs."""
+        if gradients.wanted(x, self.bias):
+            return gradients.linear(x, self.bias, self.out_features, partial(self.unpacked, x.dtype))
         rows = x.numel() // self.in_features
-        differentiable = x.requires_grad and torch.is_grad_enabled()  # with respect to the input; packed weights have no gradient
-        if differentiable or not 0 < rows <= self.few_rows(0, x.dtype):
+        if not 0 < rows <= self.few_rows(0, x.dtype):
             return nn.functional.linear(x, self.unpacked(x.dtype), self.bias)
         y = torch.empty(rows, self.out_features, device=x.device)
         packed_product(self.path, self.stack(), x.reshape(rows, -1), [0], [0, rows], torch.arange(rows, device=x.device), y)
@@ -214,15 +220,33 @@ def pack_experts(module: Any, path: str, specs: dict[str, PackedSpec], overlays:
     module._is_hf_initialized = True  # transformers would look for the weights that are gone, to initialise them
 
 
-@torch.no_grad()
+@torch.compiler.disable
 def packed_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The experts' output [T, H]: those with few tokens in one call, the others' weights dequantized one at a time.
+    """The experts' output [T, H], differentiable with respect to everything but packed weights, which have no gradient.
 
-    Experts that a recipe left in full precision take the latter way with the weights they have. Packed weights have no gradient.
+    Experts that a recipe left in full precision run with the weights they have. torch.compile leaves all of it out of its graphs.
     """
     packed = hasattr(module, "moebit_layout")
     layout: ExpertsLayout = module.moebit_layout if packed else layout_of(module, type(module).__name__)
     slots = dispatch(top_k_index, top_k_weights, layout.experts)
+    if not gradients.wanted(hidden_states, top_k_weights, *module.parameters()):
+        with torch.no_grad():
+            return _forward_only(module, layout, hidden_states, slots, packed)
+    if packed:
+        return _differentiable(module, layout, hidden_states, slots)
+    weights = _all_as_they_are(module, layout, hidden_states.dtype)
+    answers = experts_output(module, hidden_states[slots.tokens], slots.affinity, weights, slots.bounds)
+    return torch.zeros_like(hidden_states, dtype=torch.float32).index_add(0, slots.tokens, answers.float()).to(hidden_states.dtype)
+
+
+def _differentiable(module: Any, layout: ExpertsLayout, x_TH: Tensor, slots: Slots) -> Tensor:
+    biases = (getattr(module, f"{layout.first}_bias"), module.down_proj_bias) if layout.bias else (None, None)
+    first_of, down_of = (partial(made, module, layout, dtype=x_TH.dtype) for made in (_first, _down))
+    return gradients.experts_output(module, x_TH, slots, biases, first_of, down_of).to(x_TH.dtype)
+
+
+def _forward_only(module: Any, layout: ExpertsLayout, hidden_states: Tensor, slots: Slots, packed: bool) -> Tensor:
+    """Experts with few tokens in one call, the others' weights dequantized one at a time."""
     output = hidden_states.new_zeros(hidden_states.shape, dtype=torch.float32)
     counts = [high - low for low, high in zip(slots.bounds, slots.bounds[1:], strict=False)]
     used = [e for e, count in enumerate(counts) if count]
@@ -322,6 +346,13 @@ def _as_they_are(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype)
     return ExpertWeights(first, down, *_biases(module, layout, e), e)
 
 
+def _all_as_they_are(module: Any, layout: ExpertsLayout, dtype: torch.dtype) -> ExpertWeights:
+    first, down = (layout.stacked(getattr(module, leaf)).to(dtype) for leaf in (layout.first, "down_proj"))
+    if not layout.bias:
+        return ExpertWeights(first, down)
+    return ExpertWeights(first, down, getattr(module, f"{layout.first}_bias").to(dtype), module.down_proj_bias.to(dtype))
+
+
 def _biases(module: Any, layout: ExpertsLayout, e: int) -> tuple[Tensor | None, Tensor | None]:
     if not layout.bias:
         return None, None
@@ -329,16 +360,29 @@ def _biases(module: Any, layout: ExpertsLayout, e: int) -> tuple[Tensor | None, 
 
 
 def _dequantized(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype) -> ExpertWeights:
-    down = module.down_proj.unpacked(e, e + 1, dtype)
-    first = down.new_empty(1, layout.intermediate * (2 if layout.gated else 1), layout.hidden)
+    first, down = _first(module, layout, e, dtype), _down(module, layout, e, dtype)
+    return ExpertWeights(first.unsqueeze(0), down.unsqueeze(0), *_biases(module, layout, e), e)
+
+
+def _first(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype) -> Tensor:
+    """[2I or I, H] of expert e, dequantized, with the channels that stand in for some of its own."""
+    rows = layout.intermediate * (2 if layout.gated else 1)
+    first = torch.empty(rows, layout.hidden, dtype=dtype, device=module.down_proj.codes.device)
     for projection in layout.projections[:-1]:
-        getattr(module, projection).unpack_into(e, first[0], layout.rows(projection))
-    for projection in layout.projections:
+        getattr(module, projection).unpack_into(e, first, layout.rows(projection))
         found = _channels_of(module, projection, e, dtype)
         if found is not None:
-            target = down[0].T if projection == "down_proj" else first[0, layout.rows(projection)]
-            target[found[0]] = found[1]
-    return ExpertWeights(first, down, *_biases(module, layout, e), e)
+            first[layout.rows(projection)][found[0]] = found[1]
+    return first
+
+
+def _down(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype) -> Tensor:
+    """[H, I] of expert e, dequantized, with the channels that stand in for some of its own."""
+    down: Tensor = module.down_proj.unpacked(e, e + 1, dtype)[0]
+    found = _channels_of(module, "down_proj", e, dtype)
+    if found is not None:
+        down.T[found[0]] = found[1]
+    return down
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, packed_experts_forward)

@@ -31,11 +31,11 @@ if EXPERTS_IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
 
 
 def _names_in(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Stored module names -> those in this model: the same, or without the wrapper that the checkpoint has around it."""
-    from moebit.storage.conversion import INSIDE
+    """Stored module names -> those in this model: the same, or without the wrapper or the model with a head that the checkpoint has."""
+    from moebit.formats.class_names import in_every_class
 
     known = {name for name, _ in model.named_modules()}
-    return {name: name if name in known else ".".join(part for part in name.split(".") if part != INSIDE) for name in names}
+    return {name: next((each for each in in_every_class(name) if each in known), name) for name in names}
 
 
 @register_quantization_config(METHOD)
@@ -64,10 +64,14 @@ class MoebitQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """A native output names its tensors as the module does; the language model of a wrapper may also be loaded by itself."""
         from moebit.formats.native import packed_specs
-        from moebit.storage.conversion import without_wrapper
+        from moebit.storage.conversion import INSIDE, without_wrapper
 
         names = _names_in(model, packed_specs(self.quantization_config.to_dict()))
-        return [without_wrapper()] if any(stored != name for stored, name in names.items()) else []
+        return (
+            [without_wrapper()]
+            if any(INSIDE in stored.split(".") and INSIDE not in name.split(".") for stored, name in names.items())
+            else []
+        )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         from moebit.formats.inputs_config import read_activations

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def resolve(model: str | Path, revision: str | None = None, *, follow_links: boo
             snapshot_download(
                 str(model),
                 revision=revision,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"],
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "README.md"],
                 ignore_patterns=["*/*"],  # further copies of the weights in other forms
             )
         )
@@ -58,6 +59,7 @@ class Checkpoint:
     Attributes:
         entries: the tensors as they are stored. shipped: how, where the authors stored them quantized.
         beside: further safetensors files that belong to the model and hold no weights of it.
+        left_over: names of safetensors files that are no part of the model -> how many tensors they hold (storage/left_over.py).
     """
 
     path: Path
@@ -67,6 +69,7 @@ class Checkpoint:
     entries: dict[str, TensorEntry]
     shipped: Shipped | None = None
     beside: tuple[Path, ...] = ()
+    left_over: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:

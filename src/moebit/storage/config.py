@@ -5,11 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from moebit.errors import BadInputError
 from moebit.recipe.reading import read_object
 from moebit.storage.documents import check_config
+
+# Types that transformers does not know, each -> the type whose class computes the same from the same tensors. The code that such a
+# checkpoint names in `auto_map` is a copy of that class; moebit runs none of it.
+ALIASES = {
+    "kimi_k2": "deepseek_v3",  # Moonshot AI: modeling_deepseek.py, DeepseekV3ForCausalLM
+}
+
+
+def known_type(raw: dict[str, Any]) -> str | None:
+    """The type under which transformers is to read a configuration whose own it does not know; None where it needs none."""
+    kind = raw.get("model_type")
+    return ALIASES.get(kind) if isinstance(kind, str) and kind not in CONFIG_MAPPING else None
+
+
+def portable_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """config.json for a directory without a checkpoint's code: a type that transformers knows, and no `auto_map` to look for code."""
+    kind = known_type(raw)
+    kept = {key: value for key, value in raw.items() if key != "auto_map"}
+    return {**kept, "model_type": kind} if kind else kept
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -31,6 +50,9 @@ def load_config(path: Path) -> Any:
     """
     raw = read_config(path)
     try:
+        kind = known_type(raw)
+        if kind:
+            return CONFIG_MAPPING[kind].from_dict(portable_config(raw))
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise BadInputError(

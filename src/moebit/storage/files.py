@@ -44,6 +44,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 PIECE_BYTES = 64 * 2**20  # of a tensor that is read, looked at or copied at a time
 # 8-bit floats that are no finite numbers: code & mask == value
 NOT_FINITE = {torch.float8_e4m3fn: (0x7F, 0x7F), torch.float8_e5m2: (0x7C, 0x7C), torch.float8_e8m0fnu: (0xFF, 0xFF)}
@@ -175,14 +176,16 @@ def _entry(file: Path, size: int, data: int, name: str, dtype: str, shape: tuple
 
 
 def read_index(directory: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a checkpoint directory, from its index file or its single file.
+    """Every tensor of a checkpoint directory that transformers loads: those of `model.safetensors`, else those that the index names.
+
+    An index that names `model.safetensors` itself is taken at its word.
 
     Raises:
         BadInputError: no safetensors, a damaged index, a shard missing or truncated, a tensor of the index not in its shard.
     """
-    index = directory / INDEX
-    if index.exists():
-        weight_map = _weight_map(index)
+    index, single = directory / INDEX, directory / SINGLE
+    weight_map = _weight_map(index) if index.exists() else {}
+    if index.exists() and (SINGLE in weight_map.values() or not single.exists()):
         shards: dict[str, dict[str, TensorEntry]] = {}
         for shard in sorted(set(weight_map.values())):
             if not (directory / shard).exists():
@@ -198,9 +201,9 @@ def read_index(directory: Path) -> dict[str, TensorEntry]:
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise BadInputError(f"{directory}: no safetensors files here; moebit reads Hugging Face checkpoints in safetensors form")
-    if len(files) > 1 and not (directory / "model.safetensors").exists():
+    if len(files) > 1 and not single.exists():
         raise BadInputError(f"{directory}: {len(files)} safetensors files but no {INDEX}; add the index file")
-    return read_header(directory / "model.safetensors" if len(files) > 1 else files[0])
+    return read_header(single if len(files) > 1 else files[0])
 
 
 def index_text(files: Mapping[str, Mapping[str, int]]) -> str:

@@ -6,7 +6,9 @@ The rounding is simulated: its result is a floating-point tensor that holds grid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +30,29 @@ class Rounding:
     float8: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
+        """[..., N], rounded. Gradients pass as if nothing were rounded (straight through): those of the steps are zero."""
+        if x.requires_grad and torch.is_grad_enabled():
+            passed: Tensor = _StraightThrough.apply(x, self.rounded)  # type: ignore[no-untyped-call]
+            return passed
+        return self.rounded(x)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """[..., N], rounded, without a gradient that is of use."""
         if self.float8:
             return round_rows_to_float8(x)
         return round_rows(x, self.bits, symmetric=self.symmetric, clip=self.clip)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """A step whose gradient is that of doing nothing (Bengio, Leonard & Courville 2013, arXiv:1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Callable[[Tensor], Tensor]) -> Tensor:
+        return step(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 def round_rows(x: Tensor, bits: int, *, symmetric: bool, clip: float = 1.0) -> Tensor:

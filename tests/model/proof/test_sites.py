@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from moebit.model.proof.rehearsal import Rehearsal, difference
 from moebit.model.proof.sites import TOLERANCE, find_scales
 from moebit.model.structure import find_structure
 from moebit.storage.edits import Scale
+from tests.support.architectures import TINY
+from tests.support.in_full import build
 from tests.support.models import ARCHITECTURES, Checkpoints
 
 # architecture -> (layer, norms with (readers, experts read it, offset, bias), pairs, down against up)
@@ -64,6 +68,30 @@ def test_places_for_scales(name: str, checkpoints: Checkpoints) -> None:
     assert found == norms
     assert {(p.first.removeprefix(prefix), p.second.removeprefix(prefix)) for p in scales.pairs} == pairs
     assert scales.experts is experts
+
+
+INDEXED = ("deepseek_v32", "glm_moe_dsa")
+
+
+@pytest.mark.parametrize("name", [INDEXED[0], pytest.param(INDEXED[1], marks=pytest.mark.slow)])
+def test_indexers_read_norms_without_gradients(name: str, tmp_path: Path) -> None:
+    """What selects tokens runs under no_grad; it reads the norm in front of attention and the latent queries like any other linear."""
+    checkpoint = open_checkpoint(build(TINY[name], tmp_path / "source"))
+    scales = find_scales(checkpoint, find_structure(checkpoint.model))[0]
+    readers = {site.norm.rpartition(".")[2]: {r.rpartition("self_attn.")[2] for r in site.readers} for site in scales.norms}
+    assert {"q_a_proj", "kv_a_proj_with_mqa", "indexer.wk", "indexer.weights_proj"} <= readers["input_layernorm"]
+    assert {"q_b_proj", "indexer.wq_b"} <= readers["q_a_layernorm"]
+    assert not any("k_norm" in site.norm for site in scales.norms)
+
+
+def test_values_behind_a_norm_are_not_scaled(tmp_path: Path) -> None:
+    """Gemma 4 norms the values of every head, and heads of two sizes alternate: what can be scaled elsewhere is."""
+    checkpoint = open_checkpoint(build(TINY["gemma4_text"], tmp_path / "source"))
+    layers = find_scales(checkpoint, find_structure(checkpoint.model))
+    for layer in layers:
+        assert layer.norms
+        assert not any(pair.attention for pair in layer.pairs)
+        assert any("mlp.down_proj" in pair.second for pair in layer.pairs)
 
 
 def test_values_are_shared_by_the_heads_of_a_group(checkpoints: Checkpoints) -> None:

@@ -44,11 +44,21 @@ def _show_formats(result: dict[str, Any]) -> None:
         show_engines(quantized["engines"])
     if result["shipped"]:
         say(f"shipped quantized: {result['shipped']['scheme']}, read as {result['shipped']['read_as']}")
+    show_reading(result)
     if result["not_in_model"]:
         say(
             f"{len(result['not_in_model'])} stored tensors ({size(result['not_in_model_bytes'])}) that {result['architecture']} does not "
             f"use (multi-token prediction layers are like this) are kept byte for byte, first {result['not_in_model'][0]}"
         )
+
+
+def show_reading(result: dict[str, Any]) -> None:
+    """Under which type a checkpoint is read, and which of its files are not, where there is anything to say."""
+    if known := result.get("read_as"):
+        say(f"model type {known['model_type']}, which transformers does not know, is read as {known['as']}")
+    if files := result.get("left_over"):
+        told = ", ".join(f"{name} ({count} tensors)" if count else f"{name} (unreadable)" for name, count in files.items())
+        say(warning("not read"), f", as transformers does not read it: {told}")
 
 
 def show_activations(said: dict[str, Any]) -> None:

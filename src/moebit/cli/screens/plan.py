@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from moebit.cli.screens.model import show_activations, show_engines
+from moebit.cli.screens.model import show_activations, show_engines, show_reading
 from moebit.cli.terminal import row, say, show, table, warning
 from moebit.words import duration, plain, size
 
@@ -62,7 +62,8 @@ def _show_gguf(found: dict[str, Any]) -> None:
 
 
 def _show_kept(plan: dict[str, Any]) -> None:
-    """What is not quantized, and why."""
+    """What is not quantized, or not even read, and why."""
+    show_reading(plan)
     if reasons := Counter(plan["kept"].values()):
         say("kept in full precision: ", ", ".join(f"{count} x {reason}" for reason, count in reasons.items()))
     if stored := plan["kept_as_stored"]:

@@ -9,9 +9,14 @@ from moebit.words import duration, size
 
 
 def show_result(result: Any, *, text_given: bool) -> None:
+    if result.already:
+        say(f"done already: {result.path} is whole and was made with these very settings")
+        return
     section = result.plan.recipe.calibration
     if text_given and section.kind != "text" and not section.text_share:
         say(f"calibrated on the given text; without --text this recipe samples its own ({section.kind})")
+    for name, read_as in result.texts.items():
+        say(f"text {name}: read as {read_as}")
     facts = table(result.path, "")
     smaller = result.size_before / result.size_after
     row(facts, "size", f"{size(result.size_before)} -> {size(result.size_after)} ({smaller:.2f}x smaller)")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from moebit.model.capture import Call, observed
 from moebit.model.proof.passage import Passage
@@ -40,6 +41,16 @@ SUMS = SAME | {
 SUMS |= {"IndexAdd", "IndexPut", "CopySlices", "Neg", "Unbind", "Stack", "Where", "MaskedFill", "Repeat"}
 PRODUCTS = {"Mm", "Bmm", "Addmm", "Baddbmm", "Dot", "Mv"}
 SOFTMAX = {"Softmax", "SafeSoftmax"}
+
+
+class Followed(TorchFunctionMode):
+    """Gradients stay on inside: parts of models switch them off for themselves (indexers that select tokens), and read a norm no less."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled:  # what switches them is no computation, and has to have its way when the block ends
+            return func(*args, **(kwargs or {}))
+        with torch.enable_grad():
+            return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -148,6 +159,7 @@ def find_flow(rehearsal: Rehearsal, passage: Passage, index: int) -> LayerFlow:
         stack.enter_context(observed({f"{sites.name}.{name}": module for name, module in weighted.items()}, on_call, outputs=True))
         stack.enter_context(experts_handler(on_experts))
         stack.enter_context(InDouble())
+        stack.enter_context(Followed())
         stack.enter_context(torch.enable_grad())
         root = _leaf(passage.hidden.clone())
         out = passage.call(index).run(layer, root)
@@ -163,8 +175,9 @@ def _leaf(tensor: Tensor) -> Tensor:
 def _flow(
     name: str, root: Tensor, out: Tensor, called: list[_Called], routed: list[tuple[Tensor, Tensor]], experts: str | None
 ) -> LayerFlow:
-    norm_of = {call.out.grad_fn: call for call in called if call.out is not None and call.alone and _is_norm(call)}
-    linear_of = {call.out.grad_fn: call for call in called if call.out is not None and isinstance(call.module, nn.Linear)}
+    followed = [(call.out.grad_fn, call) for call in called if call.out is not None and call.out.grad_fn is not None]
+    norm_of = {node: call for node, call in followed if call.alone and _is_norm(call)}
+    linear_of = {node: call for node, call in followed if isinstance(call.module, nn.Linear)}
     routed_of = {result.grad_fn: result for _, result in routed}
     ends = {*norm_of, *linear_of, *routed_of, root.grad_fn}
     reached = _walk(out.grad_fn, ends, SUMS)[0]

@@ -188,13 +188,12 @@ def _scales_of(rehearsal: Rehearsal, passage: Passage, index: int) -> LayerScale
             norms.append(site)
         else:
             skipped[site.norm] = "something beside linears reads this norm"
-    for pair in plain_pairs(rehearsal, flow):
-        if keeps(scale_pair(pair, _random_rows(pair))):
+    heads = [site.as_pair() for site in find_heads(rehearsal, passage, index, flow)]
+    for pair in (*plain_pairs(rehearsal, flow), *heads):
+        if keeps(scale_pair(pair, _random_rows(pair))):  # values behind a norm can be rotated, which is proved already, but not scaled
             pairs.append(pair)
-    heads = find_heads(rehearsal, passage, index, flow)
-    pairs += [site.as_pair() for site in heads]
     for output, _ in flow.attention:
-        if all(site.output != output for site in heads):
+        if all(pair.second != output for pair in pairs):
             skipped[output] = "no linear's output reaches it through attention channel by channel"
     sites = rehearsal.structure.layers[index]
     linear = False
@@ -270,9 +269,9 @@ def _head_candidates(rehearsal: Rehearsal, flow: LayerFlow, output: str) -> Iter
 def _head_sizes(rehearsal: Rehearsal, attention: str, width: int) -> list[int]:
     """What may be the size of a head's values, by the attention module's and the configuration's own numbers."""
     module, config = rehearsal.model.get_submodule(attention), rehearsal.model.config.get_text_config()
-    numbers = [getattr(owner, key, None) for owner in (module, config) for key in ("v_head_dim", "head_dim")]
-    heads = getattr(config, "num_attention_heads", None)
-    numbers += [width // heads] if heads else []
+    owners = [module, *(config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config])]
+    numbers = [getattr(owner, key, None) for owner in owners for key in ("v_head_dim", "head_dim")]
+    numbers += [width // heads for owner in owners[1:] if (heads := getattr(owner, "num_attention_heads", None))]
     return list(dict.fromkeys(n for n in numbers if isinstance(n, int) and n > 1 and width % n == 0))
 
 
