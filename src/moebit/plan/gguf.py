@@ -83,7 +83,7 @@ class GgufChooser:
 
     def _wanted(self, name: str) -> str:
         for override in self.recipe.weights.overrides:
-            if override.matches(name):
+            if override.type and override.matches(name):
                 self.used.add(override.match)
                 return override.type
         return self.mixture.type_of(name)

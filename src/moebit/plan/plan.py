@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moebit.errors import BadInputError
+from moebit.formats.awq import AwqSink
 from moebit.formats.engines import ANY, Verdict, check_engine, verdicts
 from moebit.formats.gguf.sink import GgufSink
 from moebit.formats.gguf.target import GgufPlan, GgufTarget
+from moebit.formats.gptq import GptqSink
 from moebit.formats.inputs_config import describe_activations
+from moebit.formats.mlx import MlxSink
 from moebit.formats.native import PackedSpec
 from moebit.formats.sink import SINKS as PLAIN_SINKS
 from moebit.formats.sink import Sink
@@ -22,6 +26,7 @@ from moebit.model.structure import LayerSites, MoESite, Structure
 from moebit.plan.bitplan import BitPlan
 from moebit.plan.estimate import budget, output_size, seconds, stored_dtype
 from moebit.plan.gguf import GgufChooser
+from moebit.plan.grids import Grid, GridChooser
 from moebit.plan.inputs import ActivationPlan, plan_activations
 from moebit.plan.transforms import NO_TRANSFORMS, Transforms
 from moebit.recipe import Recipe
@@ -29,7 +34,7 @@ from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.budget import Budget
 from moebit.tensor.grids.ggml import GRIDS
 
-SINKS: dict[str, type[Sink]] = {**PLAIN_SINKS, "gguf": GgufSink}
+SINKS: dict[str, type[Sink]] = {**PLAIN_SINKS, "gguf": GgufSink, "gptq": GptqSink, "awq": AwqSink, "mlx": MlxSink}
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Plan:
         routers: where the recipe works on routers: by layer, why this one cannot be aligned or realigned; None where it can.
         inputs: which inputs are rounded and transformed as the output runs.
         gguf: the types of a GGUF file's tensors, where that is what is written.
+        group_sizes: module -> the group size that it has where the recipe's does not divide its rows; -1 is the whole row.
     """
 
     recipe: Recipe
@@ -65,6 +71,7 @@ class Plan:
     routers: Mapping[int, str | None] = field(default_factory=dict)
     inputs: ActivationPlan = field(default_factory=ActivationPlan)
     gguf: GgufPlan | None = None
+    group_sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def activations(self) -> Activations:
@@ -112,6 +119,7 @@ class Plan:
             "experts_per_chunk": self.chunk,
             "engines": {name: verdict.describe() for name, verdict in self.engines.items()},
             **({"gguf": self.gguf.describe()} if self.gguf else {}),
+            **({"other_group_sizes": dict(self.group_sizes)} if self.group_sizes else {}),
             **({"transforms": self.transforms.describe()} if self.transforms else {}),
             **({"routers": self._describe_routers()} if self.routers else {}),
             **({"activations": self._describe_inputs()} if self.recipe.activations.rounded or self.activations else {}),
@@ -151,8 +159,10 @@ def make_plan(
     """
     sink, coverage = SINKS[recipe.format], expert_reach(checkpoint, structure)
     types = GgufChooser.of(checkpoint, structure, recipe, target) if target else None
-    choice = _Chooser(checkpoint, recipe, bits or BitPlan(), sink, types).choose(structure)
+    grids = GridChooser(recipe)
+    choice = _Chooser(checkpoint, recipe, bits or BitPlan(), sink, grids, types).choose(structure)
     choice.check(bits or BitPlan(), recipe)
+    grids.check(next(iter(choice.modules)))
     gguf = types.plan() if types else None
     modules, merged = choice.modules, tuple(checkpoint.weights.merged())
     sink.check(checkpoint.weights, modules)
@@ -175,6 +185,7 @@ def make_plan(
         _routers(checkpoint, structure) if recipe.router.active else {},
         inputs,
         gguf,
+        grids.instead,
     )
 
 
@@ -205,7 +216,8 @@ class _Choice:
                 f"(names look like {next(iter(self.linears or self.experts))!r})"
             )
         if not self.linears and not self.experts:
-            raise BadInputError("this recipe quantizes nothing in this model: everything is ignored")
+            (why, _), *_ = Counter(self.kept.values()).most_common(1) or [("everything is ignored", 0)]
+            raise BadInputError(f"this recipe quantizes nothing in this model: {why}")
 
 
 @dataclass(frozen=True)
@@ -216,6 +228,7 @@ class _Chooser:
     recipe: Recipe
     bits: BitPlan
     sink: type[Sink]
+    grids: GridChooser
     types: GgufChooser | None = None
 
     def choose(self, structure: Structure) -> _Choice:
@@ -240,8 +253,11 @@ class _Chooser:
         if kinds is None:
             return
         module: Any = self.checkpoint.model.get_submodule(name)
-        widths, shape = self.bits.width(name, self.recipe.weights.bits), (int(module.out_features), int(module.in_features))
-        choice.linears[name] = self._spec(name, f"{name}.weight", shape, widths, kinds.get(f"{name}.weight", ""), stacked=False)
+        shape = (int(module.out_features), int(module.in_features))
+        grid = self._grid(choice, name, [shape])
+        if grid:
+            widths = self.bits.width(name, grid.bits)
+            choice.linears[name] = self._spec(grid, f"{name}.weight", shape, widths, kinds.get(f"{name}.weight", ""), stacked=False)
 
     def _experts(self, choice: _Choice, layer: LayerSites, moe: MoESite) -> None:
         name, layout = f"{layer.name}.{moe.experts}", moe.layout
@@ -250,12 +266,15 @@ class _Chooser:
         kinds = self._kinds(choice, name, [f"{name}.{layout.first}", f"{name}.down_proj"])
         if kinds is None:
             return
+        grid = self._grid(choice, name, [layout.features(p) for p in layout.projections])
+        if grid is None:
+            return
         choice.experts[name] = {
             p: self._spec(
-                f"{name}.{p}",
+                grid,
                 f"{name}.{p if p == 'down_proj' else layout.first}",
                 layout.features(p),
-                self.bits.widths(name, p, layout.experts, self.recipe.weights.bits),
+                self.bits.widths(name, p, layout.experts, grid.bits),
                 kinds.get(f"{name}.{p if p == 'down_proj' else layout.first}", ""),
                 stacked=True,
             )
@@ -278,25 +297,29 @@ class _Chooser:
             choice.kept[name] = f"ignored ({pattern})"
         return pattern is not None
 
-    def _spec(self, name: str, parameter: str, shape: tuple[int, int], bits: tuple[int, ...], ggml: str, *, stacked: bool) -> PackedSpec:
+    def _grid(self, choice: _Choice, name: str, shapes: list[tuple[int, int]]) -> Grid | None:
+        """The module's grid; None where it is kept, or where a GGUF file says the types."""
+        if self.types is not None:
+            return Grid(self.recipe.weights.bits, self.recipe.weights.group_size)
+        found = self.grids.choose(name, shapes)
+        if isinstance(found, str):
+            choice.kept[name] = found
+            return None
+        return found
+
+    def _spec(self, grid: Grid, parameter: str, shape: tuple[int, int], bits: tuple[int, ...], ggml: str, *, stacked: bool) -> PackedSpec:
         """How a stack of matrices is stored.
 
         Args:
-            name: for messages. parameter: whose type the scales get. ggml: block type in a GGUF file.
+            parameter: whose type the scales get. ggml: block type in a GGUF file.
         """
-        w = self.recipe.weights
+        dtype = stored_dtype(self.checkpoint, parameter)
         if ggml:
-            kind, dtype = GRIDS[ggml], stored_dtype(self.checkpoint, parameter)
-            return PackedSpec((kind.bits,) * len(bits), shape, kind.group, w.symmetric, dtype, stacked, ggml=ggml)
-        if w.group_size != -1 and shape[1] % w.group_size:
-            fitting = [str(size) for size in (32, 64, 128, -1) if size == -1 or shape[1] % size == 0]
-            raise BadInputError(
-                f"{name}: group size {w.group_size} does not divide its {shape[1]} input channels; "
-                f"set weights.group_size to one of {', '.join(fitting)}, "
-                "or keep this module in full precision with weights.ignore"
-            )
-        dtype, input_bits = stored_dtype(self.checkpoint, parameter), self.sink.input_bits(self.recipe.activations.bits)
-        return PackedSpec(bits, shape, w.group_size, w.symmetric, dtype, stacked, w.type == "fp8", input_bits)
+            kind = GRIDS[ggml]
+            return PackedSpec((kind.bits,) * len(bits), shape, kind.group, self.recipe.weights.symmetric, dtype, stacked, ggml=ggml)
+        spec = self.grids.spec(grid, shape, bits, self.sink.scale_dtype(dtype), stacked=stacked)
+        input_bits = self.sink.input_bits(self.recipe.activations.bits)
+        return replace(spec, input_bits=input_bits, input_float8=input_bits == 8 and self.recipe.input_float8)
 
 
 def _routers(checkpoint: Checkpoint, structure: Structure) -> dict[int, str | None]:
