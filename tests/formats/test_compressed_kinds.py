@@ -194,11 +194,12 @@ def test_planted_errors_are_noticed(name: str, planted: str, outputs: dict[str, 
 
 
 def test_logits_of_mxfp4_in_transformers(outputs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """In bfloat16, the type in which transformers dequantizes it."""
     checkpoint, output = outputs["mxfp4"]
-    logits, errors = plain_transformers(tmp_path, {"mxfp4": (output, "float32")})
+    logits, errors = plain_transformers(tmp_path, {"mxfp4": (output, "bfloat16")})
     assert not errors
-    wanted = reference_logits(checkpoint, output, tmp_path, torch.float32)
-    assert float((logits["mxfp4"] - wanted).norm() / wanted.norm()) < 1e-5
+    wanted = reference_logits(checkpoint, output, tmp_path, torch.bfloat16)
+    assert float((logits["mxfp4"] - wanted).norm() / wanted.norm()) < 0.02
 
 
 # --- what engines make of it, and recipes

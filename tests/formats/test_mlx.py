@@ -31,7 +31,7 @@ needs_mlx = pytest.mark.skipif(not MLX, reason="no mlx-lm: set MOEBIT_MLX_PYTHON
 LEVELS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "symmetric": ("olmoe", {"weights": {"bits": 4, "group_size": 32}}),
-    "asymmetric": ("qwen3_moe", {"weights": {"bits": 3, "group_size": 32, "symmetric": False}}),
+    "asymmetric": ("olmoe", {"weights": {"bits": 3, "group_size": 32, "symmetric": False}}),
     "overrides": ("mixtral", {"weights": {"bits": 5, "group_size": 32, "overrides": [{"match": "*.layers.1.*.experts", "bits": 2}]}}),
     "mxfp4": ("olmoe", {"weights": {"type": "mxfp4"}}),
     "nvfp4": ("qwen2_moe", {"weights": {"type": "nvfp4"}}),

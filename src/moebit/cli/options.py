@@ -88,14 +88,18 @@ SettingsOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one value of the recipe; repeat for several.")
 ]
 LinksOption = Annotated[bool, typer.Option("--follow-links", help="Read files of the checkpoint that are links out of its folder, too.")]
-FormatOption = Annotated[str | None, typer.Option("--format", help="native, compressed-tensors, dense or gguf, instead of the recipe's.")]
+FormatOption = Annotated[
+    str | None, typer.Option("--format", help="native, compressed-tensors, gptq, awq, mlx, gguf or dense, instead of the recipe's.")
+]
 LlamaOption = Annotated[
     Path | None, typer.Option("--llama-cpp", metavar="DIR", help="A clone of llama.cpp, instead of the extra `gguf`'s converter.")
 ]
 GgufPreOption = Annotated[
     str | None, typer.Option("--gguf-pre", metavar="NAME", help="The pre-tokenizer, where llama.cpp does not recognise the tokenizer.")
 ]
-EngineOption = Annotated[str, typer.Option("--engine", help="What has to run the output: transformers, vllm, llama.cpp or any.")]
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="What has to run the output: transformers, vllm, sglang, llama.cpp, mlx, gptqmodel or any.")
+]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON ('-' for standard output).", callback=_json_file)
 ]

@@ -65,7 +65,7 @@ def verdicts(
     """What each engine makes of an output.
 
     Args:
-        output_format: native, compressed-tensors or dense. modules: what is quantized, {"": spec} or {projection: spec}.
+        output_format: of a recipe. modules: what is quantized, {"": spec} or {projection: spec}.
         merged: parameters that transformers puts together from stored tensors (`HubWeights.merged`).
         activations: what happens to inputs in the native format.
     """

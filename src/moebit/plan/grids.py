@@ -55,6 +55,8 @@ class GridChooser:
         bits = override.bits if override and override.bits else wanted.bits
         size = override.group_size if override and override.group_size else wanted.group_size
         rows = [inputs for _, inputs in shapes]
+        if wanted.type == "nvfp4" and self.recipe.format == "mlx" and len(shapes) == 1:
+            return "mlx-lm has no place for the scale of the whole matrix of an NVFP4 linear, only of experts"
         if wanted.type in BLOCK_TYPES:
             reason = self._misfit(rows, [out for out, _ in shapes])
             return reason or Grid(bits, size)
