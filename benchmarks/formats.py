@@ -2,12 +2,12 @@
 
     make formats        (or: .venv/bin/python -m benchmarks.formats [ARCHITECTURE ...])
 
-Every architecture of tests/support/models.py, tiny and random, is quantized into every format. What transformers is said to run is
-run, packed
-formats of others in a process without moebit, and compared with the original architecture holding the weights that the compressed-tensors
-library (or the naive reader of tests/support/outputs.py) finds in the files. vLLM's column is what moebit's rules say;
-what of it was executed is
-in vllm-cpu.md. The command fails when something that is said to run does not, or computes something else.
+Every architecture of tests/support/models.py, tiny and random, is quantized into every format. What transformers is said to run is run,
+packed formats of others in a process without moebit, and compared with the original architecture holding the weights that the
+compressed-tensors library (or the naive reader of tests/support/outputs.py) finds in the files. What is decoded by others' code, or
+by a reader written from the description of the format (GPTQ, AWQ, MLX), is compared with the original, matrix by matrix. The columns
+of vLLM and SGLang are what moebit's rules say; what of vLLM's was executed is in vllm-cpu.md. The command fails when something that
+is said to run does not, or computes something else, or when a decoded matrix is further from the original than the grid allows.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import moebit
-from tests.formats.library import plain_transformers, reference_logits
+from tests.formats.library import by_the_library, plain_transformers, reference_logits
+from tests.formats.older import as_checkpoint
+from tests.formats.test_mlx import everything
+from tests.formats.test_mlx import original as original_weights
 from tests.support.models import ARCHITECTURES, Architecture, quiet, random_model, save, windows
-from tests.support.outputs import with_weights
+from tests.support.outputs import read_config, stored_tensors, with_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "formats.md"
@@ -54,7 +57,23 @@ FORMATS: dict[str, dict[str, Any]] = {
         "activations": {"bits": 8, "symmetric": True},
         "format": "compressed-tensors",
     },
+    "compressed-tensors, 4 bits, zero points": {
+        "weights": {"bits": 4, "group_size": 32, "symmetric": False},
+        "format": "compressed-tensors",
+    },
+    "compressed-tensors, NVFP4": {"weights": {"type": "nvfp4"}, "format": "compressed-tensors"},
+    "compressed-tensors, MXFP4": {"weights": {"type": "mxfp4"}, "format": "compressed-tensors"},
+    "compressed-tensors, FP8 blocks": {
+        "weights": {"type": "fp8-block"},
+        "activations": {"bits": 8, "symmetric": True},
+        "format": "compressed-tensors",
+    },
+    "gptq, 4 bits": {"weights": {"bits": 4, "group_size": 32}, "format": "gptq"},
+    "awq, 4 bits": {"weights": {"bits": 4, "group_size": 32, "symmetric": False}, "format": "awq"},
+    "mlx, 4 bits": {"weights": {"bits": 4, "group_size": 32}, "format": "mlx"},
 }
+TYPES = {"compressed-tensors, MXFP4": torch.bfloat16}  # the type in which transformers dequantizes it, where that is not the model's
+LARGEST_ERROR = {2: 0.8, 3: 0.3, 4: 0.25, 8: 0.05}  # of a decoded matrix, by bits, relative to its norm; exchanged experts are at 1.4
 
 
 @dataclass
@@ -63,6 +82,8 @@ class Row:
     format: str
     transformers: str
     vllm: str
+    sglang: str
+    weights: str
 
 
 def quantize(architecture: Architecture, checkpoint: Path, output: Path, recipe: dict[str, Any]) -> moebit.Result | str:
@@ -98,27 +119,55 @@ def rows(architecture: Architecture, scratch: Path) -> list[Row]:
     checkpoint = save(random_model(architecture, **SIZES, **HEADS.get(architecture.name, {})).float(), scratch / "checkpoint")
     made = {name: quantize(architecture, checkpoint, scratch / f"out{i}", recipe) for i, (name, recipe) in enumerate(FORMATS.items())}
     done = {name: result for name, result in made.items() if not isinstance(result, str)}
-    runs = {name: r for name, r in done.items() if not name.startswith("native") and r.plan.engines["transformers"].runs}
-    alone = {name: (r.path, "float32") for name, r in runs.items()}
+    runs = {name: r for name, r in done.items() if not name.startswith(("native", "gptq", "awq")) and r.plan.engines["transformers"].runs}
+    alone = {name: (r.path, "bfloat16" if name in TYPES else "float32") for name, r in runs.items()}
     logits, errors = plain_transformers(scratch, alone)
-    result = []
-    for name, output in made.items():
-        if isinstance(output, str):
-            result.append(Row(architecture.name, name, f"refused: {short(output)}", f"refused: {short(output)}"))
-            continue
-        engines = output.plan.engines
-        if not engines["transformers"].runs:
-            measured = f"refused: {engines['transformers'].reasons[0]}"
-        elif name.startswith("native"):
-            measured = judged(with_moebit(output.path), naive(architecture, checkpoint, output.path), "")
-        else:
-            again = scratch / "reference"
-            again.mkdir(exist_ok=True)
-            wanted = reference_logits(checkpoint, output.path, again, torch.float32)
-            measured = judged(logits.get(name), wanted, errors.get(name, ""))
-        vllm = "by the rules" if engines["vllm"].runs else f"refused: {engines['vllm'].reasons[0]}"
-        result.append(Row(architecture.name, name, measured, vllm))
-    return result
+    return [_row(architecture, checkpoint, name, output, logits, errors, scratch) for name, output in made.items()]
+
+
+def _row(
+    architecture: Architecture,
+    checkpoint: Path,
+    name: str,
+    output: moebit.Result | str,
+    logits: dict[str, Tensor],
+    errors: dict[str, str],
+    scratch: Path,
+) -> Row:
+    if isinstance(output, str):
+        return Row(architecture.name, name, *[f"refused: {short(output)}"] * 3, "")
+    engines = output.plan.engines
+    if not engines["transformers"].runs:
+        measured = f"refused: {engines['transformers'].reasons[0]}"
+    elif name.startswith("native"):
+        measured = judged(with_moebit(output.path), naive(architecture, checkpoint, output.path), "")
+    else:
+        again, dtype = scratch / "reference", TYPES.get(name, torch.float32)
+        again.mkdir(exist_ok=True)
+        wanted = reference_logits(checkpoint, output.path, again, dtype)
+        measured = judged(logits.get(name), wanted, errors.get(name, ""))
+    others = ["by the rules" if engines[one].runs else f"refused: {engines[one].reasons[0]}" for one in ("vllm", "sglang")]
+    return Row(architecture.name, name, measured, *others, decoded(checkpoint, output.path, FORMATS[name]))
+
+
+def decoded(checkpoint: Path, output: Path, recipe: dict[str, Any]) -> str:
+    """How far the matrices that others' code (or a reader of the description) finds in the files are from the original's."""
+    form, original = recipe["format"], stored_tensors(checkpoint)
+    if form in ("gptq", "awq"):
+        read = {key: torch.from_numpy(value) for key, value in as_checkpoint(stored_tensors(output), read_config(output)).items()}
+    elif form == "mlx":
+        read = everything(output)
+    elif form == "compressed-tensors":
+        stored = stored_tensors(output)
+        read = {key: value for key, value in by_the_library(output).items() if f"{key}_scale" in stored}
+    else:
+        return ""
+    worst = 0.0
+    for key, value in read.items():
+        wanted = original_weights(checkpoint, key) if form == "mlx" else original[key].double()
+        worst = max(worst, float((value.double() - wanted).norm() / wanted.norm()))
+    most = LARGEST_ERROR[recipe["weights"].get("bits", 8 if "fp8" in recipe["weights"].get("type", "") else 4)]
+    return f"{len(read)} within rounding ({worst:.3f})" if worst < most else f"**wrong** ({worst:.3f})"
 
 
 def short(message: str) -> str:
@@ -133,12 +182,14 @@ def table(found: list[Row]) -> str:
         "with the weights that are in the files (relative distance; *exact* is below 1e-5 in float32), for FP8 with the inputs of linears",
         "rounded as transformers rounds them. *refused*: `moebit quantize --engine transformers` (or `vllm`) says so before the",
         "work. For vLLM, *by the rules* is what `formats/engines.py` has from its sources; what was executed is in",
-        "[vllm-cpu.md](vllm-cpu.md). The native format needs `import moebit`.",
+        "[vllm-cpu.md](vllm-cpu.md). The native format needs `import moebit`. *Decoded weights*: what the compressed-tensors library, or",
+        "a reader written from the description of GPTQ's, AWQ's and MLX's layouts, finds in the files, against the original: how many",
+        "matrices, and the largest relative distance.",
         "",
-        "| architecture | format | transformers | vLLM |",
-        "|---|---|---|---|",
+        "| architecture | format | transformers | vLLM | SGLang | decoded weights |",
+        "|---|---|---|---|---|---|",
     ]
-    return "\n".join(lines + [f"| {r.architecture} | {r.format} | {r.transformers} | {r.vllm} |" for r in found]) + "\n"
+    return "\n".join(lines + [f"| {' | '.join(asdict(r).values())} |" for r in found]) + "\n"
 
 
 def main() -> None:
@@ -155,7 +206,7 @@ def main() -> None:
             print(done.read_text(), flush=True)
         found += [Row(**row) for row in json.loads(done.read_text())] if done.exists() else []
     RESULT.write_text(table(found))
-    if any("**" in row.transformers for row in found):
+    if any("**" in row.transformers + row.weights for row in found):
         raise SystemExit("something that should run does not: see the rows with **")
 
 

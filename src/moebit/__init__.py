@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moebit.errors import BadInputError, InterruptedWorkError, MoebitError
     from moebit.evaluate.streaming import evaluate
     from moebit.formats.verify import verify
+    from moebit.plan.typical import recipes_for
     from moebit.profiling.adapt import Adaptation, adapt
     from moebit.profiling.allocate import Allocation, allocate
     from moebit.profiling.imatrix import ImatrixResult, imatrix
@@ -63,6 +64,7 @@ __all__ = [
     "presets",
     "profile",
     "quantize",
+    "recipes_for",
     "report",
     "sample",
     "verify",
@@ -73,6 +75,7 @@ _HOMES = {
     "errors": ("BadInputError", "InterruptedWorkError", "MoebitError"),
     "evaluate.streaming": ("evaluate",),
     "formats.verify": ("verify",),
+    "plan.typical": ("recipes_for",),
     "profiling.adapt": ("Adaptation", "adapt"),
     "profiling.allocate": ("Allocation", "allocate"),
     "profiling.imatrix": ("ImatrixResult", "imatrix"),

@@ -94,7 +94,9 @@ SettingsOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one value of the recipe; repeat for several.")
 ]
 LinksOption = Annotated[bool, typer.Option("--follow-links", help="Read files of the checkpoint that are links out of its folder, too.")]
-FormatOption = Annotated[str | None, typer.Option("--format", help="native, compressed-tensors, dense or gguf, instead of the recipe's.")]
+FormatOption = Annotated[
+    str | None, typer.Option("--format", help="native, compressed-tensors, gptq, awq, mlx, gguf or dense, instead of the recipe's.")
+]
 LlamaOption = Annotated[
     Path | None, typer.Option("--llama-cpp", metavar="DIR", help="A clone of llama.cpp, instead of the extra `gguf`'s converter.")
 ]
@@ -105,7 +107,9 @@ ShardOption = Annotated[
     str | None,
     typer.Option("--shard-size", metavar="SIZE", callback=_shard_size, help="Several GGUF files, none with more than that in tensors."),
 ]
-EngineOption = Annotated[str, typer.Option("--engine", help="What has to run the output: transformers, vllm, llama.cpp or any.")]
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="What has to run the output: transformers, vllm, sglang, llama.cpp, mlx, gptqmodel or any.")
+]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON ('-' for standard output).", callback=_json_file)
 ]

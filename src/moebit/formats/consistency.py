@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from moebit.errors import BadInputError
+from moebit.formats.compressed_reading import BESIDE, virtual_entries
 from moebit.formats.compressed_tensors import METHOD as COMPRESSED
-from moebit.formats.compressed_tensors import virtual_entries
 from moebit.formats.inputs_config import read_activations
 from moebit.formats.names import ACTIVATIONS, METHOD
 from moebit.formats.native import FORMAT_VERSION, WITH_ACTIVATIONS, PackedSpec, packed_specs
@@ -29,7 +29,7 @@ from moebit.tensor import packed_row_bytes, unpack
 CONFIG = "config.json"
 CONFIG_REMEDY = "copy config.json and the shards again from where the output was made, or quantize again"
 AGAIN = "copy this file again from where the output was made, or quantize again"
-COMPRESSED_LEAVES = ("weight_packed", "weight_scale", "weight_shape")
+COMPRESSED_LEAVES = ("weight_packed", *BESIDE)
 LEAVES = (".codes", ".scale", ".zero_point", ".bits")
 TRANSFORMS = (f".{LINEAR}", f".{FIRST}", f".{DOWN}")
 FORMS = {"signs": "signs", "permutation": "permutations"}

@@ -36,9 +36,10 @@ class PackedSpec:
         bits: width of each matrix.
         shape: (out, in) features.
         stacked: whether codes are flat over experts (an experts module) or [out, row bytes] (a linear).
-        float8: float8 e4m3 numbers instead of integer codes. input_bits: what an engine rounds the inputs to, 16 for not at all.
-        ggml: the block type of ggml, where a GGUF file holds the matrices.
-            (The native format has neither: it says what happens to inputs apart from the weights.)
+        float8: float8 e4m3 numbers instead of integer codes. block_rows: rows that share a scale, 128 for FP8 in blocks.
+        input_bits: what an engine rounds the inputs to, 16 for not at all. input_float8: to float8 e4m3 numbers.
+        ggml: the block type: of ggml where a GGUF file holds the matrices, `nvfp4` or `mxfp4` in other formats.
+            (The native format has none of these: it says what happens to inputs apart from the weights.)
     """
 
     bits: tuple[int, ...]
@@ -50,6 +51,8 @@ class PackedSpec:
     float8: bool = False
     input_bits: int = 16
     ggml: str = ""
+    input_float8: bool = False
+    block_rows: int = 1
 
     @property
     def groups(self) -> int:

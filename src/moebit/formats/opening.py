@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from moebit.errors import BadInputError
-from moebit.formats import compressed_tensors, native
-from moebit.formats.compressed_tensors import CompressedWeights
+from moebit.formats import compressed_matrix, compressed_tensors, native
+from moebit.formats.compressed_reading import CompressedWeights, is_output
 from moebit.formats.gguf.shipped import gguf_source, open_gguf_checkpoint
 from moebit.formats.inputs_config import read_activations
 from moebit.formats.names import METHOD
@@ -46,7 +46,7 @@ def open_checkpoint(model: str | Path, compute: torch.dtype | None = torch.float
         return open_gguf_checkpoint(*source, compute, follow_links=follow_links)
     path = resolve(model, follow_links=follow_links)
     quantization = read_config(path).get("quantization_config") or {}
-    if compressed_tensors.is_output(path, quantization):
+    if is_output(path, quantization):
         config, stored = load_config(path), read_index(path)
         check_layers(config, len(stored), path)
         model_of_it = skeleton(config)
@@ -102,7 +102,7 @@ def average_bits(checkpoint: Checkpoint) -> float | None:
     if found is None:
         return None
     if found[0] != "native":
-        return compressed_tensors.average_bits(found[1])
+        return compressed_matrix.average_bits(found[1])
     weights = sum(spec.weights for parts in found[1].values() for spec in parts.values())
     further = sum(entry.spec.nbytes for entry in checkpoint.entries.values() if entry.file.name == OVERLAY_FILE)
     return native.average_bits(found[1]) + 8 * further / weights

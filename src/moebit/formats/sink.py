@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moebit.errors import BadInputError
-from moebit.formats import compressed_tensors, native
+from moebit.formats import compressed_matrix, compressed_tensors, native
 from moebit.formats.names import EXPERTS_IMPLEMENTATION
 from moebit.model.experts import ExpertsLayout
 from moebit.model.inputs import Activations
@@ -59,6 +59,11 @@ class Sink(ABC):
     def input_bits(cls, bits: int) -> int:
         """What an engine rounds the inputs of a matrix to, as a part of how the matrix is stored, where a recipe asks for `bits`."""
         return 16
+
+    @classmethod
+    def scale_dtype(cls, dtype: torch.dtype) -> torch.dtype:
+        """The type in which scales are stored, of matrices that the checkpoint has in type `dtype`."""
+        return dtype
 
     def parameters(self, prefix: str) -> list[str]:
         """Stored parameters below a module name, in a stable order."""
@@ -200,11 +205,11 @@ class CompressedTensorsSink(Sink):
 
     @classmethod
     def nbytes(cls, spec: native.PackedSpec, dtype: torch.dtype) -> int:
-        return compressed_tensors.nbytes(spec)
+        return compressed_matrix.nbytes(spec)
 
     @classmethod
     def average_bits(cls, modules: Modules) -> float:
-        return compressed_tensors.average_bits(modules)
+        return compressed_matrix.average_bits(modules)
 
     @classmethod
     def input_bits(cls, bits: int) -> int:
@@ -221,7 +226,7 @@ class CompressedTensorsSink(Sink):
             if name in owners:
                 for projection, spec in parts.items():
                     for bits, module in zip(spec.bits, self._names[name][projection], strict=True):
-                        result |= {f"{module}.{suffix}": s for suffix, s in compressed_tensors.matrix_specs(spec, bits).items()}
+                        result |= {f"{module}.{suffix}": s for suffix, s in compressed_matrix.matrix_specs(spec, bits).items()}
         return result
 
     def _stored(self, names: list[str]) -> list[str]:
@@ -239,7 +244,7 @@ class CompressedTensorsSink(Sink):
 
     def _put(self, shard: ShardFile, stored: list[str], spec: native.PackedSpec, q: QTensor) -> None:
         for number, module in enumerate(stored):
-            for suffix, tensor in compressed_tensors.matrix_tensors(spec, q, number).items():
+            for suffix, tensor in compressed_matrix.matrix_tensors(spec, q, number).items():
                 shard.write(f"{module}.{suffix}", tensor)
 
     def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:

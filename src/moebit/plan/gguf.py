@@ -86,7 +86,7 @@ class GgufChooser:
 
     def _wanted(self, name: str) -> str:
         for override in self.recipe.weights.overrides:
-            if override.matches(name):
+            if override.type and override.matches(name):
                 self.used.add(override.match)
                 return self.given.get(name, override.type)
         return self.given[name] if name in self.given else self.mixture.type_of(name)

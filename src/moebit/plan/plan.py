@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moebit.errors import BadInputError
+from moebit.formats.awq import AwqSink
 from moebit.formats.engines import ANY, Verdict, check_engine, verdicts
 from moebit.formats.gguf.sink import GgufSink
 from moebit.formats.gguf.target import GgufPlan, GgufTarget
+from moebit.formats.gptq import GptqSink
 from moebit.formats.inputs_config import describe_activations
+from moebit.formats.mlx import MlxSink
 from moebit.formats.native import PackedSpec
 from moebit.formats.sink import SINKS as PLAIN_SINKS
 from moebit.formats.sink import Sink
@@ -23,6 +27,7 @@ from moebit.plan.bitplan import BitPlan
 from moebit.plan.describe import read_as
 from moebit.plan.estimate import budget, output_size, seconds, stored_dtype
 from moebit.plan.gguf import GgufChooser
+from moebit.plan.grids import Grid, GridChooser
 from moebit.plan.inputs import ActivationPlan, plan_activations
 from moebit.plan.transforms import NO_TRANSFORMS, Transforms
 from moebit.recipe import Recipe
@@ -30,7 +35,7 @@ from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.budget import Budget
 from moebit.tensor.grids.ggml import GRIDS
 
-SINKS: dict[str, type[Sink]] = {**PLAIN_SINKS, "gguf": GgufSink}
+SINKS: dict[str, type[Sink]] = {**PLAIN_SINKS, "gguf": GgufSink, "gptq": GptqSink, "awq": AwqSink, "mlx": MlxSink}
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Plan:
         inputs: which inputs are rounded and transformed as the output runs.
         gguf: the types of a GGUF file's tensors, where that is what is written.
         spent: what a budget was spent on and what is predicted for it (profiling/spend.py), where there was one.
+        group_sizes: module -> the group size that it has where the recipe's does not divide its rows; -1 is the whole row.
     """
 
     recipe: Recipe
@@ -71,6 +77,7 @@ class Plan:
     spent: Mapping[str, Any] | None = None
     left_over: Mapping[str, int] = field(default_factory=dict)
     read_as: dict[str, str] | None = None
+    group_sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def activations(self) -> Activations:
@@ -121,6 +128,7 @@ class Plan:
             "engines": {name: verdict.describe() for name, verdict in self.engines.items()},
             **({"gguf": self.gguf.describe()} if self.gguf else {}),
             **({"budget": dict(self.spent)} if self.spent else {}),
+            **({"other_group_sizes": dict(self.group_sizes)} if self.group_sizes else {}),
             **({"transforms": self.transforms.describe()} if self.transforms else {}),
             **({"routers": self._describe_routers()} if self.routers else {}),
             **({"activations": self._describe_inputs()} if self.recipe.activations.rounded or self.activations else {}),
@@ -163,8 +171,10 @@ def make_plan(
     if bits.types and target is None:
         raise BadInputError(f"plan: types of GGUF tensors, and the format is {recipe.format}; set format: gguf")
     types = GgufChooser.of(checkpoint, structure, recipe, target, bits.types) if target else None
-    choice = _Chooser(checkpoint, recipe, bits, sink, types).choose(structure)
+    grids = GridChooser(recipe)
+    choice = _Chooser(checkpoint, recipe, bits, sink, grids, types).choose(structure)
     choice.check(bits, recipe)
+    grids.check(next(iter(choice.modules)))
     gguf = types.plan() if types else None
     modules, merged = choice.modules, tuple(checkpoint.weights.merged())
     sink.check(checkpoint.weights, modules)
@@ -189,6 +199,7 @@ def make_plan(
         gguf,
         left_over=checkpoint.left_over,
         read_as=read_as(checkpoint),
+        group_sizes=grids.instead,
     )
 
 
@@ -219,7 +230,8 @@ class _Choice:
                 f"(names look like {next(iter(self.linears or self.experts))!r})"
             )
         if not self.linears and not self.experts:
-            raise BadInputError("this recipe quantizes nothing in this model: everything is ignored")
+            (why, _), *_ = Counter(self.kept.values()).most_common(1) or [("everything is ignored", 0)]
+            raise BadInputError(f"this recipe quantizes nothing in this model: {why}")
 
 
 @dataclass(frozen=True)
@@ -230,6 +242,7 @@ class _Chooser:
     recipe: Recipe
     bits: BitPlan
     sink: type[Sink]
+    grids: GridChooser
     types: GgufChooser | None = None
 
     def choose(self, structure: Structure) -> _Choice:
@@ -254,8 +267,11 @@ class _Chooser:
         if kinds is None:
             return
         module: Any = self.checkpoint.model.get_submodule(name)
-        widths, shape = self.bits.width(name, self.recipe.weights.bits), (int(module.out_features), int(module.in_features))
-        choice.linears[name] = self._spec(name, f"{name}.weight", shape, widths, kinds.get(f"{name}.weight", ""), stacked=False)
+        shape = (int(module.out_features), int(module.in_features))
+        grid = self._grid(choice, name, [shape])
+        if grid:
+            widths = self.bits.width(name, grid.bits)
+            choice.linears[name] = self._spec(grid, f"{name}.weight", shape, widths, kinds.get(f"{name}.weight", ""), stacked=False)
 
     def _experts(self, choice: _Choice, layer: LayerSites, moe: MoESite) -> None:
         name, layout = f"{layer.name}.{moe.experts}", moe.layout
@@ -264,12 +280,15 @@ class _Chooser:
         kinds = self._kinds(choice, name, [f"{name}.{layout.first}", f"{name}.down_proj"])
         if kinds is None:
             return
+        grid = self._grid(choice, name, [layout.features(p) for p in layout.projections])
+        if grid is None:
+            return
         choice.experts[name] = {
             p: self._spec(
-                f"{name}.{p}",
+                grid,
                 f"{name}.{p if p == 'down_proj' else layout.first}",
                 layout.features(p),
-                self.bits.widths(name, p, layout.experts, self.recipe.weights.bits),
+                self.bits.widths(name, p, layout.experts, grid.bits),
                 kinds.get(f"{name}.{p if p == 'down_proj' else layout.first}", ""),
                 stacked=True,
             )
@@ -292,25 +311,29 @@ class _Chooser:
             choice.kept[name] = f"ignored ({pattern})"
         return pattern is not None
 
-    def _spec(self, name: str, parameter: str, shape: tuple[int, int], bits: tuple[int, ...], ggml: str, *, stacked: bool) -> PackedSpec:
+    def _grid(self, choice: _Choice, name: str, shapes: list[tuple[int, int]]) -> Grid | None:
+        """The module's grid; None where it is kept, or where a GGUF file says the types."""
+        if self.types is not None:
+            return Grid(self.recipe.weights.bits, self.recipe.weights.group_size)
+        found = self.grids.choose(name, shapes)
+        if isinstance(found, str):
+            choice.kept[name] = found
+            return None
+        return found
+
+    def _spec(self, grid: Grid, parameter: str, shape: tuple[int, int], bits: tuple[int, ...], ggml: str, *, stacked: bool) -> PackedSpec:
         """How a stack of matrices is stored.
 
         Args:
-            name: for messages. parameter: whose type the scales get. ggml: block type in a GGUF file.
+            parameter: whose type the scales get. ggml: block type in a GGUF file.
         """
-        w = self.recipe.weights
+        dtype = stored_dtype(self.checkpoint, parameter)
         if ggml:
-            kind, dtype = GRIDS[ggml], stored_dtype(self.checkpoint, parameter)
-            return PackedSpec((kind.bits,) * len(bits), shape, kind.group, w.symmetric, dtype, stacked, ggml=ggml)
-        if w.group_size != -1 and shape[1] % w.group_size:
-            fitting = [str(size) for size in (32, 64, 128, -1) if size == -1 or shape[1] % size == 0]
-            raise BadInputError(
-                f"{name}: group size {w.group_size} does not divide its {shape[1]} input channels; "
-                f"set weights.group_size to one of {', '.join(fitting)}, "
-                "or keep this module in full precision with weights.ignore"
-            )
-        dtype, input_bits = stored_dtype(self.checkpoint, parameter), self.sink.input_bits(self.recipe.activations.bits)
-        return PackedSpec(bits, shape, w.group_size, w.symmetric, dtype, stacked, w.type == "fp8", input_bits)
+            kind = GRIDS[ggml]
+            return PackedSpec((kind.bits,) * len(bits), shape, kind.group, self.recipe.weights.symmetric, dtype, stacked, ggml=ggml)
+        spec = self.grids.spec(grid, shape, bits, self.sink.scale_dtype(dtype), stacked=stacked)
+        input_bits = self.sink.input_bits(self.recipe.activations.bits)
+        return replace(spec, input_bits=input_bits, input_float8=input_bits == 8 and self.recipe.input_float8)
 
 
 def _routers(checkpoint: Checkpoint, structure: Structure) -> dict[int, str | None]:

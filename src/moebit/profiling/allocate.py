@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moebit.errors import BadInputError
-from moebit.formats.engines import ANY, ENGINES, MARLIN_BITS, VLLM
+from moebit.formats.engines import ANY, MARLIN_BITS, TRANSFORMERS, VLLM
 from moebit.formats.native import PackedSpec, average_bits
 from moebit.formats.profile import Profile, ProfiledModule
 from moebit.methods.allocation import frequency_errors, fuzzy_widths, knapsack_choice
@@ -108,8 +108,8 @@ def allocate(
 def _ladder(profile: Profile, method: str, ladder: Sequence[int], engine: str) -> tuple[int, ...]:
     if method not in METHODS:
         raise BadInputError(f"--method {method}: choose one of {', '.join(METHODS)}")
-    if engine not in (ANY, *ENGINES):
-        raise BadInputError(f"--engine {engine}: choose one of {', '.join((ANY, *ENGINES))}")
+    if engine not in (ANY, TRANSFORMERS, VLLM):
+        raise BadInputError(f"--engine {engine}: choose one of {', '.join((ANY, TRANSFORMERS, VLLM))}")
     rising = tuple(sorted(set(ladder)))
     if engine == VLLM:
         rising = tuple(width for width in rising if width in MARLIN_BITS)

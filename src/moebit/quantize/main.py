@@ -83,11 +83,11 @@ def quantize(
             it, the average on disk of everything quantized. Either finds the best choice of what the engine can vary (docs/budget.md).
         plan: bit widths that differ from the recipe's, a file or `BitPlan`; in the place of the recipe's allocation.
         profile: what `moebit profile` wrote, for allocation and switching; without one they profile the texts first.
-        format: native, compressed-tensors, dense or gguf, instead of the recipe's.
+        format: native, compressed-tensors, gptq, awq, mlx, gguf or dense, instead of the recipe's.
         llama_cpp: a clone of llama.cpp whose converter is asked about a GGUF file, instead of the one of the extra `gguf`.
         gguf_pre: llama.cpp's name of the pre-tokenizer, for a tokenizer that its converter does not recognise.
         shard_size: bytes, or a size such as `40GB`, that the tensors of one GGUF file may take; more of them become several files.
-        engine: what has to run the output: transformers, vllm, or any of them (`formats/engines.py`).
+        engine: what has to run the output: transformers, vllm, sglang, or any of them (`formats/engines.py`).
         text: calibration texts, `[NAME=]FILE` items or a mapping; needed unless the recipe rounds to nearest or lets the model write its
             own. For such a recipe, text that is given takes the sample's place, or its share of the set.
         memory: bytes, or a size such as `4GiB`, that the work may take; bounds chunks, and spills activations to disk.

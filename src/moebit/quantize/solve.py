@@ -14,7 +14,9 @@ from torch import Tensor
 from moebit.formats.native import PackedSpec
 from moebit.recipe import Recipe
 from moebit.tensor import Float8Grid, Grid, QTensor, SolveInfo, UniformGrid, refit_scales, solve_gptq, solve_rtn
+from moebit.tensor.grids.fp4 import FP4_GRIDS
 from moebit.tensor.grids.ggml import GRIDS
+from moebit.tensor.grids.offset import OffsetGrid
 from moebit.tensor.linalg import filled_diagonal
 
 ERROR_WEIGHTS = 2**20  # weights whose errors are summed together
@@ -24,10 +26,13 @@ def grid_of(recipe: Recipe, spec: PackedSpec) -> Grid:
     """The recipe's grid as a stack of matrices has it."""
     chosen = recipe.weights
     if spec.ggml:
-        return GRIDS[spec.ggml]
-    if chosen.type == "fp8":
-        return Float8Grid(chosen.group_size, spec.scale_dtype)
-    return UniformGrid(chosen.group_size, chosen.symmetric, chosen.signed, spec.scale_dtype)
+        return GRIDS[spec.ggml] if recipe.format == "gguf" else FP4_GRIDS[spec.ggml]
+    if spec.float8:
+        return Float8Grid(spec.group_size, spec.scale_dtype, spec.block_rows)
+    if recipe.format == "mlx" and not spec.symmetric:
+        return OffsetGrid(spec.group_size, spec.scale_dtype)
+    least = 1 if recipe.format == "gptq" and not spec.symmetric else 0  # version 1 of the layout has no zero point 0
+    return UniformGrid(spec.group_size, spec.symmetric, chosen.signed, spec.scale_dtype, least_zero=least)
 
 
 def solve(

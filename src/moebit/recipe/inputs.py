@@ -16,6 +16,7 @@ class ActivationsSection(Section):
 
     bits: of the inputs of quantized linears and experts and of the experts' down projections; 16 for not at all.
     symmetric: without a zero point. clip: share of a token's range that the grid covers.
+    type: `int`, or `fp8`, float8 e4m3 numbers with 8 bits, which compressed-tensors has; `auto` is fp8 beside fp8 weights, else int.
     qkv_bits: of query, key and value, per token and head, where the architecture's attention allows it; the plan says where not.
 
     The native format carries it: moebit's runtime and `moebit evaluate` do it. compressed-tensors has 8 bits, symmetric, which engines do,
@@ -23,7 +24,10 @@ class ActivationsSection(Section):
     Calibration runs on unrounded activations.
     """
 
+    named_if_on = frozenset({"type"})
+
     bits: int = 16
+    type: Literal["auto", "int", "fp8"] = "auto"
     symmetric: bool = False
     clip: float = Field(1.0, gt=0.0, le=1.0)
     qkv_bits: int = 16

@@ -19,6 +19,8 @@ from moebit.recipe.smoothing import SmoothingSection
 from moebit.recipe.solver import SolverSection
 from moebit.recipe.weights import WeightsSection
 
+FP4_FORMATS = ("compressed-tensors", "mlx")
+
 
 class Recipe(Section):
     """One complete description of a quantization."""
@@ -36,31 +38,37 @@ class Recipe(Section):
     calibration: CalibrationSection = Field(default_factory=CalibrationSection)
     allocation: AllocationSection = Field(default_factory=AllocationSection)
     switching: SwitchingSection = Field(default_factory=SwitchingSection)
-    format: Literal["native", "compressed-tensors", "dense", "gguf"] = "native"
+    format: Literal["native", "compressed-tensors", "dense", "gguf", "gptq", "awq", "mlx"] = "native"
 
     @model_validator(mode="after")
     def _fp8_is_for_engines(self) -> Recipe:
-        if self.weights.type == "fp8" and self.solver.method != "rtn":
-            raise ValueError("weights.type: fp8 is rounded to nearest; set solver.method: rtn")
-        if self.weights.type == "fp8" and self.activations.bits != 8:
-            raise ValueError("weights.type: fp8 is written for engines that multiply in fp8; set activations.bits: 8")
-        if self.weights.type == "fp8" and self.format != "compressed-tensors":
-            raise ValueError(f"weights.type: fp8: format {self.format} does not hold it; set format: compressed-tensors")
+        kind = self.weights.type
+        if self.weights.float8 and self.solver.method != "rtn":
+            raise ValueError(f"weights.type: {kind} is rounded to nearest; set solver.method: rtn")
+        if self.weights.float8 and self.activations.bits != 8:
+            raise ValueError(f"weights.type: {kind} is written for engines that multiply in fp8; set activations.bits: 8")
+        if self.weights.float8 and self.format != "compressed-tensors":
+            raise ValueError(f"weights.type: {kind}: format {self.format} does not hold it; set format: compressed-tensors")
         return self
 
     @model_validator(mode="after")
-    def _gguf_holds_ggmls_types(self) -> Recipe:
+    def _blocks_have_their_formats(self) -> Recipe:
         kind = self.weights.type
         if self.format == "gguf" and not self.weights.ggml:
+            also = ": a GGUF file keeps the scale of the whole tensor in a tensor of its own, which is not written yet"
             raise ValueError(
-                f"format: gguf holds ggml's block types and not weights.type: {kind}; set it to q4_k, q3_k, ..., or take a preset gguf-*"
+                f"format: gguf holds ggml's block types and not weights.type: {kind}{also if kind == 'nvfp4' else ''}; "
+                "set it to q4_k, q3_k, ..., or take a preset gguf-*"
             )
-        if self.format != "gguf" and self.weights.ggml:
+        if self.weights.fp4 and self.format not in ("gguf", *FP4_FORMATS):
+            raise ValueError(f"weights.type: {kind}: format {self.format} does not hold it; set format: {' or '.join(FP4_FORMATS)}")
+        if self.format != "gguf" and self.weights.ggml and not self.weights.fp4:
             raise ValueError(f"weights.type: {kind} is a block type of ggml; set format: gguf, or weights.type: int")
-        if self.weights.ggml and self.solver.scales == "dynamic":
+        blocks = self.weights.ggml or self.weights.fp4
+        if blocks and self.solver.scales == "dynamic":
             raise ValueError(f"solver.scales: dynamic: blocks of {kind} are fixed before the solve; set solver.scales: static")
         budgeted = self.allocation.kind == "budget" and not self.switching.share
-        if self.weights.ggml and self.needs_profile and not budgeted:
+        if blocks and self.needs_profile and not budgeted:
             raise ValueError(
                 f"allocation and switching choose integer widths, not types like {kind}; set allocation.kind: budget, or use "
                 "weights.overrides"
@@ -69,12 +77,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _the_format_says_what_happens_to_inputs(self) -> Recipe:
-        a, w = self.activations, self.weights
+        a = self.activations
+        if a.type == "fp8" and (self.format != "compressed-tensors" or a.bits != 8):
+            raise ValueError(
+                "activations.type: fp8 has 8 bits and is written for engines; set activations.bits: 8, format: compressed-tensors"
+            )
         if self.format == "native" or not (a.rounded or self.rotation.online != "none"):
             return self
         if self.rotation.online != "none":
             raise ValueError(f"rotation.online: {self.rotation.online}: format {self.format} has no place to say so; set format: native")
-        if self.format in ("dense", "gguf"):
+        if self.format != "compressed-tensors":
             raise ValueError(
                 f"activations.bits: {a.bits}: format {self.format} has no place to say so; "
                 "set format: native, or compressed-tensors for 8 bits"
@@ -86,7 +98,24 @@ class Recipe(Section):
             )
         if not a.symmetric:
             raise ValueError("activations.bits: 8 is written for engines with symmetric activations; set activations.symmetric: true")
-        if (w.bits, w.group_size, w.symmetric, w.signed) != (8, -1, True, False):
+        return self._checked_inputs()
+
+    def _checked_inputs(self) -> Recipe:
+        """Weights beside which engines round inputs to 8 bits."""
+        w = self.weights
+        if w.float8:
+            if not self.input_float8:
+                raise ValueError(
+                    f"activations.type: int: engines multiply weights.type: {w.type} with fp8 inputs; set activations.type: fp8"
+                )
+            return self
+        grid = (w.type, w.bits, w.group_size, w.symmetric, w.signed)
+        if self.input_float8 and grid != ("int", 4, 128, True, False):
+            raise ValueError(
+                "activations.type: fp8 needs fp8 weights, or symmetric integers of 4 bits in groups of 128; "
+                "set weights.type: fp8, or weights.bits: 4, weights.group_size: 128, weights.symmetric: true, weights.signed: false"
+            )
+        if not self.input_float8 and grid != ("int", 8, -1, True, False):
             raise ValueError(
                 "activations.bits: 8 needs 8-bit symmetric weights with one scale per output channel; "
                 "set weights.bits: 8, weights.group_size: -1, weights.symmetric: true, weights.signed: false"
@@ -141,7 +170,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _widths_and_channels_belong_to_integers(self) -> Recipe:
-        if self.needs_profile and self.weights.type == "fp8":
+        if self.needs_profile and self.weights.float8:
             raise ValueError("allocation and switching choose integer widths; set weights.type: int")
         if self.allocation.kind != "uniform" and self.activations.bits != 16:
             raise ValueError("allocation: engines that round activations take one width; set activations.bits: 16")
@@ -160,6 +189,12 @@ class Recipe(Section):
                 f"switching: channels apart are kept as the checkpoint has them, but {named} changes what they meet; leave it out"
             )
         return self
+
+    @property
+    def input_float8(self) -> bool:
+        """Whether inputs are rounded to float8 numbers."""
+        kind = self.activations.type
+        return self.activations.bits == 8 and (kind == "fp8" or (kind == "auto" and self.weights.float8))
 
     @property
     def needs_profile(self) -> bool:

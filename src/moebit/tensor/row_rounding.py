@@ -7,7 +7,7 @@ The rounding is simulated: its result is a floating-point tensor that holds grid
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,12 +22,14 @@ class Rounding:
         bits: 2 to 8. symmetric: no zero point, codes in [-2^(b-1), 2^(b-1) - 1].
         clip: share of the row's range that the grid covers; what lies beyond goes to its ends.
         float8: float8 e4m3 numbers instead of integers; 8 bits, symmetric.
+        group_size: channels of a row that share a grid, -1 for all of them.
     """
 
     bits: int
     symmetric: bool
     clip: float = 1.0
     float8: bool = False
+    group_size: int = -1
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., N], rounded. Gradients pass as if nothing were rounded (straight through): those of the steps are zero."""
@@ -38,6 +40,9 @@ class Rounding:
 
     def rounded(self, x: Tensor) -> Tensor:
         """[..., N], rounded, without a gradient that is of use."""
+        if self.group_size != -1 and self.group_size != x.shape[-1]:
+            groups = x.unflatten(-1, (-1, self.group_size))
+            return replace(self, group_size=-1).rounded(groups).flatten(-2)
         if self.float8:
             return round_rows_to_float8(x)
         return round_rows(x, self.bits, symmetric=self.symmetric, clip=self.clip)

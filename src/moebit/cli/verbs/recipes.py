@@ -9,12 +9,23 @@ import typer
 
 from moebit.cli.terminal import say_lines
 
-EXAMPLES = ("moebit recipes", "moebit recipes gptq-w3 > my-recipe.yaml")
+EXAMPLES = ("moebit recipes", "moebit recipes gptq-w3 > my-recipe.yaml", "moebit recipes --engine vllm")
 
 
-def recipes(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one as YAML.")] = None) -> None:
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one as YAML.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="List what this engine runs of a usual model: transformers, vllm, sglang, llama.cpp, mlx, gptqmodel.")
+    ] = None,
+) -> None:
     """List the shipped recipes, or print one as YAML."""
     from moebit.recipe import load_recipe, presets
+
+    chosen = None
+    if engine is not None:
+        from moebit import recipes_for
+
+        chosen = recipes_for(engine)
     from moebit.recipe.reading import read_text
 
     known = presets()
@@ -25,12 +36,15 @@ def recipes(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="P
         load_recipe(name)  # says what is wrong with a file
         say_lines(read_text(Path(name), "recipe "), end="")
         return
-    rows = [("recipe", "bits", "group", "grid", "method", "what it is")]
+    rows = [("recipe", "bits", "group", "grid", "method", *(("format",) if chosen is not None else ()), "what it is")]
     for key, text in known.items():
+        if chosen is not None and key not in chosen:
+            continue
         recipe = load_recipe(key)
         bits = f"{recipe.allocation.target_bits or recipe.weights.bits:g}"
         grid = "symmetric" if recipe.weights.symmetric else "asymmetric"
-        rows.append((key, bits, str(recipe.weights.group_size), grid, recipe.solver.method, text.splitlines()[0].removeprefix("# ")))
+        form = () if chosen is None else (chosen[key],)
+        rows.append((key, bits, str(recipe.weights.group_size), grid, recipe.solver.method, *form, text.splitlines()[0].removeprefix("# ")))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in rows)
     say_lines("\n".join(lines))

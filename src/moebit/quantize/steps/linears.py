@@ -74,11 +74,11 @@ def _solve_group(context: LayerContext, state: LayerState, number: int, names: l
 
 
 def _by_grid(context: LayerContext, names: list[str]) -> list[list[str]]:
-    """The names by width, type of scales and block type."""
-    found: dict[tuple[tuple[int, ...], torch.dtype, str], list[str]] = {}
+    """The names by width, type and number of scales, and block type."""
+    found: dict[tuple[tuple[int, ...], torch.dtype, int, str], list[str]] = {}
     for name in names:
         spec = context.plan.linears[context.full(name)]
-        found.setdefault((spec.bits, spec.scale_dtype, spec.ggml), []).append(name)
+        found.setdefault((spec.bits, spec.scale_dtype, spec.group_size, spec.ggml), []).append(name)
     return list(found.values())
 
 

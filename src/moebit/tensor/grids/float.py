@@ -30,10 +30,12 @@ class Float8Grid(Grid):
     Attributes:
         group_size: input channels that share a scale; -1 for the whole row.
         scale_dtype: scales are rounded to this type before the weights are rounded.
+        rows: output channels that share a scale as well, counted from the first; the parameters repeat it for each of them.
     """
 
     group_size: int
     scale_dtype: torch.dtype = torch.float32
+    rows: int = 1
 
     @property
     def value_dtype(self) -> torch.dtype:
@@ -60,8 +62,8 @@ class Float8Grid(Grid):
         """
         if bool((bits_E != 8).any()):
             raise ValueError(f"float8 has 8 bits, asked for {sorted(set(bits_E.tolist()))}")
-        groups = w_EOI.unflatten(-1, (-1, self.group_width(w_EOI.shape[-1])))
-        scale = (groups.abs().amax(-1) / LARGEST).to(self.scale_dtype)
+        largest = w_EOI.unflatten(-1, (-1, self.group_width(w_EOI.shape[-1]))).abs().amax(-1)
+        scale = (_of_blocks(largest, self.rows) / LARGEST).to(self.scale_dtype)
         return FloatParams(torch.where(scale == 0, torch.ones_like(scale), scale))
 
     def columns(self, params: FloatParams) -> Affine:
@@ -82,6 +84,16 @@ class Float8Grid(Grid):
     def numbers(self, codes_EOI: Tensor) -> Tensor:
         """Return the codes as float8 numbers, the form in which formats store them."""
         return _ascending().to(codes_EOI.device)[codes_EOI.long()].view(FLOAT8)
+
+
+def _of_blocks(largest_EOG: Tensor, rows: int) -> Tensor:
+    """[E, O, G]: the largest of every block of `rows` rows, repeated for each of them; the last block may have fewer."""
+    if rows == 1:
+        return largest_EOG
+    out = largest_EOG.shape[1]
+    blocks = torch.nn.functional.pad(largest_EOG, (0, 0, 0, -out % rows)).unflatten(1, (-1, rows)).amax(2)
+    repeated: Tensor = blocks.repeat_interleave(rows, 1)[:, :out]
+    return repeated.contiguous()
 
 
 @cache

@@ -43,6 +43,7 @@ class UniformGrid(Grid):
             on code -2^(b-1) and all 2^b codes are used; the classic grid leaves that code idle. Matters at 2 and 3 bits.
         scale_dtype: scales are rounded to this type *before* the weights are rounded, so that what is stored is what was solved for.
         ratios: the shares of a group's range that the clipping search tries, falling.
+        least_zero: asymmetric only; the least zero point that can be stored.
     """
 
     group_size: int
@@ -50,6 +51,7 @@ class UniformGrid(Grid):
     signed: bool = False
     scale_dtype: torch.dtype = torch.float32
     ratios: tuple[float, ...] = CLIP_RATIOS
+    least_zero: int = 0
 
     @property
     def value_dtype(self) -> torch.dtype:
@@ -143,7 +145,14 @@ def _grid_of(extent: _Range, ratio: float, bits_E: Tensor, grid: UniformGrid) ->
     scale = (ratio * (extent.high - extent.low) / levels).to(grid.scale_dtype).to(extent.low.dtype)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     zero = torch.minimum(torch.round(-ratio * extent.low / scale), levels)
-    return scale, zero
+    return _raised(scale, zero, ratio * extent.high, levels, grid) if grid.least_zero else (scale, zero)
+
+
+def _raised(scale: Tensor, zero: Tensor, high: Tensor, levels: Tensor, grid: UniformGrid) -> tuple[Tensor, Tensor]:
+    """(scale, zero point) with zero points of at least `least_zero`; where one is raised, fewer codes cover what is above zero."""
+    wider = (high / (levels - grid.least_zero)).to(grid.scale_dtype).to(scale.dtype)
+    low = zero < grid.least_zero
+    return torch.where(low & (wider > 0), wider, scale), zero.clamp(min=grid.least_zero)
 
 
 def minmax_grid(w_EOI: Tensor, bits_E: Tensor, grid: UniformGrid) -> tuple[Tensor, Tensor]:

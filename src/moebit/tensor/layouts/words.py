@@ -22,7 +22,8 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     rows, size = codes.reshape(-1, codes.shape[-1]), 4 * words(codes.shape[-1], bits)
     packed = pack(rows, bits)
     packed = nn.functional.pad(packed[:, :size], (0, max(0, size - packed.shape[1])))
-    return packed.contiguous().view(torch.int32).view(*codes.shape[:-1], size // 4)
+    # (a slice of a single row is called contiguous, whatever its stride, and cannot be seen as words)
+    return packed.reshape(-1).view(torch.int32).view(*codes.shape[:-1], size // 4)
 
 
 def unpack_words(packed: Tensor, bits: int, n: int) -> Tensor:
