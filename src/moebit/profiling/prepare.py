@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from moebit.errors import BadInputError
-from moebit.formats.output import PROFILE_DIRECTORY, OutputDirectory
+from moebit.formats.followed import Output
+from moebit.formats.output import PROFILE_DIRECTORY
 from moebit.formats.profile import Profile
 from moebit.formats.switch import SIDE_FILE, Channels, Usage, side_specs, write_side_file
 from moebit.methods.significance import expert_shares
@@ -64,7 +65,7 @@ def check_profile(profile: Profile, checkpoint: Checkpoint, recipe: Recipe) -> N
 
 
 def prepare(
-    output: OutputDirectory,
+    output: Output,
     checkpoint: Checkpoint,
     plan: Plan,
     bits: BitPlan | None,
@@ -87,7 +88,7 @@ def prepare(
 
 
 def _profile(
-    output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, sets: Mapping[str, Tensor], allocating: bool, progress: Progress
+    output: Output, checkpoint: Checkpoint, plan: Plan, sets: Mapping[str, Tensor], allocating: bool, progress: Progress
 ) -> Profile:
     section = plan.recipe.allocation
     errors = allocating and section.kind == "knapsack"
@@ -95,7 +96,7 @@ def _profile(
     return run_profile(checkpoint, plan.structure, plan, sets, where, widths, section.solver, errors, plan.budget.memory, progress)
 
 
-def _record(output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, bits: BitPlan | None, profile: Profile) -> None:
+def _record(output: Output, checkpoint: Checkpoint, plan: Plan, bits: BitPlan | None, profile: Profile) -> None:
     """Decide, write the side file, and note both."""
     recipe, made = plan.recipe, None
     section = recipe.allocation

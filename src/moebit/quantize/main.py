@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from moebit.calibration.sampling import check_fits
 from moebit.calibration.text import Texts, digest
+from moebit.device import checked_device, made_on
 from moebit.errors import BadInputError, InterruptedWorkError, is_out_of_memory
 from moebit.formats.carried import carried_files
 from moebit.formats.engines import ANY
+from moebit.formats.followed import FollowedOutput, Output
 from moebit.formats.gguf.sink import GgufSink
 from moebit.formats.gguf.target import GgufTarget
 from moebit.formats.opening import open_checkpoint, quantized_modules
@@ -31,8 +33,9 @@ from moebit.quantize.context import Progress
 from moebit.quantize.data import Data, Sources, Windows, calibration_set, gather
 from moebit.quantize.documents import RunFacts, documents
 from moebit.quantize.identity import check_unchanged, circumstances, identity, seen_contents
-from moebit.quantize.report import Result
+from moebit.quantize.report import LayerReport, Result
 from moebit.quantize.run import Work, run
+from moebit.ranks import Ranks, joined
 from moebit.recipe import Recipe, load_recipe
 from moebit.report.command import python_call
 from moebit.storage.checkpoint import Checkpoint
@@ -45,6 +48,8 @@ from moebit.storage.shipped.entries import check_shipped
 from moebit.storage.shipped.reading import plain_config
 from moebit.streaming.store import freed_memory_kept
 from moebit.tensor import kernels
+
+Done = TypeVar("Done")
 
 
 def quantize(
@@ -105,8 +110,7 @@ def quantize(
         device=(device, "cpu"), memory=(memory_bytes(memory), DEFAULT_MEMORY), seed=(seed, 0), accept_unquantized=accept_unquantized,
     )  # fmt: skip
     chosen = load_recipe(recipe, {**(overrides or {}), **({"format": format} if format else {})})
-    if device != "cpu" and not torch.cuda.is_available():
-        raise BadInputError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+    where = checked_device(device)
     out = Path(out).resolve() if not Path(out).name else Path(out)
     if not 0 <= seed < 2**63:
         raise BadInputError(f"--seed {seed}: a number from 0 to 2^63 - 1")
@@ -114,13 +118,13 @@ def quantize(
     _check_input(model, checkpoint, out)
     bits = load_bit_plan(plan) if isinstance(plan, str | Path) else plan
     report = progress or (lambda what, done, total: None)
-    asking = _Request(chosen, bits, engine, device, memory_bytes(memory), seed, out, asked, report, follow_links)
+    asking = _Request(chosen, bits, engine, where, memory_bytes(memory), seed, out, asked, report, follow_links)
     job = _prepare(asking, checkpoint, text, profile, accept_unquantized, _Gguf.of(chosen, llama_cpp, gguf_pre))
     if dry_run:
         check_free(out, resume=resume, overwrite=overwrite)
         return job.plan
-    seen = job.check_before_work(resume)
-    return job.run(began, seen, resume=resume, overwrite=overwrite)
+    with joined() as ranks:
+        return job.run(ranks, began, resume=resume, overwrite=overwrite)
 
 
 def _check_input(model: str | Path, checkpoint: Checkpoint, out: Path) -> None:
@@ -171,7 +175,7 @@ class _Request:
     recipe: Recipe
     bits: BitPlan | None
     engine: str
-    device: str
+    device: torch.device
     memory: int
     seed: int
     out: Path
@@ -191,6 +195,8 @@ def _prepare(
     """Find the structure, decide the plan and gather the data: everything that can be refused before the work begins."""
     structure = find_structure(checkpoint.model)
     checkpoint, weights, transforms = transformed(checkpoint, structure, asking.recipe, asking.seed)
+    weights = weights.on(asking.device)
+    checkpoint = replace(checkpoint, weights=weights)
     target = gguf.target(checkpoint, weights) if gguf else None
     plan = make_plan(checkpoint, structure, asking.recipe, asking.memory, asking.bits, asking.engine, transforms, target)
     plan.coverage.check(accept_unquantized)
@@ -228,18 +234,15 @@ class _Job:
         check_shipped(self.checkpoint.weights.entries.values())
         return seen
 
-    def run(self, began: float, seen: Seen, *, resume: bool, overwrite: bool) -> Result:
+    def run(self, ranks: Ranks, began: float, *, resume: bool, overwrite: bool) -> Result:
         """Do the work and finish the output."""
         asking = self.asking
-        facts = identity(
-            self.checkpoint, asking.recipe, self.data, asking.bits, memory=asking.memory, seed=asking.seed, device=asking.device
-        )
-        if self.plan.gguf:
-            facts = {**facts, "gguf_pre": self.plan.gguf.target.pre}
         try:
-            directory = OutputDirectory(asking.out, {**facts, **circumstances(asking.device, seen)}, resume=resume, overwrite=overwrite)
-            with directory as output, freed_memory_kept():
-                return self._fill(output, facts, seen, began)
+            with freed_memory_kept():
+                if not ranks.leads:
+                    ranks.wait()  # for the one who writes: the input is good, and the output is theirs
+                    return self._follow(ranks, FollowedOutput(partial_of(asking.out)), began)
+                return self._lead(ranks, began, resume=resume, overwrite=overwrite)
         except OSError as error:
             raise disk_error(error, partial_of(asking.out)) from error
         except (MemoryError, RuntimeError) as error:
@@ -250,29 +253,56 @@ class _Job:
                 "with --resume, or start again with a smaller --memory and --overwrite"
             ) from error
 
-    def _fill(self, output: OutputDirectory, facts: dict[str, Any], seen: Seen, began: float) -> Result:
+    def _lead(self, ranks: Ranks, began: float, *, resume: bool, overwrite: bool) -> Result:
+        """The part of the rank that checks the input and writes the output."""
+        asking, seen = self.asking, self.check_before_work(resume)
+        facts = identity(
+            self.checkpoint, asking.recipe, self.data, asking.bits, memory=asking.memory, seed=asking.seed, device=str(asking.device)
+        )
+        if self.plan.gguf:
+            facts = {**facts, "gguf_pre": self.plan.gguf.target.pre}
+        known = {**facts, **circumstances(str(asking.device), seen)}
+        with OutputDirectory(asking.out, known, resume=resume, overwrite=overwrite) as output:
+            ranks.wait()
+            worked = self._work(ranks, output, facts)
+            return self._finish(output, worked, seen, began)
+
+    def _follow(self, ranks: Ranks, output: FollowedOutput, began: float) -> Result:
+        """The part of a rank that only works."""
+        worked = self._work(ranks, output, {})
+        return Result(self.asking.out, worked.plan, self.checkpoint.size_bytes, 0, worked.reports, time.perf_counter() - began)
+
+    def _work(self, ranks: Ranks, output: Output, facts: dict[str, Any]) -> _Worked:
+        """Calibration set, profile and layers."""
         asking, checkpoint, plan, coactivation = self.asking, self.checkpoint, self.plan, dict[int, list[list[int]]]()
-        if asking.device == "cpu" and asking.recipe.needs_hessians:
+        if asking.device.type == "cpu" and asking.recipe.needs_hessians:
             Thread(target=kernels.load).start()
-        windows = calibration_set(output, checkpoint, self.data, asking.memory, asking.progress)
+        windows = _led(ranks, output, asking, lambda: calibration_set(output, checkpoint, self.data, asking.memory, asking.progress))
         if self.data.sampled and windows is not None:
-            facts = {**facts, "calibration": digest(windows)}
-        if self.data.sets is not None:
-            prepared = prepare(output, checkpoint, plan, asking.bits, self.data.sets, asking.progress)
+            facts = {**facts, "calibration": digest(windows.cpu())}
+        if (sets := self.data.sets) is not None:
+            prepared = _led(ranks, output, asking, lambda: prepare(output, checkpoint, plan, asking.bits, sets, asking.progress))
             plan = make_plan(checkpoint, plan.structure, asking.recipe, asking.memory, prepared.bits, asking.engine, plan.transforms)
             facts, coactivation = {**facts, "profile": prepared.facts}, prepared.coactivation
         sink = SINKS[asking.recipe.format](self.weights, plan.modules, plan.activations)
-        work = Work(checkpoint, plan, output, sink, asking.device, asking.progress, asking.seed)
-        reports = run(work, Windows(windows, self.data.pool))
-        size = self._write_gguf(output, sink) or sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
-        told = RunFacts(asking.out.name, size, time.perf_counter() - began, asking.command, peak_resident_bytes(), coactivation)
-        written = documents(checkpoint, plan, facts, reports, told)
+        work = Work(checkpoint, plan, output, sink, str(asking.device), asking.progress, asking.seed, ranks)
+        with made_on(asking.device):
+            reports = run(work, Windows(windows, self.data.pool))
+        return _Worked(plan, sink, reports, facts, coactivation)
+
+    def _finish(self, output: OutputDirectory, worked: _Worked, seen: Seen, began: float) -> Result:
+        """Documents, and the output's name."""
+        asking, checkpoint, plan = self.asking, self.checkpoint, worked.plan
+        size = self._write_gguf(output, worked.sink) or sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
+        told = RunFacts(asking.out.name, size, time.perf_counter() - began, asking.command, peak_resident_bytes(), worked.coactivation)
+        written = documents(checkpoint, plan, worked.facts, worked.reports, told)
         check_unchanged(checkpoint, seen)
         if plan.gguf:
             output.finish_file(self._gguf_name, written)
         else:
-            output.finish(checkpoint.path, sink.config(_config(checkpoint, self.weights)), written, follow_links=asking.follow_links)
-        return Result(asking.out, plan, checkpoint.size_bytes, size, reports, time.perf_counter() - began)
+            config = worked.sink.config(_config(checkpoint, self.weights))
+            output.finish(checkpoint.path, config, written, follow_links=asking.follow_links)
+        return Result(asking.out, plan, checkpoint.size_bytes, size, worked.reports, time.perf_counter() - began)
 
     @property
     def _gguf_name(self) -> str:
@@ -288,6 +318,34 @@ class _Job:
         sink.write(output.partial, file, self.plan.gguf)
         sync_file(file)
         return file.stat().st_size
+
+
+@dataclass(frozen=True)
+class _Worked:
+    """What came of the work.
+
+    Attributes:
+        facts: for moebit.json. coactivation: by layer, for the report.
+    """
+
+    plan: Plan
+    sink: Sink
+    reports: list[LayerReport]
+    facts: dict[str, Any]
+    coactivation: dict[int, list[list[int]]]
+
+
+def _led(ranks: Ranks, output: Output, asking: _Request, work: Callable[[], Done]) -> Done:
+    """Work that is not shared out: rank 0 does it, and the others then find its results in the output."""
+    with made_on(asking.device):
+        if ranks.leads:
+            result = work()
+            ranks.wait()
+            return result
+        ranks.wait()
+        if isinstance(output, FollowedOutput):
+            output.refresh()
+        return work()
 
 
 def _config(checkpoint: Checkpoint, weights: EditedWeights) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def full_precision(plan: Plan, sites: LayerSites, stream: Stream | None) -> Full
     if stream is None:
         return FullPrecision()
     names = compared_modules(plan, sites) if plan.recipe.compares_inputs else []
-    with captured_inputs(stream, sites.index, names) as inputs:
+    with captured_inputs(stream, names) as inputs:
         routing = reference_step(stream, sites.index, plan.chunk.get(sites.index, 1))
     return FullPrecision(routing if plan.recipe.router.realign != "none" else None, inputs)
 

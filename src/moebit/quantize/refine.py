@@ -86,7 +86,8 @@ class _Batches:
         """The batch of a step, in order."""
         per_pass = max(1, len(self.train) // self.size)
         turn, number = divmod(step, per_pass)
-        order = torch.randperm(len(self.train), generator=site_generator(self.seed, f"{self.site} {turn}"))
+        order = torch.randperm(len(self.train), generator=site_generator(self.seed, f"{self.site} {turn}"), device="cpu")
+        order = order.to(self.train.device)
         return self.train[order[number * self.size : (number + 1) * self.size]].sort().values
 
 

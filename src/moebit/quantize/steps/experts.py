@@ -8,7 +8,7 @@ Shape suffixes: C experts of a chunk, O outputs, I inputs, S routed slots.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from moebit.quantize.online import Transforms, chunk_transform, on_plain_inputs,
 from moebit.quantize.refine import refine_chunk
 from moebit.quantize.solve import relative_error, widths_of
 from moebit.quantize.statistics import drift_moments
+from moebit.storage.shards import Collected
 from moebit.tensor import QTensor, SolveInfo
 from moebit.tensor.blocks import BlockTransform
 
@@ -39,14 +40,12 @@ def quantize_experts(context: LayerContext, state: LayerState) -> LayerState:
     inputs, state = expert_inputs(context, state)
     work = _work(context, state, inputs)
     work = replace(work, transforms=_shared_transforms(work))
-    names, experts, done = experts_names(work.name, work.layout), work.layout.experts, list[_ChunkReport]()
-    for start in range(0, experts, context.chunk):
-        stop = min(start + context.chunk, experts)
-        context.sink.weights.expect(names, stop, min(stop + context.chunk, experts))
-        done.append(_quantize_chunk(work, start, stop))
-        context.progress("experts", stop, experts)
-    outputs = inputs.outputs if inputs else None
-    pool_outputs = inputs.pool.outputs if inputs and inputs.pool else None
+    experts, size, ranks, done = work.layout.experts, context.part, context.ranks, list[_ChunkReport]()
+    for start in range(0, experts, size * ranks.size):
+        done += _quantize_turn(work, range(start, min(start + size * ranks.size, experts), size))
+        context.progress("experts", min(start + size * ranks.size, experts), experts)
+    outputs = inputs.outputs.total if inputs else None
+    pool_outputs = inputs.pool.outputs.total if inputs and inputs.pool else None
     return replace(_reported(state, done), outputs=outputs, pool_outputs=pool_outputs, transforms=work.transforms)
 
 
@@ -128,6 +127,21 @@ def _concatenated(several: list[Mapping[str, Mapping[str, list[Any]]]]) -> dict[
             for key, values in lists.items():
                 into[key] = [*into.get(key, []), *values]
     return result
+
+
+def _quantize_turn(work: _Work, starts: range) -> list[_ChunkReport]:
+    """Quantize and write as many chunks as there are ranks, one each; all ranks know afterwards what came of all of them."""
+    context, experts, ranks = work.context, work.layout.experts, work.context.ranks
+    collected, mine = Collected(context.shard), list[dict[str, Any]]()
+    if ranks.rank < len(starts):
+        start = starts[ranks.rank]
+        stop, following = min(start + starts.step, experts), start + starts.step * ranks.size
+        context.sink.weights.expect(experts_names(work.name, work.layout), min(following, experts), min(following + starts.step, experts))
+        mine.append(asdict(_quantize_chunk(replace(work, context=replace(context, shard=collected)), start, stop)))
+    collected.settle(ranks)
+    if work.inputs is not None:
+        work.inputs.settle()
+    return [_ChunkReport(**report) for reports in ranks.told(mine) for report in reports]
 
 
 def _quantize_chunk(work: _Work, start: int, stop: int) -> _ChunkReport:
