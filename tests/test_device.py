@@ -82,6 +82,15 @@ def test_small_pieces_give_the_cpus_bytes(model: Path, tmp_path: Path, texts: di
     compared(model, tmp_path, texts, "best-w3", memory="1MiB")
 
 
+def test_evaluation_gives_the_cpus_numbers(checkpoints: Checkpoints, texts: dict[str, Path]) -> None:
+    model = checkpoints.path(OLMOE)
+    wanted = moebit.evaluate(model, against=model, text=texts, window=LENGTH, max_tokens=3 * LENGTH)
+    with pytest.MonkeyPatch.context() as patch, labelled_device(patch):
+        found = moebit.evaluate(model, against=model, text=texts, window=LENGTH, max_tokens=3 * LENGTH, device="cuda")
+    assert found == wanted
+    assert found["texts"]["a"]["top1_agreement"] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_other_architectures_give_the_cpus_bytes(name: str, checkpoints: Checkpoints, tmp_path: Path, texts: dict[str, Path]) -> None:

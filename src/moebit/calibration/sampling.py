@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from moebit.model.structure import Structure, find_structure
 from moebit.recipe.reading import read_object
 from moebit.storage.checkpoint import Checkpoint, resolve
 from moebit.storage.documents import GenerationSettings, checked
-from moebit.storage.edits import EditedWeights
+from moebit.storage.edits import placed
 from moebit.streaming.budget import PROCESS_BYTES
 
 
@@ -84,24 +84,27 @@ def sample(
     if out.suffix != ".jsonl":
         raise BadInputError(f"-o {out}: call it something.jsonl, so that --text reads its token ids")
     path, allowed = resolve(model), memory_bytes(memory)
-    partial = Partial.of(out, {"model": fingerprint(path), "memory": allowed, **asdict(settings)}, resume=resume, overwrite=overwrite)
-    began = time.perf_counter()
-    windows, fresh = write_windows(path, settings, allowed, partial, progress)
-    seconds = time.perf_counter() - began
+    identity = {"model": fingerprint(path), "memory": allowed, **asdict(settings)}
+    with Partial.of(out, identity, resume=resume, overwrite=overwrite) as partial:
+        began = time.perf_counter()
+        windows, fresh = write_windows(path, settings, allowed, partial, progress)
+        seconds = time.perf_counter() - began
+        result = {"model": str(model), **_described(path, settings, windows, allowed, progress)}
+        result |= {"seconds": round(seconds, 3), "tokens_per_second": round(fresh / seconds, 1) if fresh else None}
+        write_sample(out, windows, load_tokenizer(path))
+        write_whole(out.with_name(out.name + ".json"), json.dumps(result, indent=1) + "\n")
+        partial.remove()
+    return result
+
+
+def _described(path: Path, settings: Settings, windows: Tensor, memory: int, progress: Progress | None) -> dict[str, Any]:
+    """What a sample is, and how evenly it uses the experts."""
     checkpoint = open_hub_checkpoint(path, None)
     structure = find_structure(checkpoint.model)
-    described = describe_windows(checkpoint, structure, windows, end_ids(checkpoint), allowed, progress)
-    result = {
-        "model": str(model),
+    return {
         "settings": {**asdict(settings), "temperature": _temperature(settings, structure)},
-        **described,
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(fresh / seconds, 1) if fresh else None,
+        **describe_windows(checkpoint, structure, windows, end_ids(checkpoint), memory, progress),
     }
-    write_sample(out, windows, load_tokenizer(path))
-    write_whole(out.with_name(out.name + ".json"), json.dumps(result, indent=1) + "\n")
-    partial.remove()
-    return result
 
 
 def describe_text(
@@ -141,8 +144,7 @@ def write_windows(path: Path, settings: Settings, memory: int, partial: Partial,
     checkpoint = open_hub_checkpoint(path, None)
     structure = find_structure(checkpoint.model)
     check_fits(checkpoint, memory)
-    device = torch.get_default_device()
-    checkpoint = replace(checkpoint, weights=EditedWeights(checkpoint.weights, device=device))
+    checkpoint = placed(checkpoint, torch.get_default_device())
     _check_length(checkpoint, settings.length)
     decoder = Decoder(checkpoint, structure)
     done = sum(len(tokens) for tokens, _ in partial.groups)
@@ -192,9 +194,9 @@ def kept_windows(path: Path, settings: Settings, memory: int, file: Path, *, who
         return tokenize(file.name, file, None, 2**31).ids.view(settings.sequences, settings.length)
     identity = {"memory": memory, **asdict(settings)}
     begun = file.with_name(file.name + ".partial")
-    partial = Partial.take_up(begun, identity) if begun.exists() else Partial.begin(begun, identity)
-    windows, _ = write_windows(path, settings, memory, partial, progress)
-    write_sample(file, windows, load_tokenizer(path))
+    with Partial.take_up(begun, identity) if begun.exists() else Partial.begin(begun, identity) as partial:
+        windows, _ = write_windows(path, settings, memory, partial, progress)
+        write_sample(file, windows, load_tokenizer(path))
     return windows
 
 

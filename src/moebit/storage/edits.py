@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.conversion import tied_names
 from moebit.storage.files import Entry, TensorSpec
 from moebit.storage.weights import Weights
@@ -123,6 +124,11 @@ class Replace(Edit):
 
 
 Edits = Mapping[str, tuple[Edit, ...]]
+
+
+def placed(checkpoint: Checkpoint, device: torch.device) -> Checkpoint:
+    """The checkpoint with its weights handed out on a device."""
+    return replace(checkpoint, weights=EditedWeights(checkpoint.weights, device=device)) if device.type != "cpu" else checkpoint
 
 
 def joined(*several: Edits) -> dict[str, tuple[Edit, ...]]:
