@@ -20,7 +20,7 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all torture tables demo bench-solver bench-speed bench-memory bench-runtime bench-prices bench-ebss bench-tasks quality quality-moequant \
+.PHONY: help setup lint test test-all torture tables demo bench-solver bench-speed bench-memory bench-runtime bench-gpu bench-prices bench-ebss bench-tasks quality quality-moequant \
         quality-eaquant quality-routers quality-moqa quality-best architectures formats gguf-architectures golden docs \
         reference wheel-check
 
@@ -69,6 +69,9 @@ bench-memory: setup  ## resident memory on real shapes (hours, 40 GB of disk; go
 
 bench-runtime: setup  ## how small and how fast packed models run, against bf16 (needs 20 GB of disk and 16 GB of memory; --layers 8: half)
 	$(BIN)/python benchmarks/runtime.py --layers 16
+
+bench-gpu: setup  ## on a CUDA device: right, and how fast (eight minutes on an H100; goes on where it was cut off)
+	$(BIN)/python benchmarks/gpu.py
 
 quality: setup  ## the quality table: every preset on every reference model
 	$(BIN)/python benchmarks/quality.py

@@ -24,7 +24,9 @@ ROOT = "__init__"
 FLOORS = {
     "errors": 0,
     "words": 0,
+    "device": 1,
     "memory": 1,
+    "ranks": 1,
     "tensor": 1,
     "recipe": 2,
     "storage": 3,

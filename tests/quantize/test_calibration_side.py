@@ -22,6 +22,7 @@ from moebit.model.skeleton import skeleton
 from moebit.model.structure import find_structure
 from moebit.quantize.chunk import ExpertChunk, ExpertInputs, PoolInputs, ShrinkTarget, Weighing
 from moebit.quantize.report import Result
+from moebit.ranks import Sums
 from moebit.streaming.store import ActivationStore
 from tests.support.models import ARCHITECTURES, EXPERTS, TOP_K, Architecture, Checkpoints, load_reference
 from tests.support.outputs import file_bytes, small_recipe, stored_tensors, token_file, with_weights
@@ -228,9 +229,9 @@ def test_drawn_tokens_count_for_the_expert_that_drew_them(power: float) -> None:
     taken = pool.ids.masked_fill(torch.rand(pool.ids.shape, generator=g) < 0.5, experts)
     slots, extra, every = (dispatch(ids, of.weights, experts) for ids, of in ((base.ids, base), (taken, pool), (pool.ids, pool)))
     h_layer = base.x.T @ base.x / len(base.x)
-    pooled = PoolInputs(stream, pool.x, every, extra, torch.zeros_like(pool.x))  # type: ignore[arg-type]
+    pooled = PoolInputs(stream, pool.x, every, extra, Sums(torch.zeros_like(pool.x)))  # type: ignore[arg-type]
     layout = ExpertsLayout(experts, size, 3, True, False, False, False)
-    target, outputs = ShrinkTarget(base.x, h_layer), torch.zeros_like(base.x)
+    target, outputs = ShrinkTarget(base.x, h_layer), Sums(torch.zeros_like(base.x))
     inputs = ExpertInputs(stream, base.x, slots, outputs, target, Weighing(power), pooled)  # type: ignore[arg-type]
     weights = ExpertWeights(torch.zeros(3, 6, size), torch.zeros(3, size, 3))
     result = inputs.hessians(ExpertChunk(None, layout, 1, 4, weights))

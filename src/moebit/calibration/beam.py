@@ -89,7 +89,8 @@ def extensions(likely_BV: Tensor, count: int, noise: torch.Generator | None) -> 
     if noise is None:
         likeliest = likely_BV.topk(count)
         return likeliest.values, likeliest.indices
-    gumbel_BV = -torch.empty_like(likely_BV).exponential_(generator=noise).log()
+    drawn = torch.empty(likely_BV.shape, dtype=likely_BV.dtype, device="cpu").exponential_(generator=noise)
+    gumbel_BV = -drawn.to(likely_BV.device).log()
     token_BK = (likely_BV + gumbel_BV).topk(count).indices
     return likely_BV.gather(1, token_BK), token_BK
 

@@ -23,6 +23,7 @@ from moebit.calibration.sample_files import Partial, fingerprint, write_sample, 
 from moebit.calibration.settings import Settings, balancing_temperature
 from moebit.calibration.text import Texts, calibration_windows, load_tokenizer, parse_texts, tokenize
 from moebit.calibration.usage import Progress, balanced_subset, describe_windows
+from moebit.device import here
 from moebit.errors import BadInputError
 from moebit.memory import DEFAULT_MEMORY, Memory, memory_bytes
 from moebit.model.decoder import Decoder, weight_bytes
@@ -32,6 +33,7 @@ from moebit.model.structure import Structure, find_structure
 from moebit.recipe.reading import read_object
 from moebit.storage.checkpoint import Checkpoint, resolve
 from moebit.storage.documents import GenerationSettings, checked
+from moebit.storage.edits import placed
 from moebit.streaming.budget import PROCESS_BYTES
 
 
@@ -142,6 +144,7 @@ def write_windows(path: Path, settings: Settings, memory: int, partial: Partial,
     checkpoint = open_hub_checkpoint(path, None)
     structure = find_structure(checkpoint.model)
     check_fits(checkpoint, memory)
+    checkpoint = placed(checkpoint, torch.get_default_device())
     _check_length(checkpoint, settings.length)
     decoder = Decoder(checkpoint, structure)
     done = sum(len(tokens) for tokens, _ in partial.groups)
@@ -241,8 +244,8 @@ def _randomness(checkpoint: Checkpoint, settings: Settings) -> tuple[Tensor, Ten
         raise BadInputError(f"{checkpoint.path}: every token of the vocabulary is a special one; nothing to start from")
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (settings.drawn, settings.length)
-    restarts = allowed[torch.randint(len(allowed), shape, generator=generator)]
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+    restarts = allowed[here(torch.randint(len(allowed), shape, generator=generator, device="cpu"))]
+    uniform = here(torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu"))
     rules = Rules(tuple(ends), tuple(sorted(unwritten - set(ends))), settings.repetition_penalty, settings.no_repeat_ngram)
     return restarts, uniform, rules
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import traceback
 
@@ -38,10 +39,10 @@ def _run() -> int:
     except KeyboardInterrupt:
         code = CTRL_C
     except BadInputError as error:
-        complain("Error:", "red", error)
+        complain(f"{_who()}Error:", "red", error)
         return BAD_INPUT
     except InterruptedWorkError as error:
-        complain("Interrupted:", "yellow", error)
+        complain(f"{_who()}Interrupted:", "yellow", error)
         return INTERRUPTED
     except Exception as error:
         return _unexpected(error)
@@ -63,6 +64,12 @@ def _unexpected(error: Exception) -> int:
     complain("", "", "".join(traceback.format_exception(error)))
     complain("Internal error:", "red", "this is a bug in moebit; please report it with the lines above.")
     return INTERNAL_ERROR
+
+
+def _who() -> str:
+    """Which of several ranks speaks; nothing for one alone."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return "" if size == "1" else f"[rank {os.environ.get('RANK', '?')} of {size}] "
 
 
 def _kept() -> str:

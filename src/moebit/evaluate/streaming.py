@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moebit.calibration.text import Texts, TokenText, consecutive_windows, load_tokenizer, parse_texts, tokenize
+from moebit.device import checked_device, made_on
 from moebit.errors import BadInputError
 from moebit.evaluate.gguf import llama_engine, token_remarks
 from moebit.evaluate.tasks import check_tasks, run_tasks
@@ -25,6 +26,7 @@ from moebit.formats.opening import average_bits, open_checkpoint
 from moebit.memory import DEFAULT_MEMORY, Memory, memory_bytes
 from moebit.model.structure import Structure, find_structure
 from moebit.storage.checkpoint import Checkpoint
+from moebit.storage.edits import placed
 from moebit.streaming.budget import make_budget
 from moebit.streaming.stream import Stream
 
@@ -59,6 +61,7 @@ def evaluate(
     window: int = 512,
     max_tokens: int | None = None,
     memory: Memory = DEFAULT_MEMORY,
+    device: str = "cpu",
     tasks: Sequence[str] = (),
     task_data: str | Path | None = None,
     limit: int | None = None,
@@ -76,6 +79,7 @@ def evaluate(
         text: `[NAME=]FILE` items or a mapping.
         window: tokens per window. max_tokens: of each text.
         memory: bytes, or a size such as `4GiB`, that the work may take; for tasks, the model is loaded whole.
+        device: where texts run through the models, cpu, cuda or cuda:N; tasks and GGUF files run on the CPU.
         tasks, task_data, limit: of lm-evaluation-harness, local items, and how many of each (evaluate/tasks.py).
 
     Returns:
@@ -86,7 +90,7 @@ def evaluate(
         BadInputError: models that don't belong together, a text shorter than a window.
     """
     report = progress or (lambda what, done, total: None)
-    allowed = memory_bytes(memory)
+    allowed, where = memory_bytes(memory), checked_device(device)
     files = parse_texts(text)
     if not files and not tasks:
         raise BadInputError("give at least one --text FILE to evaluate on")
@@ -118,13 +122,15 @@ def evaluate(
     vocabulary = int(checkpoints[0].config.get_text_config().vocab_size)
     parts, windows = _join([tokenize(name, file, tokenizer, vocabulary) for name, file in files.items()], window, max_tokens)
 
-    routing = _Lockstep(checkpoints, structures, windows, parts, allowed, report)
-    if file is None:
-        scores = routing.run()
-    else:
+    if file is not None:
+        routing = _Lockstep(checkpoints, structures, windows, parts, allowed, report)
         with llama_engine(file, window, vocabulary) as (llama, engine):
             facts["remarks"] = token_remarks(llama, tokenizer, files)
             scores = routing.run(engine)
+    else:
+        with made_on(where):
+            routing = _Lockstep([placed(each, where) for each in checkpoints], structures, windows, parts, allowed, report)
+            scores = routing.run()
     return {
         **facts,
         "texts": {part.text.name: _row(scores[i], part, routing.agreement[i], bool(reference)) for i, part in enumerate(parts)},
@@ -171,7 +177,7 @@ class _Lockstep:
         ]
         directory = Path(tempfile.gettempdir())
         self.streams = [
-            Stream(c, s, windows, b.store(directory), b.batch_tokens, b.slots)
+            Stream(c, s, windows, b.store(directory, c.weights.device), b.batch_tokens, b.slots)
             for c, s, b in zip(checkpoints, structures, self.budgets, strict=True)
         ]
         # agreement[part][moe layer] = (exact, overlap)
@@ -208,9 +214,8 @@ class _Lockstep:
                 begin, end = max(rows.start, part.rows.start), min(rows.stop, part.rows.stop)
                 if begin < end:
                     inside = slice(begin - rows.start, end - rows.start)
-                    add_scores(
-                        scores[number], self.windows[begin:end], logits[inside], reference[inside] if reference is not None else None
-                    )
+                    theirs = reference[inside] if reference is not None else None
+                    add_scores(scores[number], self.streams[0].windows[begin:end], logits[inside], theirs)
             done = rows.stop
             self.report("scoring", done, len(self.windows))
         return scores

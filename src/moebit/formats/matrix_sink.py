@@ -15,7 +15,7 @@ from moebit.formats.sink import Modules, Sink, put_plain_as_stored
 from moebit.model.experts import ExpertsLayout
 from moebit.model.inputs import Activations
 from moebit.storage.edits import EditedWeights
-from moebit.storage.files import ShardFile, TensorSpec
+from moebit.storage.files import Shard, TensorSpec
 from moebit.storage.weights import Weights
 from moebit.tensor import QTensor
 
@@ -67,17 +67,17 @@ class MatrixSink(Sink):
                     result |= {f"{module}.{suffix}": s for suffix, s in self.matrix_specs(spec, bits).items()}
         return result
 
-    def put_plain(self, shard: ShardFile, names: list[str]) -> None:
+    def put_plain(self, shard: Shard, names: list[str]) -> None:
         put_plain_as_stored(shard, self.weights, self.plain(names))
 
-    def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
+    def put_linear(self, shard: Shard, name: str, q: QTensor) -> None:
         self._put(shard, self._names[name][""], self.modules[name][""], q)
 
-    def put_experts(self, shard: ShardFile, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
+    def put_experts(self, shard: Shard, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
         for projection, q in quantized.items():
             self._put(shard, self._names[name][projection][start : start + len(q.codes)], self.modules[name][projection], q)
 
-    def _put(self, shard: ShardFile, stored: list[str], spec: PackedSpec, q: QTensor) -> None:
+    def _put(self, shard: Shard, stored: list[str], spec: PackedSpec, q: QTensor) -> None:
         for number, module in enumerate(stored):
             for suffix, tensor in self.matrix_tensors(spec, q, number).items():
                 shard.write(f"{module}.{suffix}", tensor)

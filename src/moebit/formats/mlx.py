@@ -21,7 +21,7 @@ from moebit.formats.sink import Modules, Sink, put_plain_as_stored
 from moebit.model.experts import ExpertsLayout
 from moebit.model.inputs import Activations
 from moebit.storage.edits import EditedWeights
-from moebit.storage.files import ShardFile, TensorSpec
+from moebit.storage.files import Shard, TensorSpec
 from moebit.storage.weights import Weights
 from moebit.tensor import QTensor
 from moebit.tensor.grids.ggml_fp4 import FP4_LEVELS, Mxfp4Params, Nvfp4Params
@@ -66,17 +66,17 @@ class MlxSink(Sink):
                 result |= {f"{self._names[name][projection]}.{leaf}": s for leaf, s in matrix_specs(spec).items()}
         return result
 
-    def put_plain(self, shard: ShardFile, names: list[str]) -> None:
+    def put_plain(self, shard: Shard, names: list[str]) -> None:
         put_plain_as_stored(shard, self.weights, self.plain(names))
 
-    def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
+    def put_linear(self, shard: Shard, name: str, q: QTensor) -> None:
         self._put(shard, self._names[name][""], q, None)
 
-    def put_experts(self, shard: ShardFile, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
+    def put_experts(self, shard: Shard, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
         for projection, q in quantized.items():
             self._put(shard, self._names[name][projection], q, start)
 
-    def _put(self, shard: ShardFile, stored: str, q: QTensor, start: int | None) -> None:
+    def _put(self, shard: Shard, stored: str, q: QTensor, start: int | None) -> None:
         """Write experts from `start` on; None writes a linear."""
         for leaf, value in matrix_tensors(q).items():
             name = f"{stored}.{leaf}"

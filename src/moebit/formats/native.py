@@ -19,7 +19,7 @@ from moebit.formats.names import ACTIVATIONS, METHOD
 from moebit.model.experts import ExpertsLayout
 from moebit.model.inputs import Activations
 from moebit.storage.conversion import tied_names
-from moebit.storage.files import ShardFile, TensorEntry, TensorSpec
+from moebit.storage.files import Shard, TensorEntry, TensorSpec
 from moebit.storage.weights import OwnNames
 from moebit.tensor import QTensor, UniformGrid, pack, packed_row_bytes, unpack
 from moebit.tensor.grids.uniform import dequantize
@@ -97,7 +97,7 @@ def _offsets(sizes: list[int]) -> list[int]:
     return result
 
 
-def put(shard: ShardFile, name: str, spec: PackedSpec, q: QTensor, start: int = 0) -> None:
+def put(shard: Shard, name: str, spec: PackedSpec, q: QTensor, start: int = 0) -> None:
     """Write matrices [start, start + E) of the stack `name`."""
     code_offsets, zero_offsets = spec.code_offsets(), spec.zero_offsets()
     experts = q.codes.shape[0]

@@ -20,6 +20,7 @@ from typing import Any
 from moebit.errors import BadInputError, InterruptedWorkError
 from moebit.formats.carried import carried_files, copy_carried
 from moebit.formats.differences import difference
+from moebit.formats.followed import Output
 from moebit.formats.ownership import (
     JOURNAL,
     LINE,
@@ -43,7 +44,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-class OutputDirectory:
+class OutputDirectory(Output):
     """The writer of one output.
 
     Raises:
@@ -176,10 +177,6 @@ class OutputDirectory:
         if self._held is not None:
             os.close(self._held)
             self._held = None
-
-    def shard_name(self, number: int, total: int) -> str:
-        """The name of weight file `number` (from 0) of `total`."""
-        return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
 
     def shard(self, name: str, specs: Mapping[str, TensorSpec]) -> ShardFile:
         """A new file of this output."""

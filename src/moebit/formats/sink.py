@@ -15,7 +15,7 @@ from moebit.formats.names import EXPERTS_IMPLEMENTATION
 from moebit.model.experts import ExpertsLayout
 from moebit.model.inputs import Activations
 from moebit.storage.edits import EditedWeights
-from moebit.storage.files import Entry, ShardFile, TensorSpec, pieces
+from moebit.storage.files import Entry, Shard, TensorSpec, pieces
 from moebit.storage.weights import Weights
 from moebit.tensor import QTensor
 from moebit.tensor.blocks import BlockTransform
@@ -82,18 +82,18 @@ class Sink(ABC):
         """What will be stored for these parameters."""
 
     @abstractmethod
-    def put_plain(self, shard: ShardFile, names: list[str]) -> None:
+    def put_plain(self, shard: Shard, names: list[str]) -> None:
         """Write those of these parameters that are not quantized."""
 
     @abstractmethod
-    def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
+    def put_linear(self, shard: Shard, name: str, q: QTensor) -> None:
         """Write a linear's quantized weight."""
 
     @abstractmethod
-    def put_experts(self, shard: ShardFile, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
+    def put_experts(self, shard: Shard, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
         """Write experts [start, start + C) of an experts module: all projections."""
 
-    def put_transform(self, shard: ShardFile, name: str, transform: BlockTransform, start: int = 0) -> None:
+    def put_transform(self, shard: Shard, name: str, transform: BlockTransform, start: int = 0) -> None:
         """Write an online transform, or those of experts from `start` on, for a format that has a place for it."""
         raise NotImplementedError(f"{type(self).__name__} holds no transforms; recipes that have them are refused for it")
 
@@ -126,25 +126,25 @@ class NativeSink(Sink):
             result |= {f"{name}.{leaf}": spec for leaf, spec in transform.specs().items()}
         return result
 
-    def put_plain(self, shard: ShardFile, names: list[str]) -> None:
+    def put_plain(self, shard: Shard, names: list[str]) -> None:
         for name in self.plain(names):
             for start, piece in self.weights.pieces(name):
                 shard.write(name, piece, skip=start)
 
-    def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
+    def put_linear(self, shard: Shard, name: str, q: QTensor) -> None:
         native.put(shard, name, self.modules[name][""], q)
 
-    def put_experts(self, shard: ShardFile, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
+    def put_experts(self, shard: Shard, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
         for projection, q in quantized.items():
             native.put(shard, f"{name}.{projection}", self.modules[name][projection], q, start)
 
-    def put_transform(self, shard: ShardFile, name: str, transform: BlockTransform, start: int = 0) -> None:
+    def put_transform(self, shard: Shard, name: str, transform: BlockTransform, start: int = 0) -> None:
         spec = self.activations.transforms[name]
         for leaf, value in spec.tensors(transform).items():
             shard.write(f"{name}.{leaf}", value, skip=start * (spec.specs()[leaf].nbytes // spec.count))
 
     def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        return q.dequantize(dtype).cpu()
+        return q.dequantize(dtype)
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         # The second key makes a transformers without moebit refuse: an unknown quant_method alone is only a warning there.
@@ -171,26 +171,27 @@ class DenseSink(Sink):
     def specs(self, names: list[str]) -> dict[str, TensorSpec]:
         return {stored: self.weights.entries[stored].spec for name in names for stored in self.weights.stored_names(name)}
 
-    def put_plain(self, shard: ShardFile, names: list[str]) -> None:
+    def put_plain(self, shard: Shard, names: list[str]) -> None:
         put_plain_as_stored(shard, self.weights, self.plain(names))
 
-    def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
+    def put_linear(self, shard: Shard, name: str, q: QTensor) -> None:
         self._put(shard, f"{name}.weight", q.dequantize()[0])
 
-    def put_experts(self, shard: ShardFile, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
-        first = torch.empty(len(quantized["down_proj"].codes), layout.intermediate * (2 if layout.gated else 1), layout.hidden)
+    def put_experts(self, shard: Shard, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
+        codes = quantized["down_proj"].codes
+        first = torch.empty(len(codes), layout.intermediate * (2 if layout.gated else 1), layout.hidden, device=codes.device)
         for projection, q in quantized.items():
             if projection != "down_proj":
-                first[:, layout.rows(projection)] = q.dequantize().cpu()
-        down = quantized["down_proj"].dequantize().cpu()
+                first[:, layout.rows(projection)] = q.dequantize()
+        down = quantized["down_proj"].dequantize()
         for leaf, value in ((layout.first, first), ("down_proj", down)):
             self._put(shard, f"{name}.{leaf}", layout.stacked(value), start)
 
-    def _put(self, shard: ShardFile, name: str, tensor: Tensor, start: int = 0) -> None:
+    def _put(self, shard: Shard, name: str, tensor: Tensor, start: int = 0) -> None:
         put_under_stored_names(shard, self.weights, name, tensor, start)
 
     def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        return q.dequantize(q.grid.value_dtype).to(dtype).cpu()
+        return q.dequantize(q.grid.value_dtype).to(dtype)
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
@@ -232,30 +233,30 @@ class CompressedTensorsSink(Sink):
     def _stored(self, names: list[str]) -> list[str]:
         return list(dict.fromkeys(stored for name in self.plain(names) for stored in self.weights.stored_names(name)))
 
-    def put_plain(self, shard: ShardFile, names: list[str]) -> None:
+    def put_plain(self, shard: Shard, names: list[str]) -> None:
         put_plain_as_stored(shard, self.weights, self.plain(names))
 
-    def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
+    def put_linear(self, shard: Shard, name: str, q: QTensor) -> None:
         self._put(shard, self._names[name][""], self.modules[name][""], q)
 
-    def put_experts(self, shard: ShardFile, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
+    def put_experts(self, shard: Shard, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
         for projection, q in quantized.items():
             self._put(shard, self._names[name][projection][start : start + len(q.codes)], self.modules[name][projection], q)
 
-    def _put(self, shard: ShardFile, stored: list[str], spec: native.PackedSpec, q: QTensor) -> None:
+    def _put(self, shard: Shard, stored: list[str], spec: native.PackedSpec, q: QTensor) -> None:
         for number, module in enumerate(stored):
             for suffix, tensor in compressed_matrix.matrix_tensors(spec, q, number).items():
                 shard.write(f"{module}.{suffix}", tensor)
 
     def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         # Engines dequantize to the type of the scales.
-        return q.dequantize(q.grid.value_dtype).to(dtype).cpu()
+        return q.dequantize(q.grid.value_dtype).to(dtype)
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {**config, "quantization_config": compressed_tensors.quantization_config(self.weights, self.modules, self._names)}
 
 
-def put_under_stored_names(shard: ShardFile, weights: EditedWeights, name: str, tensor: Tensor, start: int = 0) -> None:
+def put_under_stored_names(shard: Shard, weights: EditedWeights, name: str, tensor: Tensor, start: int = 0) -> None:
     """Write a parameter, or its rows (experts) from `start` on, under the checkpoint's own names."""
     for stored, value in weights.stored_form(name, tensor, start).items():
         spec = shard.specs[stored]
@@ -263,7 +264,7 @@ def put_under_stored_names(shard: ShardFile, weights: EditedWeights, name: str, 
         shard.write(stored, value.to(spec.dtype), skip=start * (spec.nbytes // spec.shape[0]) if some else 0)
 
 
-def put_plain_as_stored(shard: ShardFile, weights: EditedWeights, names: list[str]) -> None:
+def put_plain_as_stored(shard: Shard, weights: EditedWeights, names: list[str]) -> None:
     """Parameters that are not quantized, under the checkpoint's own names: copied, or written anew where they were edited."""
     copied = [name for name in names if not weights.edited(name)]
     for stored in dict.fromkeys(stored for name in copied for stored in weights.stored_names(name)):
@@ -274,7 +275,7 @@ def put_plain_as_stored(shard: ShardFile, weights: EditedWeights, names: list[st
             put_under_stored_names(shard, weights, name, piece, begin // (spec.nbytes // spec.shape[0]))
 
 
-def put_stored(shard: ShardFile, entry: Entry) -> None:
+def put_stored(shard: Shard, entry: Entry) -> None:
     """Copy a stored tensor as it is, piece by piece."""
     for start, piece in pieces(entry):
         shard.write(entry.name, piece, skip=start)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moebit.errors import BadInputError
 from moebit.model.experts import ExpertsLayout, read_experts
-from moebit.storage.files import ShardFile, TensorEntry, TensorSpec, read_header
+from moebit.storage.files import Shard, TensorEntry, TensorSpec, read_header
 from moebit.storage.weights import Weights
 
 SIDE_FILE = "switch.safetensors"
@@ -53,7 +53,7 @@ class Kept:
 
 
 def write_side_file(
-    shard: ShardFile,
+    shard: Shard,
     weights: Weights,
     layouts: Mapping[str, ExpertsLayout],
     usage: Mapping[str, Usage],

@@ -26,6 +26,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from moebit.device import here
 from moebit.tensor.blocks import BlockTransform, block_size, hadamard
 
 STEPS = 256
@@ -40,7 +41,7 @@ def site_generator(seed: int, site: str) -> torch.Generator:
 
 def hadamard_transform(channels: int, generator: torch.Generator, count: int = 1) -> BlockTransform:
     """Random signs and a Hadamard matrix per block."""
-    signs = torch.randint(0, 2, (count, channels), generator=generator, dtype=torch.int8) * 2 - 1
+    signs = here(torch.randint(0, 2, (count, channels), generator=generator, dtype=torch.int8, device="cpu")) * 2 - 1
     return BlockTransform(signs=signs, first=hadamard(block_size(channels)).expand(count, 1, -1, -1))
 
 
@@ -115,7 +116,7 @@ def _uniform_first_row(blocks: int, size: int, generator: torch.Generator) -> Te
     reflection = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(across, across) / across.square().sum().clamp(min=1e-300)
     others = torch.eye(size, dtype=torch.float64).repeat(blocks, 1, 1)
     if size > 1:
-        q, r = torch.linalg.qr(torch.randn(blocks, size - 1, size - 1, generator=generator, dtype=torch.float64))
+        q, r = torch.linalg.qr(here(torch.randn(blocks, size - 1, size - 1, generator=generator, dtype=torch.float64, device="cpu")))
         others[:, 1:, 1:] = q * r.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
     return others @ reflection
 
@@ -127,7 +128,7 @@ def check_orthogonal(transform: BlockTransform, channels: int, site: str) -> Non
         ArithmeticError: they are not; the model would become another one.
     """
     generator = torch.Generator().manual_seed(0)
-    x, w = torch.randn(2, transform.count, 4, channels, generator=generator, dtype=torch.float64)
+    x, w = here(torch.randn(2, transform.count, 4, channels, generator=generator, dtype=torch.float64, device="cpu"))
     wanted, got = x @ w.mT, transform.apply(x) @ transform.apply(w).mT
     scale = x.norm(dim=2, keepdim=True) * w.norm(dim=2).unsqueeze(1)
     deviation = float(((got - wanted).abs() / scale).max())

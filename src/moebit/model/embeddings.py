@@ -34,13 +34,15 @@ def materialize_embeddings(
     if not isinstance(module, nn.Embedding) or len(module._parameters) > 1:
         materialize(module, name, weights)
         return None
-    used = torch.cat([ids.flatten(), torch.tensor([i for i in further if 0 <= i < len(module.weight)], dtype=torch.int64)]).unique()
-    table = torch.empty(module.weight.shape, dtype=module.weight.dtype)
+    used = torch.cat(
+        [ids.flatten().cpu(), torch.tensor([i for i in further if 0 <= i < len(module.weight)], dtype=torch.int64, device="cpu")]
+    ).unique()
+    table = torch.empty(module.weight.shape, dtype=module.weight.dtype, device=weights.device)
     for low, high in _runs(used.tolist()):
         table[low:high] = weights.rows(f"{name}.weight", low, high).to(table.dtype)
     module.weight = nn.Parameter(table, requires_grad=False)
-    read = torch.zeros(len(table), dtype=torch.bool)
-    read[used] = True
+    read = torch.zeros(len(table), dtype=torch.bool, device=weights.device)
+    read[used.to(weights.device)] = True
     return put_in_front(module, partial(_only_read, name, read))
 
 

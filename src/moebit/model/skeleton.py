@@ -102,6 +102,13 @@ def _compute_buffers(model: PreTrainedModel) -> None:
             raise BadInputError(f"buffer {name!r} of {type(model).__name__} is computed in a way that moebit cannot repeat")
 
 
+def place_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Move the buffers that are computed rather than stored to where layers are computed."""
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        if buffer.device != device:
+            model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.to(device)
+
+
 def materialize(module: nn.Module, prefix: str, weights: Weights, skip: Iterable[nn.Module] = (), recurse: bool = True) -> None:
     """Fill a skeleton module's parameters and buffers, in the types that the skeleton has.
 

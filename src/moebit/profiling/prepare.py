@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from moebit.errors import BadInputError
-from moebit.formats.output import PROFILE_DIRECTORY, OutputDirectory
+from moebit.formats.followed import Output
+from moebit.formats.output import PROFILE_DIRECTORY
 from moebit.formats.profile import Profile
 from moebit.formats.switch import SIDE_FILE, Channels, Usage, side_specs, write_side_file
 from moebit.methods.significance import expert_shares
@@ -69,7 +70,7 @@ def check_profile(profile: Profile, checkpoint: Checkpoint, recipe: Recipe) -> N
 
 
 def prepare(
-    output: OutputDirectory,
+    output: Output,
     checkpoint: Checkpoint,
     plan: Plan,
     bits: BitPlan | None,
@@ -93,7 +94,7 @@ def prepare(
 
 
 def _profile(
-    output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, sets: Mapping[str, Tensor], allocating: bool, progress: Progress
+    output: Output, checkpoint: Checkpoint, plan: Plan, sets: Mapping[str, Tensor], allocating: bool, progress: Progress
 ) -> Profile:
     section = plan.recipe.allocation
     errors = allocating and section.kind in ("knapsack", "budget")
@@ -129,9 +130,7 @@ def spend(plan: Plan, profile: Profile, disk: DiskSize) -> tuple[BitPlan, dict[s
     return spent.plan, {"method": "budget", "ladder": list(plan.recipe.allocation.ladder), **spent.describe()}
 
 
-def _record(
-    output: OutputDirectory, checkpoint: Checkpoint, plan: Plan, bits: BitPlan | None, profile: Profile, disk: DiskSize | None
-) -> None:
+def _record(output: Output, checkpoint: Checkpoint, plan: Plan, bits: BitPlan | None, profile: Profile, disk: DiskSize | None) -> None:
     """Decide, write the side file, and note both."""
     recipe, made = plan.recipe, None
     section = recipe.allocation

@@ -121,7 +121,7 @@ def run_profile(
         if known and (known["errors"] or not errors):
             continue
         budget = _budget(checkpoint, structure, windows, memory, errors)
-        store = budget.store(Path(tempfile.gettempdir()))
+        store = budget.store(Path(tempfile.gettempdir()), checkpoint.weights.device)
         tensors = run_pass(checkpoint, structure, windows, budget, store, measure, progress)
         found.add(name, {"tokens": windows.numel(), "sha256": mark, "errors": errors}, tensors)
     progress("sets", len(sets), len(sets))

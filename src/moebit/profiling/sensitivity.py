@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from moebit.device import here
 from moebit.model.expert_gradients import experts_output
 from moebit.model.experts import dispatch, read_experts
 from moebit.model.replay import head
@@ -77,7 +78,7 @@ def _head_gradient(stream: Stream) -> Tensor:
             with torch.enable_grad():
                 hidden = stream.hidden[row : row + 1].detach().clone().requires_grad_()
                 log_prob = head(model, stream.structure.list_name, hidden, stream.structure.returns).float().log_softmax(-1)
-                labels = torch.multinomial(log_prob.detach()[0].exp(), 1, generator=generator)
+                labels = here(torch.multinomial(log_prob.detach()[0].exp().cpu(), 1, generator=generator))
                 (mine,) = torch.autograd.grad(log_prob[0].gather(1, labels).sum(), hidden)
             gradient[row] = mine[0].float()
     finally:

@@ -94,7 +94,9 @@ def observe(
 
 def _pass(checkpoint: Checkpoint, structure: Any, windows: Tensor, memory: int, progress: Progress) -> dict[str, Tensor]:
     budget = make_budget(checkpoint, structure, memory, windows.numel(), length=windows.shape[1], solve=False, hessians=False)
-    return run_pass(checkpoint, structure, windows, budget, budget.store(Path(tempfile.gettempdir())), None, progress)
+    return run_pass(
+        checkpoint, structure, windows, budget, budget.store(Path(tempfile.gettempdir()), checkpoint.weights.device), None, progress
+    )
 
 
 def _silent(what: str, done: int, total: int) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 from moebit.calibration.statistics import ExpertMoments, down_layer_hessians, layer_sample, output_sensitivity, to_power
 from moebit.methods.input_drift import InputDriftMoments
 from moebit.methods.soft_coverage import SoftCoverage
-from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots, add_outputs, finish, intermediate
+from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots, finish, intermediate
+from moebit.ranks import Sums
 from moebit.streaming.stream import Stream
 
 SAMPLED_SLOTS = 128  # of an expert's tokens, that a transform of its down projection is made from
@@ -132,7 +133,7 @@ class ExpertInputs:
     stream: Stream
     x: Tensor
     slots: Slots
-    outputs: Tensor
+    outputs: Sums
     target: ShrinkTarget
     weighing: Weighing = Weighing()
     pool: PoolInputs | None = None
@@ -223,9 +224,15 @@ class ExpertInputs:
         for piece in self._pieces(chunk):
             sys.audit("moebit.rows", "down", piece.bounds[-1])
             y = finish(chunk.module, h_SI[piece.place], piece.affinity, chunk.weights, piece.bounds)
-            self.outputs.index_add_(0, piece.tokens, y)
+            self.outputs.add(piece.tokens, y)
         if self.pool is not None:
             self.pool.through(chunk)
+
+    def settle(self) -> None:
+        """Add the outputs of the experts that all ranks have run since the last time."""
+        self.outputs.settle()
+        if self.pool is not None:
+            self.pool.outputs.settle()
 
 
 @dataclass(frozen=True)
@@ -241,7 +248,7 @@ class PoolInputs:
     x: Tensor
     slots: Slots
     extra: Slots
-    outputs: Tensor
+    outputs: Sums
 
     def drawn(self, chunk: ExpertChunk) -> Iterator[tuple[Tensor, Slots]]:
         """(inputs [S, H], their slots) of the tokens that these experts drew."""
@@ -252,5 +259,6 @@ class PoolInputs:
     def through(self, chunk: ExpertChunk) -> None:
         """Add the outputs of these experts, as they now are, for all tokens of the pool."""
         for piece in self.slots.pieces(chunk.start, chunk.stop, self.stream.slots):
-            add_outputs(chunk.module, self.x, chunk.weights, piece, self.outputs)
+            h = intermediate(chunk.module, self.x[piece.tokens], chunk.weights, piece.bounds)
+            self.outputs.add(piece.tokens, finish(chunk.module, h, piece.affinity, chunk.weights, piece.bounds))
             self.stream.store.release()

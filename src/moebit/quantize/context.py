@@ -19,9 +19,10 @@ from moebit.plan.plan import Plan
 from moebit.quantize import solve
 from moebit.quantize.reference import FullPrecision
 from moebit.quantize.report import LayerReport
+from moebit.ranks import ALONE, Ranks
 from moebit.recipe import Recipe
 from moebit.storage.edits import Edit
-from moebit.storage.files import ShardFile
+from moebit.storage.files import Shard
 from moebit.streaming.routing import Routing
 from moebit.streaming.shortcut import KeptInput
 from moebit.streaming.stream import Stream
@@ -30,6 +31,7 @@ from moebit.tensor import QTensor, SolveInfo
 from moebit.tensor.blocks import BlockTransform
 
 Progress = Callable[[str, int, int], None]
+PARTS, PART_WEIGHTS = 16, 2**20  # into how many a layer's experts are cut, and from how many weights on that is worth it
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,18 @@ class LayerContext:
         sites: what can be quantized in the layer. sink, shard: where it is written.
         layer: the loaded layer, None where no stream runs through it.
         device: where matrices are solved. seed: of random transforms.
-        progress: called with ("experts", done, total) after every chunk of experts.
+        progress: called with ("experts", done, total) after every chunk of experts. ranks: that share the work.
     """
 
     plan: Plan
     sink: Sink
     sites: LayerSites
-    shard: ShardFile
+    shard: Shard
     layer: nn.Module | None
     device: str
     progress: Progress
     seed: int = 0
+    ranks: Ranks = ALONE
 
     @property
     def recipe(self) -> Recipe:
@@ -60,6 +63,20 @@ class LayerContext:
     def chunk(self) -> int:
         """Experts in memory at a time."""
         return self.plan.chunk.get(self.sites.index, 1)
+
+    @property
+    def part(self) -> int:
+        """Experts that are solved together, by one rank.
+
+        Where rounding is learned on what a chunk of experts puts out, that is the whole chunk. Else the parts are smaller than memory
+        would allow, by the layer's shape alone, so that several ranks have some each and one alone does what they do.
+        """
+        moe = self.sites.moe
+        assert moe is not None
+        if self.recipe.refine.active:
+            return self.chunk
+        layout = moe.layout
+        return min(self.chunk, max(-(-layout.experts // PARTS), -(-PART_WEIGHTS // layout.parameters_per_expert)))
 
     def full(self, name: str) -> str:
         """Full name of a module of the layer."""

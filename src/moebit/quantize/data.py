@@ -13,7 +13,8 @@ from moebit.calibration.sampling import kept_windows
 from moebit.calibration.settings import Settings, sampling_settings
 from moebit.calibration.text import Texts, TokenText, calibration_windows, load_tokenizer, parse_texts, tokenize
 from moebit.errors import BadInputError
-from moebit.formats.output import SAMPLE, OutputDirectory
+from moebit.formats.followed import Output
+from moebit.formats.output import SAMPLE
 from moebit.formats.profile import Profile
 from moebit.methods.balance import further_windows
 from moebit.plan.bitplan import BitPlan
@@ -90,7 +91,7 @@ def gather(checkpoint: Checkpoint, recipe: Recipe, sources: Sources) -> Data:
     )
 
 
-def calibration_set(output: OutputDirectory, checkpoint: Checkpoint, data: Data, memory: int, progress: Progress) -> Tensor | None:
+def calibration_set(output: Output, checkpoint: Checkpoint, data: Data, memory: int, progress: Progress) -> Tensor | None:
     """The windows of given text, behind what the model writes itself, where the recipe has it write. The sample is journaled.
 
     A resumed run reads the sample instead of writing it again.

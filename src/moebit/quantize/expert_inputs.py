@@ -14,6 +14,7 @@ from moebit.model.experts import ExpertsLayout, RoutedTokens, dispatch
 from moebit.quantize.chunk import ExpertInputs, PoolInputs, ShrinkTarget, Weighing
 from moebit.quantize.context import LayerContext, LayerState
 from moebit.quantize.statistics import NOT_COMPARED, moment
+from moebit.ranks import Sums
 from moebit.streaming.stream import Stream
 
 
@@ -31,7 +32,7 @@ def expert_inputs(context: LayerContext, state: LayerState) -> tuple[ExpertInput
     exact, drift = _exact(context, state)
     report = replace(state.report, tokens_per_expert=tokens_per_expert, balance=balance).adding(drift=drift)
     weighing = Weighing(solver.affinity_power, solver.output_aware)
-    outputs = stream.new_outputs(routed)
+    outputs = Sums(stream.new_outputs(routed), stream.ranks)
     inputs = ExpertInputs(stream, routed.x, slots, outputs, target, weighing, pool, exact, solver.drift != "none")
     return inputs, replace(state, report=report)
 
@@ -53,7 +54,7 @@ def _pool(
     pooled = state.pooled.tokens
     drawn = _drawn(context, routed, layout, pooled.ids)
     extra, slots = (dispatch(ids, pooled.weights, layout.experts) for ids in (drawn.ids, pooled.ids))
-    return PoolInputs(state.pool, pooled.x, slots, extra, state.pool.new_outputs(pooled)), drawn.describe()
+    return PoolInputs(state.pool, pooled.x, slots, extra, Sums(state.pool.new_outputs(pooled), state.pool.ranks)), drawn.describe()
 
 
 def _drawn(context: LayerContext, routed: RoutedTokens, layout: ExpertsLayout, pool_ids: Tensor) -> Drawn:

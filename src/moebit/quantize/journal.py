@@ -6,33 +6,34 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from moebit.formats.output import OutputDirectory
+from moebit.formats.followed import Output
 from moebit.formats.sink import Sink, put_stored
 from moebit.model.structure import Structure
 from moebit.plan.disk import rest_names, rest_specs
 from moebit.plan.plan import Plan
 from moebit.quantize.data import Windows
 from moebit.quantize.report import LayerReport
+from moebit.ranks import ALONE, Ranks
 from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.files import TensorSpec, read_header
 from moebit.streaming.stream import Stream
 from moebit.streaming.streams import Streams
 
 
-def written_layers(output: OutputDirectory) -> list[LayerReport]:
+def written_layers(output: Output) -> list[LayerReport]:
     """The reports of the layers that are written."""
     return [LayerReport(**entry["report"]) for entry in output.entries if entry["kind"] == "layer"]
 
 
-def embed(checkpoint: Checkpoint, plan: Plan, output: OutputDirectory, windows: Windows, done: int) -> Streams | None:
+def embed(checkpoint: Checkpoint, plan: Plan, output: Output, windows: Windows, done: int, ranks: Ranks = ALONE) -> Streams | None:
     """The calibration windows behind the layers that are done, with what the recipe wants beside them; None without calibration."""
     if windows.calibration is None:
         return None
     budget, pool = plan.budget, windows.pool
-    store = budget.store(output.partial)
+    store = budget.store(output.partial, checkpoint.weights.device)
 
     def stream(rows: Tensor) -> Stream:
-        return Stream(checkpoint, plan.structure, rows, store, budget.batch_tokens, budget.slots)
+        return Stream(checkpoint, plan.structure, rows, store, budget.batch_tokens, budget.slots, ranks)
 
     streams = Streams(
         stream(windows.calibration),
@@ -44,7 +45,7 @@ def embed(checkpoint: Checkpoint, plan: Plan, output: OutputDirectory, windows: 
     return streams
 
 
-def put_layer(output: OutputDirectory, shard: str, report: LayerReport, streams: Streams | None) -> None:
+def put_layer(output: Output, shard: str, report: LayerReport, streams: Streams | None) -> None:
     """Note a written layer, with the streams behind it; those in front of it are not needed any more."""
     files = [shard]
     if streams is not None:
@@ -59,7 +60,7 @@ def put_layer(output: OutputDirectory, shard: str, report: LayerReport, streams:
         output.remove(_stream_file(report.layer - 1))
 
 
-def put_rest(output: OutputDirectory, sink: Sink, structure: Structure) -> None:
+def put_rest(output: Output, sink: Sink, structure: Structure) -> None:
     """Write embeddings, final norm, head, and stored tensors that the model class does not use, unless the journal has them."""
     if any(entry["kind"] == "rest" for entry in output.entries):
         return
@@ -71,7 +72,7 @@ def put_rest(output: OutputDirectory, sink: Sink, structure: Structure) -> None:
     output.record("rest", [name])
 
 
-def shard_name(output: OutputDirectory, structure: Structure, number: int) -> str:
+def shard_name(output: Output, structure: Structure, number: int) -> str:
     """File of a layer; of the rest, with the number behind the last layer's."""
     return output.shard_name(number, len(structure.layers) + 1)
 

@@ -15,7 +15,8 @@ from moebit.model.experts import add_outputs
 from moebit.model.seam import silent
 from moebit.quantize.chunk import ExpertChunk, ExpertInputs
 from moebit.quantize.context import LayerContext, LayerState
-from moebit.streaming.stream import Stream, adds_up
+from moebit.streaming.shortcut import adds_up
+from moebit.streaming.stream import Stream
 
 ROWS = 4096  # tokens whose sizes are summed at a time
 

@@ -40,7 +40,7 @@ def full_precision(plan: Plan, sites: LayerSites, stream: Stream | None) -> Full
     refines, without = plan.recipe.refine.active, None
     if refines and sites.moe is not None and any(name.startswith(f"{sites.name}.") for name in plan.linears):
         without = output_without_experts(stream, sites.index)
-    with captured_inputs(stream, sites.index, names) as inputs:
+    with captured_inputs(stream, names) as inputs:
         routing = reference_step(stream, sites.index, plan.chunk.get(sites.index, 1))
     output = stream.hidden if refines else None
     return FullPrecision(

@@ -104,7 +104,8 @@ class _Batches:
         """The batch of a step, in order."""
         per_pass = max(1, len(self.train) // self.size)
         turn, number = divmod(step, per_pass)
-        order = torch.randperm(len(self.train), generator=site_generator(self.seed, f"{self.site} {turn}"))
+        order = torch.randperm(len(self.train), generator=site_generator(self.seed, f"{self.site} {turn}"), device="cpu")
+        order = order.to(self.train.device)
         return self.train[order[number * self.size : (number + 1) * self.size]].sort().values
 
 
@@ -196,7 +197,7 @@ def _outputs(
     size = max(1, min(len(train), round(recipe.tokens * len(tokens) / len(inputs.x))))
     batches = _Batches(train, size, context.seed, f"{context.full('experts')} {stored.start}")
     if target is not None:
-        should, weight = target.of(inputs.outputs, tokens), target.weight[tokens]
+        should, weight = target.of(inputs.outputs.total, tokens), target.weight[tokens]
     else:
         should, weight = _own_target(inputs, stored.to(torch.float32), slots, place, len(tokens))
     held_back, gating = held.nonzero()[:, 0], replace(stored, weights=_with_biases(stored.weights, device))

@@ -11,7 +11,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
-from moebit.formats.output import OutputDirectory
+from moebit.formats.followed import Output
 from moebit.formats.sink import Sink
 from moebit.memory import peak_resident_bytes
 from moebit.model.structure import LayerSites
@@ -23,6 +23,7 @@ from moebit.quantize.journal import embed, put_layer, put_rest, shard_name, writ
 from moebit.quantize.layer import quantize_layer
 from moebit.quantize.reference import full_precision
 from moebit.quantize.report import LayerReport
+from moebit.ranks import ALONE, Ranks
 from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.streams import Streams
 
@@ -33,27 +34,29 @@ class Work:
 
     Attributes:
         output: the directory, with its journal. sink: how tensors are written. device: where matrices are solved.
-        seed: of random transforms. progress: called with (what, done, total).
+        seed: of random transforms. progress: called with (what, done, total). ranks: that share the work.
     """
 
     checkpoint: Checkpoint
     plan: Plan
-    output: OutputDirectory
+    output: Output
     sink: Sink
     device: str
     progress: Progress
     seed: int
+    ranks: Ranks = ALONE
 
 
 def run(work: Work, windows: Windows) -> list[LayerReport]:
     """Quantize all layers that the journal does not have yet, then write the rest of the model."""
     layers, reports = work.plan.structure.layers, written_layers(work.output)
-    streams = embed(work.checkpoint, work.plan, work.output, windows, len(reports)) if len(reports) < len(layers) else None
+    streams = embed(work.checkpoint, work.plan, work.output, windows, len(reports), work.ranks) if len(reports) < len(layers) else None
     for sites in layers[len(reports) :]:
         work.progress("layers", sites.index, len(layers))
         reports.append(run_layer(work, sites, streams))
     work.progress("layers", len(layers), len(layers))
-    put_rest(work.output, work.sink, work.plan.structure)
+    if work.ranks.leads:
+        put_rest(work.output, work.sink, work.plan.structure)
     return reports
 
 
@@ -63,7 +66,7 @@ def run_layer(work: Work, sites: LayerSites, streams: Streams | None) -> LayerRe
     reference = full_precision(work.plan, sites, streams.reference if streams else None)
     loaded, name = streams.calibration.loaded(index) if streams else nullcontext(), shard_name(work.output, work.plan.structure, index)
     with work.output.shard(name, layer_specs(sink, sites)) as shard, loaded as layer:
-        context = LayerContext(work.plan, sink, sites, shard, layer, work.device, work.progress, work.seed)
+        context = LayerContext(work.plan, sink, sites, shard, layer, work.device, work.progress, work.seed, work.ranks)
         report = quantize_layer(context, LayerState(LayerReport(index), streams, reference)).report
     report = replace(report, seconds=round(time.perf_counter() - began, 3), peak_memory_bytes=peak_resident_bytes())
     put_layer(work.output, name, report, streams)

@@ -17,9 +17,11 @@ from moebit.model.structure import LayerSites, LinearGroup
 from moebit.quantize.context import LayerContext, LayerState
 from moebit.quantize.groups import last_before_experts, quantized
 from moebit.quantize.reference import input_of
+from moebit.ranks import ALONE, Ranks
 from moebit.streaming.shortcut import KeptInput
 from moebit.streaming.stream import Stream
 from moebit.tensor import add_second_moment, mirror_
+from moebit.tensor.linalg import moment_strips
 
 ROWS = 4096  # tokens that are looked at together where nothing else sets a limit
 NOT_COMPARED = "its input is not delivered once for every token"
@@ -32,12 +34,14 @@ class Statistics:
 
     Attributes:
         total: [N, N] second moments, complete above the diagonal only; None where nothing is solved from them, or where drift has them.
+            Every rank adds up some strips of it, until `complete`.
         positions: tokens that are kept as a sample, in order. kept: them. seen: tokens so far.
         drift, exact: sums of what arrives and should arrive; what full precision delivers, [T, N].
     """
 
     total: Tensor | None
     positions: Tensor
+    ranks: Ranks = ALONE
     kept: list[Tensor] = field(default_factory=list)
     seen: int = 0
     drift: InputDriftMoments | None = None
@@ -49,11 +53,16 @@ class Statistics:
             tokens = torch.arange(self.seen, self.seen + len(x_TN))
             self.drift.add(x_TN, self.exact[tokens], weight_T, tokens, [0, len(x_TN)])
         if self.total is not None:
-            add_second_moment(self.total, x_TN, weight_T)
+            add_second_moment(self.total, x_TN, weight_T, own_strips(len(self.total), self.ranks))
         inside = self.positions[(self.positions >= self.seen) & (self.positions < self.seen + len(x_TN))]
         if len(inside):
             self.kept.append(x_TN[inside - self.seen].float())
         self.seen += len(x_TN)
+
+    def complete(self) -> None:
+        """Exchange the strips that the ranks have added up."""
+        if self.total is not None:
+            exchange_strips(self.total, self.ranks)
 
     @property
     def hessian(self) -> Tensor | None:
@@ -68,6 +77,25 @@ class Statistics:
         return torch.cat(self.kept)
 
 
+def own_strips(size: int, ranks: Ranks) -> list[tuple[int, int]]:
+    """The strips of a second moment that a rank adds up: all ranks have about as much to do, though strips become shorter."""
+    return _strips_of(ranks.rank, size, ranks.size)
+
+
+def _strips_of(rank: int, size: int, ranks: int) -> list[tuple[int, int]]:
+    turns = (min(number % (2 * ranks), 2 * ranks - 1 - number % (2 * ranks)) for number in range(size))
+    return [strip for strip, owner in zip(moment_strips(size), turns, strict=False) if owner == rank]
+
+
+def exchange_strips(h_NN: Tensor, ranks: Ranks) -> None:
+    """Give every rank the strips of the others."""
+    mine = {f"{low}": h_NN[low:high, low:] for low, high in own_strips(len(h_NN), ranks)}
+    for rank, found in enumerate(ranks.everyone(mine)):
+        if rank != ranks.rank:
+            for low, high in _strips_of(rank, len(h_NN), ranks.size):
+                h_NN[low:high, low:] = found[f"{low}"]
+
+
 def group_statistics(context: LayerContext, state: LayerState, number: int) -> tuple[Statistics | None, LayerState]:
     """Statistics of a group's input: from a stored input where there is one, else by running the layer up to it.
 
@@ -80,14 +108,21 @@ def group_statistics(context: LayerContext, state: LayerState, number: int) -> t
     seen, state = _empty(context, state, stream, group)
     stored = _stored_input(context, state, group)
     if stored is None:
-        return seen, _by_running(context, state, stream, number, seen)
+        state = _by_running(context, state, stream, number, seen)
+    else:
+        _from_stored(context, stream, group, stored, seen)
+    seen.complete()
+    return seen, state
+
+
+def _from_stored(context: LayerContext, stream: Stream, group: LinearGroup, stored: tuple[Tensor, bool], seen: Statistics) -> None:
+    """Add what a stored input makes of the group's."""
     x, from_block = stored
     affinity = _affinity(context, group) if from_block else None
     if from_block and group.moe_input:
         _over_stored(seen, stream, x, affinity)
     else:
         _replayed(seen, context, stream, group, x, affinity)
-    return seen, state
 
 
 def _empty(context: LayerContext, state: LayerState, stream: Stream, group: LinearGroup) -> tuple[Statistics, LayerState]:
@@ -99,7 +134,7 @@ def _empty(context: LayerContext, state: LayerState, stream: Stream, group: Line
             return Statistics(None, positions, drift=drift_moments(stream, 1, group.in_features), exact=exact), state
         state = state.noting(drift={name: {"skipped": NOT_COMPARED} for name in quantized(context, group)})
     total = torch.zeros(group.in_features, group.in_features) if context.recipe.needs_hessians else None
-    return Statistics(total, positions), state
+    return Statistics(total, positions, stream.ranks), state
 
 
 def drift_moments(stream: Stream, matrices: int, size: int) -> InputDriftMoments:
@@ -168,8 +203,9 @@ def moment(stream: Stream, x_TN: Tensor) -> Tensor:
     """[N, N] second moment of stored inputs, which may lie in a file."""
     total = torch.zeros(x_TN.shape[1], x_TN.shape[1])
     for piece in x_TN.split(ROWS):
-        add_second_moment(total, piece)
+        add_second_moment(total, piece, strips=own_strips(len(total), stream.ranks))
         stream.store.release()
+    exchange_strips(total, stream.ranks)
     return mirror_(total)
 
 

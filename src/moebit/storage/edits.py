@@ -9,13 +9,14 @@ type that is stored.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.conversion import tied_names
 from moebit.storage.files import Entry, TensorSpec
 from moebit.storage.weights import Weights
@@ -102,7 +103,7 @@ class RotateHeads(Edit):
     axis: int = -1
 
     def apply(self, tensor: Tensor, start: int = 0) -> Tensor:
-        index, result = self.channels.flatten(), tensor.clone()
+        index, result = self.channels.flatten().to(tensor.device), tensor.clone()
         heads = tensor.index_select(self.axis, index).transpose(self.axis, -1)
         turned = self.rotation.apply(heads.unflatten(-1, tuple(self.channels.shape)) * self.signs.to(heads)).flatten(-2)
         result.index_copy_(self.axis, index, turned.transpose(self.axis, -1))
@@ -123,6 +124,11 @@ class Replace(Edit):
 
 
 Edits = Mapping[str, tuple[Edit, ...]]
+
+
+def placed(checkpoint: Checkpoint, device: torch.device) -> Checkpoint:
+    """The checkpoint with its weights handed out on a device."""
+    return replace(checkpoint, weights=EditedWeights(checkpoint.weights, device=device)) if device.type != "cpu" else checkpoint
 
 
 def joined(*several: Edits) -> dict[str, tuple[Edit, ...]]:
@@ -153,7 +159,7 @@ def apply_edits(edits: Iterable[Edit], tensor: Tensor, start: int = 0) -> Tensor
     work = torch.float64 if tensor.dtype in (torch.float32, torch.float64) else torch.float32
     if any(edit.needs_all(tensor.ndim) for edit in edits):
         return _chain(edits, tensor.to(work), start).to(tensor.dtype)
-    result = torch.empty(tensor.shape, dtype=tensor.dtype)
+    result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
     step = max(1, SLAB_BYTES // max(1, tensor[:1].numel() * work.itemsize))
     for low in range(0, len(tensor), step):
         result[low : low + step] = _chain(edits, tensor[low : low + step].to(work), start + low)
@@ -173,13 +179,22 @@ class EditedWeights(Weights):
         edits: by parameter, in the order in which they are applied.
         own: parameters that are tied to another one and become a copy of it, which is edited apart.
         untied: those of the model's tied parameters that the output has to declare as untied; `own` where nothing is given.
+        device: where parameters are edited and handed out; they are read on the host.
 
     Attributes:
         untied: as given.
     """
 
-    def __init__(self, weights: Weights, edits: Edits | None = None, own: Iterable[str] = (), untied: Iterable[str] | None = None) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        edits: Edits | None = None,
+        own: Iterable[str] = (),
+        untied: Iterable[str] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self._plain = weights
+        self.device = device or weights.device
         self.model, self.unused = weights.model, weights.unused
         self._copied = {name: tied_names(weights.model)[name] for name in own}
         copies = {
@@ -202,6 +217,10 @@ class EditedWeights(Weights):
         if unknown:
             raise KeyError(unknown[0])
         self._edits = joined(self._edits, edits)
+
+    def on(self, device: torch.device) -> EditedWeights:
+        """The same weights with the same edits, handed out on a device."""
+        return EditedWeights(self._plain, self._edits, self._copied, self.untied, device)
 
     def edited(self, name: str) -> bool:
         """Whether a parameter differs from what is stored."""
@@ -227,15 +246,15 @@ class EditedWeights(Weights):
         return self._plain.spec(self._source(name))
 
     def parameter(self, name: str) -> Tensor:
-        return apply_edits(self._edits.get(name, ()), self._plain.parameter(self._source(name)))
+        return apply_edits(self._edits.get(name, ()), self._moved(lambda: self._plain.parameter(self._source(name))))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         if self._needs_all(name):
             return self.parameter(name)[start:stop]
-        return apply_edits(self._edits.get(name, ()), self._plain.rows(self._source(name), start, stop), start)
+        return apply_edits(self._edits.get(name, ()), self._moved(lambda: self._plain.rows(self._source(name), start, stop)), start)
 
     def expert_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return apply_edits(self._edits.get(name, ()), self._plain.expert_rows(name, start, stop), start)
+        return apply_edits(self._edits.get(name, ()), self._moved(lambda: self._plain.expert_rows(name, start, stop)), start)
 
     def expect(self, names: Iterable[str], start: int, stop: int) -> None:
         self._plain.expect(names, start, stop)
@@ -257,6 +276,14 @@ class EditedWeights(Weights):
 
     def merged(self) -> set[str]:
         return self._plain.merged()
+
+    def _moved(self, read: Callable[[], Tensor]) -> Tensor:
+        """What is read, on the device; the reading itself, which may unpack what is stored, is the host's."""
+        if self.device.type == "cpu":
+            return read()
+        with torch.device("cpu"):
+            tensor = read()
+        return tensor.to(self.device)
 
     def _source(self, name: str) -> str:
         """The parameter from which the values come."""

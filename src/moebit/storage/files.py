@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ class TensorEntry:
 
     def _read_bytes(self, skip: int, size: int) -> Tensor:
         sys.audit("moebit.read", str(self.file), self.name, skip, size)
-        buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         with open(self.file, "rb", buffering=0) as f:
             f.seek(self.offset + skip)
             view, done = memoryview(buffer.numpy().data), 0
@@ -258,7 +259,21 @@ def _not_finite(piece: Tensor) -> Tensor:
     return (piece.view(torch.uint8) & mask) == value
 
 
-class ShardFile:
+class Shard(ABC):
+    """A safetensors file that is laid out first and filled piece by piece.
+
+    Attributes:
+        specs: what has to be written.
+    """
+
+    specs: dict[str, TensorSpec]
+
+    @abstractmethod
+    def write(self, name: str, tensor: Tensor, skip: int = 0) -> None:
+        """Put `tensor`'s bytes `skip` bytes into the stored tensor `name`."""
+
+
+class ShardFile(Shard):
     """A safetensors file that is laid out first and filled piece by piece.
 
     It is written under a temporary name and gets its own name, synced to disk, only when everything has been written. No byte may

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moebit.errors import BadInputError
@@ -20,12 +21,14 @@ class Weights(ABC):
 
     Attributes:
         model: the skeleton that they are for.
+        device: where parameters are handed out.
         entries: the stored tensors by name, each as it can be read: a matrix that is stored quantized stands here as a plain one where
             the format keeps one tensor for one matrix.
         unused: names in `entries` of tensors that the model class does not use.
     """
 
     model: Any
+    device: torch.device = torch.device("cpu")
     entries: Mapping[str, Entry]
     unused: Sequence[str]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from moebit.model.experts import SLOTS, ExpertsLayout
@@ -52,9 +53,10 @@ class Budget:
     memory: int
     peak_bytes: int
 
-    def store(self, directory: Path) -> ActivationStore:
-        """Where activations live, with files in `directory`."""
-        return ActivationStore(directory, self.activation_allowance, self.limit)
+    def store(self, directory: Path, device: torch.device | None = None) -> ActivationStore:
+        """Where activations live, with files in `directory`; those of a device stay there."""
+        on_host = device is None or device.type == "cpu"
+        return ActivationStore(directory if on_host else None, self.activation_allowance, self.limit)
 
 
 def make_budget(

@@ -7,12 +7,11 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from moebit.model.capture import Call, observed
 from moebit.streaming.stream import Stream
 
 
 @contextmanager
-def captured_inputs(stream: Stream, index: int, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def captured_inputs(stream: Stream, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Collects what arrives at some modules of a layer while it runs inside this context.
 
     A layer that runs more than once over all windows (its experts are computed in chunks in between) leaves what the last run delivers.
@@ -24,8 +23,7 @@ def captured_inputs(stream: Stream, index: int, names: Sequence[str]) -> Iterato
     """
     total, found, seen = stream.windows.numel(), dict[str, Tensor](), dict.fromkeys(names, 0)
 
-    def note(call: Call) -> None:
-        name, rows = call.name, call.rows
+    def note(name: str, rows: Tensor) -> None:
         if name not in found:
             found[name] = stream.store.allocate((total, rows.shape[1]), rows.dtype)
         begin = seen[name] % total
@@ -33,7 +31,7 @@ def captured_inputs(stream: Stream, index: int, names: Sequence[str]) -> Iterato
         found[name][begin : begin + len(kept)] = kept
         seen[name] += len(rows)
 
-    with observed({name: stream.layer(index).get_submodule(name) for name in names}, note):
+    with stream.watching(names, note):
         yield found
     for name, count in seen.items():
         if not count or count % total:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moebit.model.capture import Call, observed
 from moebit.model.experts import RoutedTokens
 from moebit.model.structure import LayerSites
 from moebit.streaming.stream import Stream
@@ -48,18 +47,16 @@ def router_inputs(stream: Stream, sites: LayerSites) -> Iterator[list[Tensor]]:
     assert sites.moe.router is not None
     total, seen, kept = stream.windows.numel(), 0, list[Tensor]()
 
-    def note(call: Call) -> None:
+    def note(name: str, rows: Tensor) -> None:
         nonlocal seen
-        rows = call.rows
         if not kept:
             kept.append(stream.store.allocate((total, rows.shape[1]), rows.dtype))
         if seen + len(rows) <= total:
             kept[0][seen : seen + len(rows)] = rows
         seen += len(rows)
 
-    router = stream.layer(sites.index).get_submodule(sites.moe.router)
     try:
-        with observed({sites.moe.router: router}, note):
+        with stream.watching([sites.moe.router], note):
             yield kept
     finally:
         if seen != total:
@@ -94,11 +91,11 @@ def reference_step(stream: Stream, index: int, chunk: int) -> Routing | None:
     weight = weights.parameter(f"{name}.weight").float()
     bias = weights.parameter(f"{name}.bias").float() if f"{name}.bias" in weights.available() else None
 
-    def note(call: Call) -> None:
-        z = call.rows.float() @ weight.T
+    def note(name: str, rows: Tensor) -> None:
+        z = rows.float() @ weight.T
         said.append(z if bias is None or bias.shape != (experts,) else z + bias)
 
-    with observed({name: stream.layer(index).get_submodule(sites.moe.router)}, note):
+    with stream.watching([sites.moe.router], note):
         ids = stream.step(index, chunk)
     assert ids is not None
     seen = torch.cat(said)[: len(ids)] if said else None  # with the experts in chunks, the layer runs twice and says the same again

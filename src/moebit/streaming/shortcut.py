@@ -101,3 +101,10 @@ def watched(layer: nn.Module, kept: KeptInput) -> Iterator[Watched]:
         observed({kept.block: block}, lambda call: seen.answers.append(call.output), outputs=True),
     ):
         yield seen
+
+
+def adds_up(output: Tensor, without: Tensor, added: Tensor) -> bool:
+    """Whether `output` is `without + added`, up to the rounding of its type, with a factor of one before `added`."""
+    change, rounding = output.float() - without.float(), torch.finfo(output.dtype).eps * output.float().norm()
+    factor = float((change * added).sum() / added.square().sum().clamp(min=1e-30))
+    return abs(factor - 1) < 0.01 and bool((change - added).norm() <= rounding)

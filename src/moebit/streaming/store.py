@@ -56,7 +56,7 @@ class ActivationStore:
         """
         size = math.prod(shape) * dtype.itemsize
         if self.directory is None or self.in_memory(size):
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype)  # on the device, where one is worked on (`moebit.device`)
         with tempfile.TemporaryFile(dir=self.directory, prefix="activations-") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)

@@ -7,29 +7,30 @@ again with their stored outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from moebit.model.capture import Call, observed
 from moebit.model.embeddings import materialize_embeddings, named_tokens
 from moebit.model.experts import SLOTS, ExpertWeights, RoutedTokens, add_outputs, dispatch, experts_names, read_experts
-from moebit.model.layer_call import LayerCall, StopForward, same_arguments
+from moebit.model.layer_call import LayerCall, StopForward, same_arguments, same_or_known
 from moebit.model.replay import head, record
 from moebit.model.seam import ExpertsHandler, experts_handler
-from moebit.model.skeleton import dematerialize, materialize
+from moebit.model.skeleton import dematerialize, materialize, place_buffers
 from moebit.model.structure import Structure
+from moebit.ranks import ALONE, Named, Ranks
 from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.files import Entry
-from moebit.streaming.shortcut import KeptInput, watched
+from moebit.streaming.shortcut import KeptInput, adds_up, watched
 from moebit.streaming.store import ActivationStore
+from moebit.streaming.watch import InputHook, Noted, Watch, recorded, tell
 
 BATCH_TOKENS = 4096
 LOGIT_BYTES = 64 * 2**20
-InputHook = Callable[[Tensor], None]
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Stream:
         store: where activations live.
         batch_tokens: tokens that run through a layer at a time (at least one window).
         slots: routed slots that run through experts at a time.
+        ranks: whose forwards are shared out: a batch runs on one rank, and all ranks get what comes of it.
     """
 
     checkpoint: Checkpoint
@@ -51,11 +53,15 @@ class Stream:
     store: ActivationStore = field(default_factory=ActivationStore)
     batch_tokens: int = BATCH_TOKENS
     slots: int = SLOTS
+    ranks: Ranks = ALONE
     hidden: Tensor = field(init=False)
     _calls: list[list[LayerCall]] = field(init=False, default_factory=list)
+    _watches: list[Watch] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         model = self.checkpoint.model
+        self.windows = self.windows.to(self.device)
+        place_buffers(model, self.device)
         front, watch = [(name, model.get_submodule(name)) for name in self.structure.front], None
         for name, module in front:
             if module is model.get_input_embeddings():
@@ -76,16 +82,24 @@ class Stream:
 
     def handed_on(self) -> dict[str, Tensor]:
         """What layers handed on beside the hidden states and later ones still want; with the hidden states, all that going on needs."""
-        return {f"{b}.{name}": value for b, calls in enumerate(self._calls) for name, value in calls[0].carried.tensors().items()}
+        own = list(enumerate(self._calls))[self.ranks.rank :: self.ranks.size]
+        mine = {f"{b}.{name}": value for b, calls in own for name, value in calls[0].carried.tensors().items()}
+        found = {name: value for group in self.ranks.everyone(mine) for name, value in group.items()}
+        return dict(sorted(found.items(), key=lambda item: int(item[0].partition(".")[0])))
 
     def take_up(self, state: Mapping[str, Entry]) -> None:
         """Go on from a saved state, of which the hidden states are read a few windows at a time."""
         for rows in self.batches():
-            self.hidden[rows] = state["hidden"].read(rows.start, rows.stop)
+            self.hidden[rows] = state["hidden"].read(rows.start, rows.stop).to(self.device)
             self.store.release()
         for b, calls in enumerate(self._calls):
-            mine = {name.partition(".")[2]: entry.read() for name, entry in state.items() if name.startswith(f"{b}.")}
+            mine = {name.partition(".")[2]: entry.read().to(self.device) for name, entry in state.items() if name.startswith(f"{b}.")}
             calls[0].carried.restore(mine)
+
+    @property
+    def device(self) -> torch.device:
+        """Where layers are computed, and where activations live."""
+        return self.checkpoint.weights.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,7 +121,7 @@ class Stream:
         """The calls of a further batch, whose tensors that equal the first batch's (masks, positions) are stored once."""
         if not self._calls:
             return calls
-        return [same_arguments(mine, known, _same) for mine, known in zip(calls, self._calls[0], strict=True)]
+        return [same_arguments(mine, known, same_or_known) for mine, known in zip(calls, self._calls[0], strict=True)]
 
     @property
     def hands_on(self) -> bool:
@@ -142,6 +156,7 @@ class Stream:
         outputs: Tensor | None = None,
         done: int = 0,
         stop: int | None = None,
+        noted: Noted | None = None,
     ) -> None:
         """Run one (loaded) layer over all windows.
 
@@ -152,23 +167,47 @@ class Stream:
             advance: replace the hidden states by the layer's output.
             outputs: [N, L, ...]: put the layer's output there instead.
             done: batches to leave out, from the first. stop: the batch to stop before.
+            noted: gets what the experts' handler has put there in each forward.
         """
         layer = self.layer(index)
-        for rows, calls in list(zip(self.batches(), self._calls, strict=True))[done:stop]:
+        watches = [*self._watches, *(Watch(name, hook, stops=not advance) for name, hook in (inputs or {}).items())]
+
+        def forward(number: int, rows: slice) -> dict[str, Tensor]:
+            seen: dict[str, Tensor] = {}
             with ExitStack() as stack:
-                _watch(stack, layer, inputs or {}, stop=bool(inputs) and not advance)
+                stack.enter_context(recorded(layer, watches, seen))
                 if experts is not None:
                     stack.enter_context(experts_handler(experts(rows)))
-                try:
-                    output = calls[index].run(layer, self.hidden[rows], keep=advance)
-                except StopForward:
-                    self.store.release()
-                    continue
-            if advance:
-                self.hidden[rows] = output
-            elif outputs is not None:
-                outputs[rows] = output
+                with suppress(StopForward):
+                    seen["output"] = self._calls[number][index].run(layer, self.hidden[rows], keep=advance)
+            if noted is not None:
+                seen |= noted.taken()
+            return seen
+
+        def take(rows: slice, seen: Named) -> None:
+            tell(watches, seen)
+            if noted is not None and "ids" in seen:
+                noted.put(self.token_span(rows), seen)
+            into = self.hidden if advance else outputs
+            if into is not None and "output" in seen:
+                into[rows] = seen["output"]
             self.store.release()
+
+        self.ranks.share_out(list(self.batches()), forward, take, done=done, stop=stop)
+
+    @contextmanager
+    def watching(self, names: Iterable[str], note: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Tell `note` what enters modules of the layers that run inside this context, batch after batch.
+
+        Args:
+            names: of modules inside the layer. note: called with a module's name and [rows, channels] of the first tensor it is given.
+        """
+        before = self._watches
+        self._watches = [*before, *(Watch(name, partial(note, name), rows=True) for name in names)]
+        try:
+            yield
+        finally:
+            self._watches = before
 
     def some(self, index: int, windows: Tensor, experts: ExpertsHandler) -> Tensor:
         """Return [n, L, ...] what one (loaded) layer puts out for some windows of one batch; gradients flow where they are enabled.
@@ -219,28 +258,24 @@ class Stream:
         ids = torch.empty(total, moe.top_k, dtype=torch.int64)
         weights = torch.empty(total, moe.top_k, dtype=torch.float32)
 
+        noted = Noted(x, ids, weights)
+
         def note(rows: slice) -> ExpertsHandler:
-            span = self.token_span(rows)
+            return noted.handler
 
-            def handler(module: nn.Module, states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-                x[span], ids[span], weights[span] = states, top_k_index, top_k_weights.float()
-                return torch.zeros_like(states)
-
-            return handler
-
-        if kept is None or len(self._calls) == 1 or any(calls[index].hands_on for calls in self._calls):
-            self.run(index, experts=note, outputs=outputs)
+        if kept is None or self.ranks.size > 1 or len(self._calls) == 1 or any(calls[index].hands_on for calls in self._calls):
+            self.run(index, experts=note, outputs=outputs, noted=noted)
         else:
-            self._run_behind(index, kept, note, [x, ids, weights], outputs)
+            self._run_behind(index, kept, note, noted, outputs)
         return RoutedTokens(x, ids, weights)
 
     def _run_behind(
-        self, index: int, kept: KeptInput, experts: Callable[[slice], ExpertsHandler], noted: list[Tensor], outputs: Tensor | None
+        self, index: int, kept: KeptInput, experts: Callable[[slice], ExpertsHandler], noted: Noted, outputs: Tensor | None
     ) -> None:
         """`run` over all windows, from a linear on whose inputs were kept: where the first batch gives the same, bit for bit, either way.
 
         Args:
-            noted: [T, ...] tensors that `experts` fills.
+            noted: what `experts` notes.
         """
         layer, first = self.layer(index), next(self.batches())
 
@@ -248,25 +283,26 @@ class Stream:
             return kept.values[self.token_span(rows)].unflatten(0, (-1, self.windows.shape[1]))
 
         with watched(layer, kept) as seen:
-            self.run(index, experts=experts, outputs=outputs, stop=1)
+            self.run(index, experts=experts, outputs=outputs, stop=1, noted=noted)
         short = seen.stand_in(layer, kept, inputs(first))
         if short is None:
-            self.run(index, experts=experts, outputs=outputs, done=1)
+            self.run(index, experts=experts, outputs=outputs, done=1, noted=noted)
             return
 
         def answered(rows: slice) -> ExpertsHandler:
             short.values = inputs(rows)
             return experts(rows)
 
-        results = [tensor[self.token_span(first)] for tensor in noted] + ([] if outputs is None else [outputs[first]])
+        results = [tensor[self.token_span(first)] for tensor in (noted.x, noted.ids, noted.weights) if tensor is not None]
+        results += [] if outputs is None else [outputs[first]]
         wanted = [result.clone() for result in results]
         with short.in_place(layer, kept.block):
-            self.run(index, experts=answered, outputs=outputs, stop=1)
+            self.run(index, experts=answered, outputs=outputs, stop=1, noted=noted)
             same = all(map(torch.equal, results, wanted))
             if same:
-                self.run(index, experts=answered, outputs=outputs, done=1)
+                self.run(index, experts=answered, outputs=outputs, done=1, noted=noted)
         if not same:
-            self.run(index, experts=experts, outputs=outputs)
+            self.run(index, experts=experts, outputs=outputs, noted=noted)
 
     def token_span(self, rows: slice) -> slice:
         length = self.windows.shape[1]
@@ -295,15 +331,19 @@ class Stream:
         def added(rows: slice) -> Tensor:
             return outputs_TH[self.token_span(rows)].view(without[rows].shape)
 
-        with experts_handler(self.replay(outputs_TH)(first)):
-            output = self._calls[0][index].run(self.layer(index), self.hidden[first])
-        self.hidden[first] = output
-        if not adds_up(output, without[first], added(first)):
+        self.run(index, experts=self.replay(outputs_TH), advance=True, stop=1)
+        if not adds_up(self.hidden[first], without[first], added(first)):
             self.run(index, experts=self.replay(outputs_TH), advance=True, done=1)
             return
-        for rows in list(self.batches())[1:]:
-            self.hidden[rows] = (without[rows].float() + added(rows)).to(self.dtype)
+
+        def sum_up(number: int, rows: slice) -> Named:
+            return {"hidden": (without[rows].float() + added(rows)).to(self.dtype)}
+
+        def take(rows: slice, found: Named) -> None:
+            self.hidden[rows] = found["hidden"]
             self.store.release()
+
+        self.ranks.share_out(list(self.batches()), sum_up, take, done=1)
 
     def step(self, index: int, chunk: int) -> Tensor | None:
         """Advance through one layer as it is, with at most `chunk` experts in memory; returns the chosen experts [T, k].
@@ -317,7 +357,8 @@ class Stream:
                 return None
             name, module = f"{self.structure.layers[index].name}.{moe.experts}", layer.get_submodule(moe.experts)
             if chunk >= moe.layout.experts:
-                return self._step_at_once(index, read_experts(self.checkpoint.weights, name, moe.layout, 0, moe.layout.experts, self.dtype))
+                weights = read_experts(self.checkpoint.weights, name, moe.layout, 0, moe.layout.experts, self.dtype)
+                return self._step_at_once(index, moe.top_k, weights)
             routed = self.capture_routing(index)
             outputs = self.new_outputs(routed)
             slots = dispatch(routed.ids, routed.weights, moe.layout.experts)
@@ -337,19 +378,19 @@ class Stream:
         self.store.release()
         return outputs
 
-    def _step_at_once(self, index: int, weights: ExpertWeights) -> Tensor:
+    def _step_at_once(self, index: int, top_k: int, weights: ExpertWeights) -> Tensor:
         experts = weights.down.shape[0]
-        chosen = []
+        noted = Noted(None, torch.empty(self.windows.numel(), top_k, dtype=torch.int64), None)
 
         def answer(module: nn.Module, states: Tensor, ids: Tensor, affinity: Tensor) -> Tensor:
-            chosen.append(ids)
+            noted.found = {"ids": ids}
             outputs = torch.zeros(states.shape, dtype=torch.float32)
             for piece in dispatch(ids, affinity, experts).pieces(0, experts, self.slots):
                 add_outputs(module, states, weights, piece, outputs)
             return outputs.to(states.dtype)
 
-        self.run(index, experts=lambda rows: answer, advance=True)
-        return torch.cat(chosen)
+        self.run(index, experts=lambda rows: answer, advance=True, noted=noted)
+        return noted.ids
 
     @torch.no_grad()
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
@@ -368,31 +409,3 @@ class Stream:
         finally:
             for _, module in behind:
                 dematerialize(module, recurse=False)
-
-
-def adds_up(output: Tensor, without: Tensor, added: Tensor) -> bool:
-    """Whether `output` is `without + added`, up to the rounding of its type, with a factor of one before `added`."""
-    change, rounding = output.float() - without.float(), torch.finfo(output.dtype).eps * output.float().norm()
-    factor = float((change * added).sum() / added.square().sum().clamp(min=1e-30))
-    return abs(factor - 1) < 0.01 and bool((change - added).norm() <= rounding)
-
-
-def _same(value: object, known: object) -> object:
-    if isinstance(value, Tensor) and isinstance(known, Tensor):
-        return known if value.shape == known.shape and value.dtype == known.dtype and torch.equal(value, known) else value
-    if isinstance(value, tuple) and isinstance(known, tuple) and len(value) == len(known):
-        return tuple(_same(a, b) for a, b in zip(value, known, strict=True))
-    return value
-
-
-def _watch(stack: ExitStack, layer: nn.Module, inputs: Mapping[str, InputHook], stop: bool) -> None:
-    """Call every hook with its submodule's input; with `stop`, end the forward when the last of them was called."""
-    waiting = set(inputs)
-
-    def note(call: Call) -> None:
-        inputs[call.name](call.args[0])
-        waiting.discard(call.name)
-        if stop and not waiting:
-            raise StopForward
-
-    stack.enter_context(observed({name: layer.get_submodule(name) for name in inputs}, note))

@@ -5,6 +5,8 @@ Every rule here is scale-free: only the direction of a Hessian matters to the so
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,11 +26,14 @@ def second_moment(x_TN: Tensor, weight_T: Tensor | None = None) -> Tensor:
     return mirror_(h)
 
 
-def add_second_moment(h_NN: Tensor, x_TN: Tensor, weight_T: Tensor | None = None) -> None:
+def add_second_moment(h_NN: Tensor, x_TN: Tensor, weight_T: Tensor | None = None, strips: Sequence[tuple[int, int]] | None = None) -> None:
     """Add `sum_t weight_t x_t x_t^T` to the upper blocks of `h_NN`; `mirror_` completes the matrix when all pieces are in.
 
     Always accumulated in float32: the rounding of accumulated bf16 products makes Hessians indefinite. Only blocks on and above the
     diagonal are computed, as plain products, which at these sizes are faster than BLAS's own symmetric update.
+
+    Args:
+        strips: of those that `moment_strips` names, the ones that are added to; all where nothing is said. Each is computed by itself.
 
     Raises:
         ValueError: `x_TN` is not a matrix.
@@ -40,14 +45,14 @@ def add_second_moment(h_NN: Tensor, x_TN: Tensor, weight_T: Tensor | None = None
     x = x_TN.to(h_NN.dtype)
     if weight_T is not None:
         x = x * weight_T.to(h_NN.dtype).clamp(min=0).sqrt().unsqueeze(1)
-    for low, high in _blocks(h_NN.shape[0]):
+    for low, high in moment_strips(h_NN.shape[0]) if strips is None else strips:
         part = h_NN[low:high, low:]
         torch.addmm(part, x[:, low:high].T, x[:, low:], out=part)
 
 
 def mirror_(h_NN: Tensor) -> Tensor:
     """Copy what stands above the diagonal below it, in place: [..., N, N]."""
-    for low, high in _blocks(h_NN.shape[-1]):
+    for low, high in moment_strips(h_NN.shape[-1]):
         corner = h_NN[..., low:high, low:high]
         corner.copy_(corner.triu() + corner.triu(1).mT)
         h_NN[..., high:, low:high] = h_NN[..., low:high, high:].mT
@@ -58,7 +63,8 @@ def _work_type(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _blocks(size: int) -> list[tuple[int, int]]:
+def moment_strips(size: int) -> list[tuple[int, int]]:
+    """Rows [low, high) that are computed together, from the diagonal on: the first strip is the longest."""
     width = min(max(SYRK_MIN, -(-size // SYRK_BLOCKS)), SYRK_MAX)
     return [(low, min(low + width, size)) for low in range(0, size, width)]
 

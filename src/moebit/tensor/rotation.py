@@ -31,10 +31,10 @@ class Rotation:
 
     def apply(self, x: Tensor) -> Tensor:
         """`x R` along the last axis, in x's floating-point type."""
-        shape, y = x.shape, (x * self.signs.to(x.dtype)).reshape(-1, self.size)
+        shape, y = x.shape, (x * self.signs.to(x)).reshape(-1, self.size)
         behind = self.size
         for factor in self.factors:
-            f, behind = factor.to(x.dtype), behind // len(factor)
+            f, behind = factor.to(x), behind // len(factor)
             y = y.reshape(-1, len(f)) @ f if behind == 1 else torch.matmul(f.T, y.reshape(-1, len(f), behind))
         return y.reshape(shape)
 

@@ -42,6 +42,7 @@ def evaluate(
     window: WindowOption = 512,
     max_tokens: MaxTokensOption = None,
     memory: MemoryOption = DEFAULT_MEMORY,
+    device: Annotated[str, typer.Option(help="Where texts run through the models: cpu, cuda or cuda:N.")] = "cpu",
     tasks: TasksOption = None,
     task_data: TaskDataOption = None,
     limit: LimitOption = None,
@@ -52,7 +53,7 @@ def evaluate(
 
     with progress_bars() as progress:
         result = moebit.evaluate(
-            model, against=against, text=text or [], window=window, max_tokens=max_tokens, memory=memory, tasks=names(tasks),
+            model, against=against, text=text or [], window=window, max_tokens=max_tokens, memory=memory, device=device, tasks=names(tasks),
             task_data=task_data, limit=limit, progress=progress,
         )  # fmt: skip
     if not write_json(json_file, result):

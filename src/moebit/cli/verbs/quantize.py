@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,7 +62,7 @@ def quantize(
     gguf_pre: GgufPreOption = None,
     shard_size: ShardOption = None,
     engine: EngineOption = "any",
-    device: Annotated[str, typer.Option(help="Where matrices are solved: cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where the model runs and matrices are solved: cpu, cuda or cuda:N.")] = "cpu",
     memory: MemoryOption = DEFAULT_MEMORY,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Chooses the calibration windows.")] = 0,
     resume: ResumeOption = False,
@@ -77,14 +78,17 @@ def quantize(
     if size is None and bits is None:
         check_recipe(recipe, changes, output_format)
     import moebit
+    from moebit.ranks import own_rank
 
-    with progress_bars() as progress:
+    with nullcontext() if own_rank() else progress_bars() as progress:
         result: Any = moebit.quantize(
             model, output, recipe=recipe, text=text or [], overrides=changes, size=size, bits=bits, plan=plan_file, profile=profile_dir,
             format=output_format, llama_cpp=llama_cpp, gguf_pre=gguf_pre, shard_size=shard_size, engine=engine,
             device=device, memory=memory, seed=seed, resume=resume, overwrite=overwrite, dry_run=dry_run,
             accept_unquantized=accept_unquantized, follow_links=follow_links, progress=progress, command=typed_command(),
         )  # fmt: skip
+    if own_rank():
+        return  # the first rank tells what all have done
     if dry_run:
         show_plan(result.describe(), None)
     else:

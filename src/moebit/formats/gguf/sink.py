@@ -24,7 +24,7 @@ from moebit.formats.gguf.write import write_gguf
 from moebit.formats.native import PackedSpec
 from moebit.formats.sink import Modules, Sink, put_plain_as_stored
 from moebit.model.experts import ExpertsLayout
-from moebit.storage.files import Entry, ShardFile, TensorEntry, TensorSpec, read_header
+from moebit.storage.files import Entry, Shard, TensorEntry, TensorSpec, read_header
 from moebit.storage.weights import Weights
 from moebit.tensor import QTensor, solve_rtn
 from moebit.tensor.grids.ggml import GRIDS
@@ -68,14 +68,14 @@ class GgufSink(Sink):
         width = block_bytes(spec.ggml, (spec.shape[1],))
         return [TensorSpec(torch.uint8, (len(spec.bits), rows, width) if spec.stacked else (rows, width))]
 
-    def put_plain(self, shard: ShardFile, names: list[str]) -> None:
+    def put_plain(self, shard: Shard, names: list[str]) -> None:
         put_plain_as_stored(shard, self.weights, self.plain(names))
 
-    def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
+    def put_linear(self, shard: Shard, name: str, q: QTensor) -> None:
         sys.audit("moebit.put", name, 0, {"": q})
         shard.write(f"{name}.weight{PACKED}", _packed(q)[0])
 
-    def put_experts(self, shard: ShardFile, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
+    def put_experts(self, shard: Shard, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
         sys.audit("moebit.put", name, start, quantized)
         first = {projection: _packed(q) for projection, q in quantized.items() if projection != "down_proj"}
         some = next(iter(first.values()))

@@ -8,7 +8,7 @@ Shape suffixes: C experts of a chunk, O outputs, I inputs, S routed slots.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from moebit.quantize.online import Transforms, chunk_transform, on_plain_inputs,
 from moebit.quantize.refine import refine_chunk
 from moebit.quantize.solve import relative_error, widths_of
 from moebit.quantize.statistics import drift_moments
+from moebit.storage.shards import Collected
 from moebit.tensor import QTensor, SolveInfo
 from moebit.tensor.blocks import BlockTransform
 
@@ -41,14 +42,14 @@ def quantize_experts(context: LayerContext, state: LayerState) -> LayerState:
     work = _work(context, state, inputs)
     work = replace(work, transforms=_shared_transforms(work))
     work = replace(work, target=_target(work, state))
-    names, experts, done = experts_names(work.name, work.layout), work.layout.experts, list[_ChunkReport]()
-    for start in range(0, experts, context.chunk):
-        stop = min(start + context.chunk, experts)
-        context.sink.weights.expect(names, stop, min(stop + context.chunk, experts))
-        done.append(_quantize_chunk(work, start, stop))
-        context.progress("experts", stop, experts)
-    outputs = inputs.outputs if inputs else None
-    pool_outputs = inputs.pool.outputs if inputs and inputs.pool else None
+    experts, done = work.layout.experts, list[_ChunkReport]()
+    # What is learned of a chunk depends on what those before it put out: one rank does it, chunk after chunk.
+    turn = context.part * (context.ranks.size if work.target is None else 1)
+    for start in range(0, experts, turn):
+        done += _quantize_turn(work, range(start, min(start + turn, experts), context.part))
+        context.progress("experts", min(start + turn, experts), experts)
+    outputs = inputs.outputs.total if inputs else None
+    pool_outputs = inputs.pool.outputs.total if inputs and inputs.pool else None
     return replace(_reported(state, done), outputs=outputs, pool_outputs=pool_outputs, transforms=work.transforms)
 
 
@@ -81,8 +82,8 @@ class _Work:
 
     def chunks(self, dtype: torch.dtype) -> Iterator[ExpertChunk]:
         """All experts from the checkpoint, a chunk at a time."""
-        for start in range(0, self.layout.experts, self.context.chunk):
-            yield self.read(start, min(start + self.context.chunk, self.layout.experts), dtype)
+        for start in range(0, self.layout.experts, self.context.part):
+            yield self.read(start, min(start + self.context.part, self.layout.experts), dtype)
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -110,7 +111,7 @@ def _target(work: _Work, state: LayerState) -> LayerTarget | None:
     context = work.context
     if not context.recipe.refine.active or work.inputs is None or work.parts is None:
         return None
-    return layer_target(context, state, work.inputs, work.chunks(work.dtype) if context.chunk < work.layout.experts else iter(()))
+    return layer_target(context, state, work.inputs, work.chunks(work.dtype) if context.part < work.layout.experts else iter(()))
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,21 @@ def _concatenated(several: list[Mapping[str, Mapping[str, list[Any]]]]) -> dict[
     return result
 
 
+def _quantize_turn(work: _Work, starts: range) -> list[_ChunkReport]:
+    """Quantize and write as many chunks as there are ranks, one each; all ranks know afterwards what came of all of them."""
+    context, experts, ranks = work.context, work.layout.experts, work.context.ranks
+    collected, mine = Collected(context.shard), list[dict[str, Any]]()
+    if ranks.rank < len(starts):
+        start = starts[ranks.rank]
+        stop, following = min(start + starts.step, experts), start + starts.step * ranks.size
+        context.sink.weights.expect(experts_names(work.name, work.layout), min(following, experts), min(following + starts.step, experts))
+        mine.append(asdict(_quantize_chunk(replace(work, context=replace(context, shard=collected)), start, stop)))
+    collected.settle(ranks)
+    if work.inputs is not None:
+        work.inputs.settle()
+    return [_ChunkReport(**report) for reports in ranks.told(mine) for report in reports]
+
+
 def _quantize_chunk(work: _Work, start: int, stop: int) -> _ChunkReport:
     """Quantize and write experts [start, stop), and add their outputs to those of the layer."""
     chunk, outliers = _without_outliers(work, work.read(start, stop, work.stored_dtype))
@@ -154,7 +170,7 @@ def _quantize_chunk(work: _Work, start: int, stop: int) -> _ChunkReport:
         _pass_through(work, chunk.to(work.dtype))
         return _ChunkReport({}, {}, outliers)
     exact = chunk.to(work.dtype) if work.inputs and work.inputs.drifts else None
-    if work.target is not None and work.inputs is not None and work.context.chunk < work.layout.experts:
+    if work.target is not None and work.inputs is not None and work.context.part < work.layout.experts:
         work.target.reach(chunk.to(work.dtype), work.inputs)
     first = _solve_first(work, work.parts, chunk)
     stored, chunk = chunk, chunk.with_first(first.value).to(work.dtype)

@@ -17,7 +17,6 @@ from torch import Tensor
 from moebit.calibration.statistics import shared_affinity
 from moebit.formats.native import PackedSpec
 from moebit.methods.awq import RATIOS, best, candidates, losses, magnitudes, representable, sampled_slots
-from moebit.model.capture import Call, observed
 from moebit.model.experts import ExpertsLayout, RoutedTokens, Slots, dispatch, intermediate, read_experts
 from moebit.model.proof.flow import NormSite
 from moebit.model.proof.sites import LayerScales, PairSite, scale_behind_norm, scale_down, scale_pair
@@ -125,10 +124,10 @@ class LayerAWQ:
 
     def _look(self, norms: list[NormSite], pairs: list[PairSite]) -> _Inputs:
         """Run the layer as it is, once."""
-        layer, prefix = self.stream.layer(self.sites.index), self.sites.name + "."
+        prefix = self.sites.name + "."
         names = {*(site.readers[0] for site in norms if site.readers), *(pair.second for pair in pairs)}
         kept: dict[str, list[Tensor]] = {name: [] for name in names}
-        with observed({name: layer.get_submodule(name.removeprefix(prefix)) for name in names}, _sampler(self._sample, kept)):
+        with self.stream.watching([name.removeprefix(prefix) for name in names], _sampler(self._sample, kept, prefix)):
             if self.sites.moe is not None:
                 routed = self.stream.capture_routing(self.sites.index)
             else:
@@ -162,9 +161,7 @@ class LayerAWQ:
     def _losses(self, w: Tensor, s: Tensor, x: Tensor, weight: Tensor, rounding: Rounding, span: tuple[int, int]) -> Tensor:
         """[R, C] of the matrices whose numbers are in a span."""
         device, bits = self.device, torch.tensor(rounding.bits[slice(*span)])
-        return losses(
-            w.to(device), s.to(device), x.to(device), weight.to(device), bits.to(device), rounding.grid, rounding.clip_search
-        ).cpu()
+        return losses(w.to(device), s.to(device), x.to(device), weight.to(device), bits.to(device), rounding.grid, rounding.clip_search)
 
     def _behind_linear(self, pair: PairSite, inputs: _Inputs, report: dict[str, Any]) -> Edits:
         """Rows of the first that reach several channels of the second have one scale for all of them."""
@@ -247,14 +244,14 @@ class LayerAWQ:
             yield start, min(start + step, layout.experts)
 
 
-def _sampler(wanted: Tensor, kept: Mapping[str, list[Tensor]]) -> Callable[[Call], None]:
+def _sampler(wanted: Tensor, kept: Mapping[str, list[Tensor]], prefix: str) -> Callable[[str, Tensor], None]:
     """Keeps the wanted rows of every module's input, counted over all its calls."""
     seen = dict.fromkeys(kept, 0)
 
-    def note(call: Call) -> None:
-        begin, rows = seen[call.name], call.rows
+    def note(name: str, rows: Tensor) -> None:
+        begin = seen[prefix + name]
         here = wanted[(wanted >= begin) & (wanted < begin + len(rows))] - begin
-        kept[call.name].append(rows[here].float())
-        seen[call.name] += len(rows)
+        kept[prefix + name].append(rows[here].float())
+        seen[prefix + name] += len(rows)
 
     return note

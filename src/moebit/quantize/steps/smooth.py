@@ -16,7 +16,6 @@ from moebit.methods.awq import representable
 from moebit.methods.balance import draw
 from moebit.methods.router import probabilities
 from moebit.methods.smoothing import aggregated, centred, expert_extremes, outlier_factors, smooth_scale
-from moebit.model.capture import Call, observed
 from moebit.model.experts import ExpertsLayout, RoutedTokens, read_experts
 from moebit.model.proof.flow import NormSite
 from moebit.model.proof.sites import LayerScales, PairSite, scale_behind_norm, scale_pair
@@ -139,14 +138,14 @@ class LayerSmoothing:
     def _look(self, norms: list[NormSite], pairs: list[PairSite]) -> _Seen:
         """Run the layer as it is, once."""
         extremes: dict[str, Tensor] = {}
-        layer, prefix = self.stream.layer(self.sites.index), self.sites.name + "."
+        prefix = self.sites.name + "."
 
-        def note(call: Call) -> None:
-            found = _extremes(call.rows)
-            extremes[call.name] = _joined([extremes[call.name], found]) if call.name in extremes else found
+        def note(name: str, rows: Tensor) -> None:
+            full, found = prefix + name, _extremes(rows)
+            extremes[full] = _joined([extremes[full], found]) if full in extremes else found
 
         names = {*(site.readers[0] for site in norms if site.readers), *(pair.second for pair in pairs)}
-        with observed({name: layer.get_submodule(name.removeprefix(prefix)) for name in names}, note):
+        with self.stream.watching([name.removeprefix(prefix) for name in names], note):
             if self.sites.moe is None:
                 outputs = self.stream.store.allocate(tuple(self.stream.hidden.shape), self.stream.dtype)
                 self.stream.run(self.sites.index, outputs=outputs)

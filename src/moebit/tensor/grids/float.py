@@ -99,7 +99,7 @@ def _of_blocks(largest_EOG: Tensor, rows: int) -> Tensor:
 @cache
 def _ascending() -> Tensor:
     """uint8 [254]: the bytes of all finite float8 numbers, rising; minus zero stands before zero."""
-    every = torch.arange(256, dtype=torch.uint8)
+    every = torch.arange(256, dtype=torch.uint8, device="cpu")
     numbers = every.view(FLOAT8).float()
     order = torch.where(every >= 128, numbers - 1e-9, numbers)  # only the two zeros are told apart by this
     finite = numbers.isfinite().nonzero()[:, 0]
@@ -109,6 +109,6 @@ def _ascending() -> Tensor:
 @cache
 def _places() -> Tensor:
     """uint8 [256]: the inverse of `_ascending`; 0 for the two bytes that are no numbers."""
-    places = torch.zeros(256, dtype=torch.uint8)
-    places[_ascending().long()] = torch.arange(len(_ascending()), dtype=torch.uint8)
+    places = torch.zeros(256, dtype=torch.uint8, device="cpu")
+    places[_ascending().long()] = torch.arange(len(_ascending()), dtype=torch.uint8, device="cpu")
     return places
