@@ -19,6 +19,7 @@ from tests.support.models import ARCHITECTURES, Checkpoints
 from tests.support.outputs import token_file
 from tests.support.ranked import ROOT, RankServer
 
+pytestmark = pytest.mark.timeout(1200)  # on a machine that does much else
 SAMPLES, LENGTH = 6, 24
 SETTINGS = {"calibration.samples": SAMPLES, "calibration.seq_len": LENGTH, "weights.group_size": 32}
 # So little memory that a window is a batch, an expert a chunk, and that activations go to files.
@@ -132,7 +133,7 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on_with_another_number(
 ) -> None:
     model, whole, out = checkpoints.path(ARCHITECTURES["olmoe"]), tmp_path / "whole", tmp_path / "out"
     wanted = made(server, 1, command(model, whole, texts, "gptq-w4"), whole)
-    codes, messages = server.run(2, command(model, out, texts, "gptq-w4"), killed=killed, at=60)
+    codes, messages = server.run(2, command(model, out, texts, "gptq-w4"), killed=killed, at=40)
     assert codes[killed] == -9
     assert codes[1 - killed] == 3
     assert "has lost another rank" in messages[1 - killed]

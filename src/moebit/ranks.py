@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -192,7 +193,8 @@ def _lost(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        told = re.sub(r"^\[\S+:\d+\] ", "", str(error).strip())  # without the line of the library's source
+        reason = told.splitlines()[0].partition(". ")[0] if told else type(error).__name__
         raise InterruptedWorkError(
             f"rank {ranks.rank} of {ranks.size} has lost another rank ({reason}); what is finished is kept: start again with --resume, "
             "with as many ranks as there are"

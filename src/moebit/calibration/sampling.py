@@ -141,8 +141,9 @@ def write_windows(path: Path, settings: Settings, memory: int, partial: Partial,
     Raises:
         BadInputError: as `sample`.
     """
-    checkpoint = open_hub_checkpoint(path, None)
-    structure = find_structure(checkpoint.model)
+    with torch.device("cpu"):
+        checkpoint = open_hub_checkpoint(path, None)
+        structure = find_structure(checkpoint.model)
     check_fits(checkpoint, memory)
     checkpoint = placed(checkpoint, torch.get_default_device())
     _check_length(checkpoint, settings.length)

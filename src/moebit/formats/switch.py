@@ -76,7 +76,7 @@ def write_side_file(
             if not len(own):
                 continue
             read = read_experts(weights, name, layout, start, stop, dtype)
-            e, c = chosen.expert[own].long() - start, chosen.channel[own].long()
+            e, c = ((chosen.expert[own].long() - start).to(read.down.device), chosen.channel[own].long().to(read.down.device))
             for projection in layout.projections:
                 w = read.down.transpose(1, 2) if projection == "down_proj" else read.first[:, layout.rows(projection)]
                 shard.write(f"{name}.switch.{_leaf(projection)}", w[e, c].contiguous(), skip=int(own[0]) * row)

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from moebit.errors import BadInputError
 from moebit.model.experts import SLOTS, ExpertWeights, add_outputs, dispatch, experts_names
 from moebit.model.seam import experts_handler
-from moebit.model.skeleton import dematerialize, materialize
+from moebit.model.skeleton import dematerialize, materialize, place_buffers
 from moebit.model.structure import Structure
 from moebit.storage.checkpoint import Checkpoint
 
@@ -100,6 +100,7 @@ class Decoder:
         """All weights in memory, freed afterwards."""
         model = self.checkpoint.model
         materialize(model, "", self.checkpoint.weights)
+        place_buffers(model, self.checkpoint.weights.device)
         try:
             self._weights = [self._stacked(module) for module in self._row]
             yield self

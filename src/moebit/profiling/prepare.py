@@ -87,7 +87,8 @@ def prepare(
     known = next((entry for entry in output.entries if entry["kind"] == "profile"), None)
     if known is None:
         profile = sets if isinstance(sets, Profile) else _profile(output, checkpoint, plan, sets, bits is None, progress)
-        _record(output, checkpoint, plan, bits, profile, disk)
+        with torch.device("cpu"):  # what was measured is read from files, and decided upon on the host
+            _record(output, checkpoint, plan, bits, profile, disk)
         known = output.entries[-1]
     chosen = None if known["plan"] is None else BitPlan.of(known["plan"])
     return Prepared(chosen, known["facts"], {int(layer): counts for layer, counts in known.get("coactivation", {}).items()})

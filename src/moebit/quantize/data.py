@@ -99,7 +99,7 @@ def calibration_set(output: Output, checkpoint: Checkpoint, data: Data, memory: 
     if data.sampled is None:
         return data.windows
     known = any(entry["kind"] == "sample" for entry in output.entries)
-    windows = kept_windows(checkpoint.path, data.sampled, memory, output.partial / SAMPLE, whole=known, progress=progress)
+    windows = kept_windows(checkpoint.path, data.sampled, memory, output.partial / SAMPLE, whole=known, progress=progress).cpu()
     if not known:
         output.record("sample", [SAMPLE])
     output.remove(f"{SAMPLE}.partial")  # only now: the journal has the whole sample

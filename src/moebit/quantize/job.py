@@ -231,7 +231,7 @@ class Job:
             Thread(target=kernels.load).start()
         windows = _led(ranks, output, asking, lambda: calibration_set(output, checkpoint, self.data, asking.memory, asking.progress))
         if self.data.sampled and windows is not None:
-            facts = {**facts, "calibration": digest(windows.cpu())}
+            facts = {**facts, "calibration": digest(windows)}
         if (sets := self.data.sets) is not None:
             prepared = _led(ranks, output, asking, lambda: prepare(output, checkpoint, plan, asking.bits, sets, asking.progress, self.disk))
             plan = self._decided(prepared)
