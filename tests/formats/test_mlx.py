@@ -118,6 +118,7 @@ def test_names_and_weights(name: str, outputs: dict[str, tuple[Path, Path]]) -> 
     assert isinstance(plan, Plan)
     assert plan.size_bytes == sum(tensor.nbytes for tensor in stored_tensors(output).values())
     assert plan.engines["mlx"].runs
+    assert moebit.verify(output)["state"] == "fine"
 
 
 @needs_mlx
