@@ -34,7 +34,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "asymmetric": ("olmoe", {"weights": {"bits": 3, "group_size": 32, "symmetric": False}}),
     "overrides": ("mixtral", {"weights": {"bits": 5, "group_size": 32, "overrides": [{"match": "*.layers.1.*.experts", "bits": 2}]}}),
     "mxfp4": ("olmoe", {"weights": {"type": "mxfp4"}}),
-    "nvfp4": ("qwen2_moe", {"weights": {"type": "nvfp4"}}),
+    "nvfp4": ("mixtral", {"weights": {"type": "nvfp4"}}),
 }
 
 
@@ -118,6 +118,7 @@ def test_names_and_weights(name: str, outputs: dict[str, tuple[Path, Path]]) -> 
     assert isinstance(plan, Plan)
     assert plan.size_bytes == sum(tensor.nbytes for tensor in stored_tensors(output).values())
     assert plan.engines["mlx"].runs
+    assert moebit.verify(output)["state"] == "fine"
 
 
 @needs_mlx

@@ -60,6 +60,7 @@ def test_the_plan_knows_the_size(name: str, outputs: dict[str, Path], checkpoint
     plan = moebit.quantize(checkpoints.path(ARCHITECTURES["mixtral"]), "nowhere", recipe=full(RECIPES[name]), dry_run=True)
     assert isinstance(plan, Plan)
     assert plan.size_bytes == sum(tensor.nbytes for tensor in stored_tensors(outputs[name]).values())
+    assert moebit.verify(outputs[name])["state"] == "fine"
 
 
 def test_planted_errors_are_noticed(outputs: dict[str, Path], checkpoints: Checkpoints) -> None:

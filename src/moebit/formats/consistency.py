@@ -59,6 +59,8 @@ def format_of(config: Mapping[str, Any]) -> str:
     """The output format that a config.json speaks of."""
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method is None and isinstance(config.get("quantization"), dict):
+        return "mlx"  # which says the grid under that key, and repeats it under the other
     return "dense" if quantization is None else "native" if method == METHOD else str(method)
 
 
