@@ -157,7 +157,7 @@ def make_plan(
     """
     sink, coverage = SINKS[recipe.format], expert_reach(checkpoint, structure)
     types = GgufChooser.of(checkpoint, structure, recipe, target) if target else None
-    choice = _Chooser(checkpoint, recipe, bits or BitPlan(), sink, types).choose(structure)
+    choice = _Chooser(checkpoint, recipe, structure, bits or BitPlan(), sink, types).choose()
     choice.check(bits or BitPlan(), recipe)
     gguf = types.plan() if types else None
     modules, merged = choice.modules, tuple(checkpoint.weights.merged())
@@ -222,14 +222,15 @@ class _Chooser:
 
     checkpoint: Checkpoint
     recipe: Recipe
+    structure: Structure
     bits: BitPlan
     sink: type[Sink]
     types: GgufChooser | None = None
 
-    def choose(self, structure: Structure) -> _Choice:
+    def choose(self) -> _Choice:
         """Walk through the layers."""
         choice = _Choice()
-        for layer in structure.layers:
+        for layer in self.structure.layers:
             choice.kept.update({f"{layer.name}.{name}": reason for name, reason in layer.kept.items()})
             for group in layer.groups:
                 for name in group.names:
@@ -237,6 +238,16 @@ class _Chooser:
             if layer.moe:
                 self._experts(choice, layer, layer.moe)
         return choice
+
+    def _input_channels(self) -> set[int]:
+        """How many input channels the matrices have that the recipe quantizes."""
+        found: set[int] = set()
+        for layer in self.structure.layers:
+            names = [f"{layer.name}.{name}" for group in layer.groups for name in group.names] if self.recipe.weights.scope == "all" else []
+            found |= {int(self.checkpoint.model.get_submodule(name).in_features) for name in names if self._pattern(name) is None}
+            if layer.moe and self._pattern(layer.experts) is None:
+                found |= {layer.moe.layout.hidden, layer.moe.layout.intermediate}
+        return found
 
     def _linear(self, choice: _Choice, name: str) -> None:
         if self._ignored(choice, name):
@@ -279,8 +290,12 @@ class _Chooser:
             choice.kept[name] = reason
         return None if reason else kinds
 
+    def _pattern(self, name: str) -> str | None:
+        """The pattern that has a module ignored."""
+        return next((p for p in self.recipe.weights.ignore if fnmatch.fnmatch(name, p)), None)
+
     def _ignored(self, choice: _Choice, name: str) -> bool:
-        pattern = next((p for p in self.recipe.weights.ignore if fnmatch.fnmatch(name, p)), None)
+        pattern = self._pattern(name)
         if pattern:
             choice.used.add(pattern)
             choice.kept[name] = f"ignored ({pattern})"
@@ -297,10 +312,11 @@ class _Chooser:
             kind, dtype = GRIDS[ggml], stored_dtype(self.checkpoint, parameter)
             return PackedSpec((kind.bits,) * len(bits), shape, kind.group, w.symmetric, dtype, stacked, ggml=ggml)
         if w.group_size != -1 and shape[1] % w.group_size:
-            fitting = [str(size) for size in (32, 64, 128, -1) if size == -1 or shape[1] % size == 0]
+            channels = self._input_channels()
+            fitting = [str(size) for size in (32, 64, 128, -1) if size == -1 or not any(count % size for count in channels)]
             raise BadInputError(
                 f"{name}: group size {w.group_size} does not divide its {shape[1]} input channels; "
-                f"set weights.group_size to one of {', '.join(fitting)}, "
+                f"set weights.group_size to one of {', '.join(fitting)}, which fits every module that this recipe quantizes, "
                 "or keep this module in full precision with weights.ignore"
             )
         dtype, input_bits = stored_dtype(self.checkpoint, parameter), self.sink.input_bits(self.recipe.activations.bits)
