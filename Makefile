@@ -21,7 +21,7 @@ REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint test test-all torture tables demo bench-solver bench-speed bench-memory bench-runtime bench-gpu bench-prices bench-ebss bench-tasks quality quality-moequant \
-        quality-eaquant quality-routers quality-moqa quality-best architectures formats gguf-architectures golden docs \
+        quality-eaquant quality-routers quality-moqa quality-best architectures formats published gguf-architectures golden docs \
         reference wheel-check
 
 help:  ## list the targets
@@ -107,6 +107,9 @@ architectures: setup  ## which model types of the installed transformers work: d
 
 formats: setup  ## which format of which architecture runs where, as logits
 	$(BIN)/python -m benchmarks.formats
+
+published: setup  ## published models made small, every recipe family and auto class, as logits: docs/published.md (an hour)
+	$(BIN)/python -m benchmarks.published
 
 gguf-architectures: setup  ## which architectures llama.cpp computes as transformers does, from files that moebit writes
 	$(BIN)/python -m benchmarks.gguf_architectures

@@ -54,6 +54,7 @@ FILES: dict[str, Callable[[list[dict[str, str]]], str]] = {
     "b.json": lambda documents: json.dumps({"version": 1, "data": documents}, indent=1),
     "c.json": as_lines,  # what many data sets call .json
     "a.csv": lambda documents: "id,text\n" + "".join('1,"' + d["text"].replace('"', '""') + '"\n' for d in documents),
+    "excel.csv": lambda documents: "\ufefftext\r\n" + "".join('"' + d["text"].replace('"', '""') + '"\r\n' for d in documents),
     "a.tsv": lambda documents: "text\tid\n" + "".join('"' + d["text"].replace('"', '""') + '"\t1\n' for d in documents),
 }
 
@@ -86,6 +87,8 @@ def test_parquet(tmp_path: Path, tokenizer: Any) -> None:
 def test_a_folder(tmp_path: Path, tokenizer: Any) -> None:
     """All rows in it, in the order of their names, whatever else lies there; prose where there are none."""
     (tmp_path / "data").mkdir()
+    (tmp_path / ".cache" / "download").mkdir(parents=True)
+    (tmp_path / ".cache" / "download" / "0.jsonl").write_text("{}")
     (tmp_path / "README.md").write_text("# No text to calibrate on")
     (tmp_path / "dataset_infos.json").write_text("{}")
     (tmp_path / "data" / "2.jsonl").write_text(as_lines([{"text": "two"}]))

@@ -478,3 +478,8 @@ def test_channels_apart_want_weights_and_inputs_as_they_are(other: dict[str, Any
     assert load_recipe({"switching": {"share": 0.01}}).switching.share == 0.01
     with pytest.raises(BadInputError, match="switching: channels apart"):
         load_recipe({"switching": {"share": 0.01}, **other})
+
+
+def test_unknown_keys_inside_lists() -> None:
+    with pytest.raises(BadInputError, match=r"weights\.overrides\.0\.\w+: unknown key"):
+        load_recipe("rtn-w4", {"weights.overrides": [{"match": "*self_attn*", "type": "q4_k", "kind": 8}]})

@@ -58,7 +58,7 @@ def files_of(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    found = [file for file in sorted(path.rglob("*")) if file.is_file() and not any(part.startswith(".") for part in file.parts[-2:])]
+    found = [file for file in sorted(path.rglob("*")) if file.is_file() and not _is_hidden(file.relative_to(path))]
     if len(found) > MOST_FILES:
         raise BadInputError(f"--text {path}: {len(found)} files, more than the {MOST_FILES:,} that moebit reads of a folder")
     rows = [file for file in found if _suffix(file) in READERS and file.name not in SIDE_FILES]
@@ -66,6 +66,10 @@ def files_of(path: Path) -> list[Path]:
     if not chosen:
         raise BadInputError(f"--text {path}: none of the {len(found)} files in this folder is called {', '.join(READERS)} or .txt")
     return chosen
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _suffix(file: Path) -> str:
@@ -90,7 +94,7 @@ def read_documents(file: Path, columns: frozenset[str]) -> str | Iterator[Row]:
         return _parquet(file, columns)
     text = as_text(unpacked(file), file)
     if suffix in READERS:
-        return READERS[suffix](file, text)
+        return READERS[suffix](file, text.removeprefix("\ufeff"))  # spreadsheets begin their tables with it
     _check_prose(file, text)
     return text
 

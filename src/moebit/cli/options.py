@@ -85,7 +85,7 @@ def _json_file(file: Path | None) -> Path | None:
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory (safetensors) or hub id.")]
 TextOption = Annotated[
     list[str] | None,
-    typer.Option("--text", metavar="[NAME=]FILE", help="Plain UTF-8 text or .jsonl; repeat for several.", callback=_texts),
+    typer.Option("--text", metavar="[NAME=]FILE[:COLUMN]", help="Text, rows (JSON, CSV, Parquet) or a folder; repeat.", callback=_texts),
 ]
 MemoryOption = Annotated[
     str, typer.Option("--memory", metavar="SIZE", callback=_memory, help="Memory that the work may take, for example 4GiB.")

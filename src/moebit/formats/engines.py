@@ -14,6 +14,7 @@ from typing import Any
 from moebit.errors import BadInputError
 from moebit.formats.compressed_matrix import INT, PACKED, storage
 from moebit.formats.native import PackedSpec
+from moebit.formats.vllm_rules import built_whole
 from moebit.model.experts import ExpertsLayout
 from moebit.model.inputs import Activations
 from moebit.model.structure import LayerSites, Structure
@@ -186,6 +187,7 @@ def _vllm(modules: Modules, structure: Structure) -> Iterator[str]:
     experts = _experts(modules)
     yield from _alike(modules)
     yield from _fused(modules, structure)
+    yield from built_whole(modules, structure)
     for name, layout in _moe_layers(structure):
         if name in experts:
             reason = _kernel(name, layout, next(iter(experts[name].values())))

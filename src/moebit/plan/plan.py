@@ -304,8 +304,12 @@ class _Chooser:
             choice.kept[name] = reason
         return None if reason else kinds
 
+    def _pattern(self, name: str) -> str | None:
+        """The pattern that has a module ignored."""
+        return next((p for p in self.recipe.weights.ignore if fnmatch.fnmatch(name, p)), None)
+
     def _ignored(self, choice: _Choice, name: str) -> bool:
-        pattern = next((p for p in self.recipe.weights.ignore if fnmatch.fnmatch(name, p)), None)
+        pattern = self._pattern(name)
         if pattern:
             choice.used.add(pattern)
             choice.kept[name] = f"ignored ({pattern})"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -121,7 +121,7 @@ def _explain(item: Any) -> str:
         return f"{path}: {message}" if path else message
     model: Any = Recipe
     for part in item["loc"][:-1]:
-        model = model.model_fields[part].annotation
+        model = get_args(model)[0] if isinstance(part, int) else model.model_fields[part].annotation
     known = list(model.model_fields)
     near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
     return f"{path}: unknown key" + (f"; did you mean {near[0]!r}?" if near else f" (known here: {', '.join(known)})")

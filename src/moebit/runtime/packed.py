@@ -229,7 +229,7 @@ def packed_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tens
     packed = hasattr(module, "moebit_layout")
     layout: ExpertsLayout = module.moebit_layout if packed else layout_of(module, type(module).__name__)
     slots = dispatch(top_k_index, top_k_weights, layout.experts)
-    if not gradients.wanted(hidden_states, top_k_weights, *module.parameters()):
+    if not torch.is_grad_enabled() or not gradients.wanted(hidden_states, top_k_weights, *module.parameters()):
         with torch.no_grad():
             return _forward_only(module, layout, hidden_states, slots, packed)
     if packed:

@@ -111,7 +111,8 @@ class MoebitQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Whether adapters can be trained on it: gradients pass through packed weights (`runtime/gradients.py`)."""
+        return True
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
