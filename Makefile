@@ -20,7 +20,7 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all torture demo bench-solver bench-speed bench-memory bench-runtime bench-prices bench-ebss bench-tasks quality quality-moequant \
+.PHONY: help setup lint test test-all torture tables demo bench-solver bench-speed bench-memory bench-runtime bench-prices bench-gguf bench-ebss bench-tasks quality quality-moequant \
         quality-eaquant quality-routers quality-moqa quality-best architectures formats gguf-architectures golden docs \
         reference wheel-check
 
@@ -51,6 +51,9 @@ test-all: lint  ## lint and every test, the slow ones too
 torture: setup  ## kills, damages and mutated documents for SECONDS (600), with the counts of what was found
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.torture --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
+tables: setup  ## every table that needs no other hardware, those that are out of date (hours; goes on where it was interrupted)
+	$(BIN)/python -m benchmarks.tables
+
 demo: setup  ## quantize a shipped reference model and show what it cost
 	$(BIN)/python examples/demo.py
 
@@ -72,6 +75,9 @@ quality: setup  ## the quality table: every preset on every reference model
 
 bench-prices: setup  ## prices of widths: predicted against measured divergence, and widths chosen by them (tens of minutes)
 	$(BIN)/python -m benchmarks.prices
+
+bench-gguf: setup  ## GGUF files of the same types and bytes: rounded by ggml, with an importance matrix, solved (an hour; goes on where it was interrupted)
+	$(BIN)/python -m benchmarks.gguf
 
 bench-ebss: setup  ## text that models write themselves, against windows of text: use of experts, perplexity, speed
 	$(BIN)/python benchmarks/ebss.py

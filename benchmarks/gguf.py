@@ -124,7 +124,7 @@ class Bench:
 
     def plan(self, recipe: str, changes: dict[str, Any]) -> GgufPlan:
         plan: Any = moebit.quantize(
-            self.directory, self.scratch / "x", recipe=recipe, text=CALIBRATION, overrides=changes, gguf_pre=self.pre, dry_run=True
+            self.directory, self.scratch / "plan", recipe=recipe, text=CALIBRATION, overrides=changes, gguf_pre=self.pre, dry_run=True
         )
         found: GgufPlan = plan.gguf
         return found

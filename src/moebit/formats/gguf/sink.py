@@ -7,6 +7,7 @@ there, `write` sends what is plain through llama.cpp's converter and puts packed
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,11 @@ class GgufSink(Sink):
         put_plain_as_stored(shard, self.weights, self.plain(names))
 
     def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
+        sys.audit("moebit.put", name, 0, {"": q})
         shard.write(f"{name}.weight{PACKED}", _packed(q)[0])
 
     def put_experts(self, shard: ShardFile, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
+        sys.audit("moebit.put", name, start, quantized)
         first = {projection: _packed(q) for projection, q in quantized.items() if projection != "down_proj"}
         some = next(iter(first.values()))
         whole = some.new_empty(len(some), layout.intermediate * (2 if layout.gated else 1), some.shape[-1])
@@ -100,6 +103,7 @@ class GgufSink(Sink):
         assembly, target = _Assembly(self.weights, entries, self._owners(entries)), plan.target
         prepared = target.prepare({name: entry.read for name, entry in entries.items()})
         tensors = {name: assembly.data(target.rows.maps[name], kind) for name, kind in plan.types.items()}
+        sys.audit("moebit.gguf", str(file))
         return write_gguf(target.converter.gguf, file, prepared, tensors, plan.file_type, target.shard_bytes, announce)
 
     def _owners(self, entries: Mapping[str, TensorEntry]) -> dict[str, str]:
@@ -134,8 +138,7 @@ class _Assembly:
 
     def _rounded(self, found: RowMap, kind: str) -> np.ndarray:
         """Embeddings and head, rounded to nearest."""
-        lines = {source: self.entries[source].read() for source in found.sources}
-        rows, grid = found.gather({name: value.reshape(-1, found.shape[-1]) for name, value in lines.items()}), GRIDS[kind]
+        rows, grid = found.gather({one: self.entries[one].read().reshape(-1, found.shape[-1]) for one in found.sources}), GRIDS[kind]
         step, bits = max(1, SLAB_WEIGHTS // rows.shape[-1]), torch.tensor([grid.bits])
         slabs = [_packed(solve_rtn(some.float().unsqueeze(0), bits, grid))[0] for some in rows.split(step)]
         return torch.cat(slabs).numpy()
