@@ -23,10 +23,11 @@ Rows that are there are not measured again (runs/gguf); results go to benchmarks
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -40,7 +41,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moebit
 from benchmarks.machine import facts
 from moebit.evaluate.llama import open_llama
-from moebit.formats.gguf.converter import GgufData
+from moebit.formats.gguf.converter import GgufData, find_converter
 from moebit.formats.gguf.imatrix import Importance, read_imatrix
 from moebit.formats.gguf.target import GgufPlan
 from moebit.formats.gguf.write import write_gguf
@@ -152,20 +153,20 @@ class Bench:
 
         return GgufData(kind.upper(), data.shape, load)
 
-    def rows(self, recipe: str, changes: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Path]]]:
-        yield "ggml", lambda: self.rounded(self.plan(recipe, changes), False)
-        yield "imatrix", lambda: self.rounded(self.plan(recipe, changes), True)
-        yield "moebit", lambda: self.solved(recipe, changes)
+    def file(self, way: str, recipe: str, changes: dict[str, Any]) -> Path:
+        """The file of one of `WAYS`."""
+        return self.solved(recipe, changes) if way == "moebit" else self.rounded(self.plan(recipe, changes), way == "imatrix")
 
 
-def measured(bench: Bench, label: str, recipe: str, changes: dict[str, Any], done: Path) -> dict[str, Row]:
+def measured(bench: Callable[[], Bench], label: str, recipe: str, changes: dict[str, Any], done: Path) -> dict[str, Row]:
     """The three rows of a type, from `done` where they are there."""
     rows = {}
-    for way, make in bench.rows(recipe, changes):
+    for way in WAYS:
         kept = done / f"{label}-{way}.json"
         if not kept.is_file():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(asdict(bench.judge.row(make()))))
+            made = bench()
+            kept.write_text(json.dumps(asdict(made.judge.row(made.file(way, recipe, changes)))))
         rows[way] = Row(**json.loads(kept.read_text()))
         print(label, way, rows[way], flush=True)
     if len({row.bytes for row in rows.values()}) > 1:
@@ -199,22 +200,20 @@ def table(title: str, found: dict[str, dict[str, Row]]) -> list[str]:
 
 def bench_model(directory: Path, pre: str | None, types: list[str]) -> dict[str, dict[str, Row]]:
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "imatrix.gguf"
-        moebit.imatrix(directory, file, text=CALIBRATION, samples=SAMPLES // len(KNOWN), length=LENGTH)
-        bench = Bench(directory, pre, _importance(file), Judge.of(directory), Path(scratch))
+
+        @functools.cache
+        def bench() -> Bench:
+            file = Path(scratch) / "imatrix.gguf"
+            moebit.imatrix(directory, file, text=CALIBRATION, samples=SAMPLES // len(KNOWN), length=LENGTH)
+            importance = read_imatrix(find_converter().gguf, file).tensors
+            return Bench(directory, pre, importance, Judge.of(directory), Path(scratch))
+
         found = {}
         for kind in types:
-            mixture = kind.removeprefix("gguf-") if kind.startswith("gguf-") else "none"
-            changes = {**SIZES, **({} if mixture != "none" else {"weights.type": kind, "weights.mixture": "none"})}
-            recipe = kind if mixture != "none" else "gguf-q4_k_m"
-            found[kind] = measured(bench, kind, recipe, changes, DONE / directory.name)
+            mixture = kind.startswith("gguf-")
+            changes = {**SIZES, **({} if mixture else {"weights.type": kind, "weights.mixture": "none"})}
+            found[kind] = measured(bench, kind, kind if mixture else "gguf-q4_k_m", changes, DONE / directory.name)
         return found
-
-
-def _importance(file: Path) -> dict[str, Importance]:
-    from moebit.formats.gguf.converter import find_converter
-
-    return read_imatrix(find_converter().gguf, file).tensors
 
 
 def main() -> None:
