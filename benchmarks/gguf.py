@@ -14,7 +14,8 @@ Protocol, fixed before the first run:
 - Judged: KL divergence per token in nats, of llama.cpp's logits with the file from transformers' in float32 with the checkpoint, over
   windows of WINDOW tokens whose first token does not count: TOKENS tokens of the evaluation text of every domain; `known` and `novel` are
   means over four domains each. llama.cpp rounds the inputs of products to 8 bits whatever the file: the row q8_0 shows what that costs.
-- Speed: tokens per second of llama.cpp on these windows, of the median window, on one thread. Files of the same types do not differ in it.
+- Speed: tokens per second of llama.cpp on these windows, of the median window, on one thread. Files of the same types do not differ in it, and it says
+  something only where nothing else ran: the load average stands at the foot.
 - Expected: at most 0.5 of the imatrix row at q4_k, q3_k, q4_0 and iq4_xs, and 0.6 at q2_k, on known texts.
 
 Rows that are there are not measured again (runs/gguf); results go to benchmarks/results/gguf-quality.md.
@@ -25,6 +26,8 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -175,20 +178,7 @@ def measured(bench: Callable[[], Bench], label: str, recipe: str, changes: dict[
 
 
 def table(title: str, found: dict[str, dict[str, Row]]) -> list[str]:
-    head = [
-        "types",
-        "MB",
-        "ggml",
-        "imatrix",
-        "moebit",
-        "moebit / imatrix",
-        "expected",
-        "novel: ggml",
-        "imatrix",
-        "moebit",
-        "ratio",
-        "tokens/s",
-    ]
+    head = ["types", "MB", *WAYS, "moebit / imatrix", "expected", *(f"{way}, novel" for way in WAYS), "ratio, novel", "tokens/s"]
     lines = [f"## {title}", "", "| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for label, rows in found.items():
         known, novel = [rows[way].known for way in WAYS], [rows[way].novel for way in WAYS]
@@ -229,7 +219,8 @@ def main() -> None:
     ]  # fmt: skip
     for directory in asked.models:
         lines += table(directory.name, bench_model(directory.resolve(), asked.pre, asked.types))
-    RESULTS.write_text("\n".join([*lines, facts(torch.get_num_threads()), ""]), encoding="utf-8")
+    load = f"- load average of the last 15 minutes: {os.getloadavg()[2]:.1f}"
+    RESULTS.write_text("\n".join([*lines, facts(torch.get_num_threads(), sys.argv[1:]), load, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":
