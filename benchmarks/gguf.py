@@ -14,8 +14,8 @@ Protocol, fixed before the first run:
 - Judged: KL divergence per token in nats, of llama.cpp's logits with the file from transformers' in float32 with the checkpoint, over
   windows of WINDOW tokens whose first token does not count: TOKENS tokens of the evaluation text of every domain; `known` and `novel` are
   means over four domains each. llama.cpp rounds the inputs of products to 8 bits whatever the file: the row q8_0 shows what that costs.
-- Speed: tokens per second of llama.cpp on these windows, of the median window, on one thread. Files of the same types do not differ in it, and it says
-  something only where nothing else ran: the load average stands at the foot.
+- Speed: tokens per second of llama.cpp on these windows, of the median window, on one thread. Files of the same types do not differ in
+  it, and it says something only where nothing else ran: the load average stands at the foot.
 - Expected: at most 0.5 of the imatrix row at q4_k, q3_k, q4_0 and iq4_xs, and 0.6 at q2_k, on known texts.
 
 Rows that are there are not measured again (runs/gguf); results go to benchmarks/results/gguf-quality.md.
