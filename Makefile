@@ -20,7 +20,7 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all torture tables demo bench-solver bench-speed bench-memory bench-runtime bench-gpu bench-prices bench-ebss bench-tasks quality quality-moequant \
+.PHONY: help setup lint test test-all torture tables demo bench-solver bench-speed bench-memory bench-runtime bench-gpu bench-prices bench-gguf bench-ebss bench-tasks quality quality-moequant \
         quality-eaquant quality-routers quality-moqa quality-best architectures formats published gguf-architectures golden docs \
         reference wheel-check
 
@@ -78,6 +78,9 @@ quality: setup  ## the quality table: every preset on every reference model
 
 bench-prices: setup  ## prices of widths: predicted against measured divergence, and widths chosen by them (tens of minutes)
 	$(BIN)/python -m benchmarks.prices
+
+bench-gguf: setup  ## GGUF files of the same types and bytes: rounded by ggml, with an importance matrix, solved (an hour; goes on where it was interrupted)
+	$(BIN)/python -m benchmarks.gguf
 
 bench-ebss: setup  ## text that models write themselves, against windows of text: use of experts, perplexity, speed
 	$(BIN)/python benchmarks/ebss.py

@@ -14,7 +14,8 @@ Protocol, fixed before the first run:
 - Judged: KL divergence per token in nats, of llama.cpp's logits with the file from transformers' in float32 with the checkpoint, over
   windows of WINDOW tokens whose first token does not count: TOKENS tokens of the evaluation text of every domain; `known` and `novel` are
   means over four domains each. llama.cpp rounds the inputs of products to 8 bits whatever the file: the row q8_0 shows what that costs.
-- Speed: tokens per second of llama.cpp on these windows, of the median window, on one thread. Files of the same types do not differ in it.
+- Speed: tokens per second of llama.cpp on these windows, of the median window, on one thread. Files of the same types do not differ in
+  it, and it says something only where nothing else ran: the load average stands at the foot.
 - Expected: at most 0.5 of the imatrix row at q4_k, q3_k, q4_0 and iq4_xs, and 0.6 at q2_k, on known texts.
 
 Rows that are there are not measured again (runs/gguf); results go to benchmarks/results/gguf-quality.md.
@@ -23,10 +24,13 @@ Rows that are there are not measured again (runs/gguf); results go to benchmarks
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -40,7 +44,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moebit
 from benchmarks.machine import facts
 from moebit.evaluate.llama import open_llama
-from moebit.formats.gguf.converter import GgufData
+from moebit.formats.gguf.converter import GgufData, find_converter
 from moebit.formats.gguf.imatrix import Importance, read_imatrix
 from moebit.formats.gguf.target import GgufPlan
 from moebit.formats.gguf.write import write_gguf
@@ -124,7 +128,7 @@ class Bench:
 
     def plan(self, recipe: str, changes: dict[str, Any]) -> GgufPlan:
         plan: Any = moebit.quantize(
-            self.directory, self.scratch / "x", recipe=recipe, text=CALIBRATION, overrides=changes, gguf_pre=self.pre, dry_run=True
+            self.directory, self.scratch / "plan", recipe=recipe, text=CALIBRATION, overrides=changes, gguf_pre=self.pre, dry_run=True
         )
         found: GgufPlan = plan.gguf
         return found
@@ -152,20 +156,20 @@ class Bench:
 
         return GgufData(kind.upper(), data.shape, load)
 
-    def rows(self, recipe: str, changes: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Path]]]:
-        yield "ggml", lambda: self.rounded(self.plan(recipe, changes), False)
-        yield "imatrix", lambda: self.rounded(self.plan(recipe, changes), True)
-        yield "moebit", lambda: self.solved(recipe, changes)
+    def file(self, way: str, recipe: str, changes: dict[str, Any]) -> Path:
+        """The file of one of `WAYS`."""
+        return self.solved(recipe, changes) if way == "moebit" else self.rounded(self.plan(recipe, changes), way == "imatrix")
 
 
-def measured(bench: Bench, label: str, recipe: str, changes: dict[str, Any], done: Path) -> dict[str, Row]:
+def measured(bench: Callable[[], Bench], label: str, recipe: str, changes: dict[str, Any], done: Path) -> dict[str, Row]:
     """The three rows of a type, from `done` where they are there."""
     rows = {}
-    for way, make in bench.rows(recipe, changes):
+    for way in WAYS:
         kept = done / f"{label}-{way}.json"
         if not kept.is_file():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(asdict(bench.judge.row(make()))))
+            made = bench()
+            kept.write_text(json.dumps(asdict(made.judge.row(made.file(way, recipe, changes)))))
         rows[way] = Row(**json.loads(kept.read_text()))
         print(label, way, rows[way], flush=True)
     if len({row.bytes for row in rows.values()}) > 1:
@@ -174,20 +178,7 @@ def measured(bench: Bench, label: str, recipe: str, changes: dict[str, Any], don
 
 
 def table(title: str, found: dict[str, dict[str, Row]]) -> list[str]:
-    head = [
-        "types",
-        "MB",
-        "ggml",
-        "imatrix",
-        "moebit",
-        "moebit / imatrix",
-        "expected",
-        "novel: ggml",
-        "imatrix",
-        "moebit",
-        "ratio",
-        "tokens/s",
-    ]
+    head = ["types", "MB", *WAYS, "moebit / imatrix", "expected", *(f"{way}, novel" for way in WAYS), "ratio, novel", "tokens/s"]
     lines = [f"## {title}", "", "| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for label, rows in found.items():
         known, novel = [rows[way].known for way in WAYS], [rows[way].novel for way in WAYS]
@@ -199,22 +190,20 @@ def table(title: str, found: dict[str, dict[str, Row]]) -> list[str]:
 
 def bench_model(directory: Path, pre: str | None, types: list[str]) -> dict[str, dict[str, Row]]:
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "imatrix.gguf"
-        moebit.imatrix(directory, file, text=CALIBRATION, samples=SAMPLES // len(KNOWN), length=LENGTH)
-        bench = Bench(directory, pre, _importance(file), Judge.of(directory), Path(scratch))
+
+        @functools.cache
+        def bench() -> Bench:
+            file = Path(scratch) / "imatrix.gguf"
+            moebit.imatrix(directory, file, text=CALIBRATION, samples=SAMPLES // len(KNOWN), length=LENGTH)
+            importance = read_imatrix(find_converter().gguf, file).tensors
+            return Bench(directory, pre, importance, Judge.of(directory), Path(scratch))
+
         found = {}
         for kind in types:
-            mixture = kind.removeprefix("gguf-") if kind.startswith("gguf-") else "none"
-            changes = {**SIZES, **({} if mixture != "none" else {"weights.type": kind, "weights.mixture": "none"})}
-            recipe = kind if mixture != "none" else "gguf-q4_k_m"
-            found[kind] = measured(bench, kind, recipe, changes, DONE / directory.name)
+            mixture = kind.startswith("gguf-")
+            changes = {**SIZES, **({} if mixture else {"weights.type": kind, "weights.mixture": "none"})}
+            found[kind] = measured(bench, kind, kind if mixture else "gguf-q4_k_m", changes, DONE / directory.name)
         return found
-
-
-def _importance(file: Path) -> dict[str, Importance]:
-    from moebit.formats.gguf.converter import find_converter
-
-    return read_imatrix(find_converter().gguf, file).tensors
 
 
 def main() -> None:
@@ -230,7 +219,8 @@ def main() -> None:
     ]  # fmt: skip
     for directory in asked.models:
         lines += table(directory.name, bench_model(directory.resolve(), asked.pre, asked.types))
-    RESULTS.write_text("\n".join([*lines, facts(torch.get_num_threads()), ""]), encoding="utf-8")
+    load = f"- load average of the last 15 minutes: {os.getloadavg()[2]:.1f}"
+    RESULTS.write_text("\n".join([*lines, facts(torch.get_num_threads(), sys.argv[1:]), load, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def attempt(converter: Converter, case: Case) -> Row:
             return measure(converter, case, Path(scratch))
         except Exception as error:
             said = str(error) if isinstance(error, BadInputError) else f"{type(error).__name__}: {error}"
-            return Row(case.model_type, why=" ".join(said.replace(scratch, "…").split())[:300])
+            return Row(case.model_type, why=" ".join(said.replace(scratch, "…").replace(str(converter.root), "…").split())[:300])
 
 
 def table(found: list[Row]) -> str:

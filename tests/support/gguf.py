@@ -52,6 +52,7 @@ class Case:
         why: what is left out with them.
         large: whether the rows are multiples of 256.
         architectures: the class that the config.json of published checkpoints names, where transformers now writes another.
+        published: further entries of config.json that published checkpoints have and transformers does not write.
         fails: whether llama.cpp computes something else, for the reason in `why`.
         sentencepiece: whether the converter wants a tokenizer.model.
     """
@@ -61,6 +62,7 @@ class Case:
     why: str = ""
     large: bool = True
     architectures: str = ""
+    published: Mapping[str, Any] = field(default_factory=dict)
     fails: bool = False
     sentencepiece: bool = False
 
@@ -106,7 +108,7 @@ def checkpoint_of(case: Case, directory: Path) -> tuple[Path, PreTrainedModel]:
         (directory / "tokenizer.model").write_bytes(sentencepiece_model())
     if case.architectures:
         config = json.loads((directory / "config.json").read_text())
-        (directory / "config.json").write_text(json.dumps({**config, "architectures": [case.architectures]}))
+        (directory / "config.json").write_text(json.dumps({**config, **case.published, "architectures": [case.architectures]}))
     return directory, model
 
 
@@ -243,6 +245,26 @@ _CASES = [
     Case(
         "qwen3_5_moe_text", {**ALTERNATING, **SECTIONS}, "attention in every n-th layer, positions in sections as real configurations have"
     ),
-    Case("afmoe", {"score_func": "sigmoid"}, "logits differ from the first token on; why has not been found", fails=True),
+    Case(
+        "afmoe",
+        {
+            "score_func": "sigmoid",
+            "route_norm": True,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        },
+        "real configurations say route_norm, which transformers' class takes for granted and the converter asks; "
+        "llama.cpp has three sliding layers in front of each full one built in",
+    ),
+    Case(
+        "hunyuan_v1_moe",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        "its converter reads the tokenizer's ranks from the checkpoint's own Python code, which moebit does not run",
+        large=False,
+        architectures="HunYuanMoEV1ForCausalLM",
+        published={"moe_intermediate_size": [32] * 2, "moe_topk": [2] * 2, "num_shared_expert": [1] * 2},
+        fails=True,
+    ),
+    Case("bailing_hybrid", why="llama.cpp knows earlier and later Bailing models, which transformers does not have", fails=True),
 ]
 CASES = {case.model_type: case for case in _CASES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def imatrix(
     rows = find_rows(converter, checkpoint.path, weights.stored_specs)
     sets = data_sets(checkpoint, text, samples, length, seed)
     windows = torch.cat(list(sets.values()))
+    sys.audit("moebit.pass", windows)
     sums = input_sums(checkpoint, structure, windows, allowed, progress or _silent)
     tensors, missing = _named(checkpoint, structure, rows, sums)
     matrix = ImportanceMatrix(tensors, tuple(sets), len(windows), windows.shape[1])

@@ -15,6 +15,7 @@ from moebit.errors import BadInputError
 from moebit.evaluate.judging import Judgement, judge
 from moebit.evaluate.streaming import Progress, evaluate
 from moebit.evaluate.tasks import check_tasks, run_tasks
+from moebit.formats.gguf.locate import gguf_file
 from moebit.formats.opening import open_checkpoint
 from moebit.memory import DEFAULT_MEMORY, Memory
 from moebit.report.page import render, write_page
@@ -66,7 +67,9 @@ def compare(
         if progress:
             progress("models", number, len(models))
         judged.append(judge(model, reference, text, window=window, max_tokens=max_tokens, memory=memory, progress=progress))
-        if tasks and judged[-1].refused is None:
+        if tasks and gguf_file(model) is not None:
+            judged[-1].remarks.append("no tasks: they run in transformers, and a GGUF file runs in llama.cpp")
+        elif tasks and judged[-1].refused is None:
             judged[-1].tasks = run_tasks(model, tasks, against=reference, data=task_data, limit=limit)
     if progress:
         progress("models", len(models), len(models))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,30 @@ def _error(converter: Converter, library: Path, directory: Path, file: Path, twi
     wanted, found = transformers_logits(model, token_windows()), llama_logits(file, token_windows(), library)
     # The median of the tokens: rounded inputs send one or the other to another expert.
     return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"solver": {"method": "awq", "affinity_power": 1}},
+        {"smoothing": {"kind": "expert_aware"}},
+        {"rotation": {"absorbed": "r1r2"}},
+        {"router": {"bits": 8, "align": "kl"}},
+        {"router": {"realign": "ridge"}},
+        {"calibration": {"samples": 4, "seq_len": 32, "balance": 2, "coverage": "soft"}},
+        {"weights": {"type": "iq4_nl", "scope": "experts", "ignore": ["*.layers.0.mlp.experts"]}},
+    ],
+    ids=lambda changes: ", ".join(f"{section}.{key}" for section, values in changes.items() for key in values),
+)
+def test_what_other_methods_change_arrives_in_the_file(
+    converter: Converter, library: Path, checkpoint: Get, tmp_path: Path, text: Path, changes: dict[str, Any]
+) -> None:
+    recipe = {**RECIPE, "weights": {"type": "q4_k"}, "solver": {"method": "gptq"}, **changes}
+    moebit.quantize(checkpoint("olmoe"), tmp_path / "x", recipe=recipe, text=[str(text)], gguf_pre=PRE)
+    # As far apart as those of a file in Q8_0: llama.cpp rounds the inputs of products.
+    assert _error(converter, library, checkpoint("olmoe"), tmp_path / "x" / "x.gguf", tmp_path / "twin") < 0.05
+    assert moebit.verify(tmp_path / "x")["state"] == "fine"
 
 
 @pytest.mark.parametrize("where", ["layer", "file"])
@@ -254,6 +279,13 @@ def test_an_output_is_inspected_judged_and_verified(
     mine = llama_logits(file, _windows(directory, text), library).log_softmax(-1)[:, :-1]
     kl = float((reference.exp() * (reference - mine)).sum(-1).mean())
     assert result["texts"]["t"]["kl"] == pytest.approx(kl, rel=1e-3)
+    (tmp_path / "e.json").write_text(json.dumps(result))
+    moebit.report(out, evaluation=tmp_path / "e.json")
+    assert "Distance from the original" in (out / "report.html").read_text()
+    (compared,) = moebit.compare(directory, [out], tmp_path / "c.html", text=[f"t={text}"], window=32, max_tokens=128)["models"]
+    assert compared["refused"] is None
+    assert compared["size_bytes"] == size
+    assert compared["texts"]["t"]["kl"] == pytest.approx(kl, rel=1e-3)
     with pytest.raises(BadInputError, match="give --against MODEL"):
         moebit.evaluate(file, text=[str(text)])
     assert moebit.verify(out)["state"] == "fine"

@@ -138,8 +138,7 @@ class _Assembly:
 
     def _rounded(self, found: RowMap, kind: str) -> np.ndarray:
         """Embeddings and head, rounded to nearest."""
-        lines = {source: self.entries[source].read() for source in found.sources}
-        rows, grid = found.gather({name: value.reshape(-1, found.shape[-1]) for name, value in lines.items()}), GRIDS[kind]
+        rows, grid = found.gather({one: self.entries[one].read().reshape(-1, found.shape[-1]) for one in found.sources}), GRIDS[kind]
         step, bits = max(1, SLAB_WEIGHTS // rows.shape[-1]), torch.tensor([grid.bits])
         slabs = [_packed(solve_rtn(some.float().unsqueeze(0), bits, grid))[0] for some in rows.split(step)]
         return torch.cat(slabs).numpy()
