@@ -22,7 +22,7 @@ from moebit.report.svg import DASHES, KINDS, Axis, Series, curves, mark
 
 SHARP = 0.02  # how far a knee stands out of the straight line between a curve's ends, as a share of its height, to be called one
 KNEE, MEASURED = "D", "o"
-HOLDS = 8  # losses in nats that a curve is drawn down to, as powers of ten below its highest
+DECADES = 4  # of loss that are drawn, below the highest of all curves
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def measure_outputs(
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Judge outputs on texts: {"name", "format", "size_bytes", "kl", "predicted", "refused"}, KL the mean over the texts."""
-    found = []
+    found: list[dict[str, Any]] = []
+    if not outputs:
+        return found
     for number, (name, output) in enumerate(zip(labels([str(output) for output in outputs]), outputs, strict=True)):
         if progress:
             progress("outputs", number, len(outputs))
@@ -131,7 +133,7 @@ def _figure(drawn: Sequence[Curve], measured: Sequence[Mapping[str, Any]], whole
     lines, dots, shapes, legend = [], [], [], []
     for number, curve in enumerate(drawn):
         kind = number % KINDS
-        shown = [(size / scale, 1000 * loss) for size, loss in curve.points if loss > highest * 10.0**-HOLDS]
+        shown = [(size / scale, 1000 * loss) for size, loss in curve.points if loss > highest * 10.0**-DECADES]
         lines.append(Series(curve.engine, shown, kind))
         legend.append((kind, dash(kind), f"{curve.engine} ({curve.output_format})"))
         if knee := curve.knee:

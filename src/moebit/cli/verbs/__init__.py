@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moebit.cli.root import app
-from moebit.cli.verbs import evaluate, frontier, generate, inspect, profiling, quantize, recipes, report, sample, verify
+from moebit.cli.verbs import evaluate, frontier, generate, inspect, profiling, prune, quantize, recipes, report, sample, verify
 
 VERBS = (
     (inspect.inspect, inspect.EXAMPLES),
@@ -20,6 +20,7 @@ VERBS = (
     (profiling.adapt, profiling.ADAPT_EXAMPLES),
     (profiling.drift, profiling.DRIFT_EXAMPLES),
     (frontier.frontier, frontier.EXAMPLES),
+    (prune.prune, prune.EXAMPLES),
     (report.report, report.EXAMPLES),
     (evaluate.compare, evaluate.COMPARE_EXAMPLES),
 )
