@@ -131,7 +131,7 @@ def kept_experts(saliency_E: Tensor, left: int, groups: int) -> list[int]:
     """The numbers of the experts that stay, rising: those with the largest saliency, as many of every group."""
     by_group = saliency_E.double().view(groups, -1)
     chosen = by_group.argsort(dim=1, descending=True, stable=True)[:, : left // groups]
-    return (chosen + torch.arange(groups).unsqueeze(1) * by_group.shape[1]).flatten().sort().values.tolist()  # type: ignore[no-any-return]
+    return (chosen + torch.arange(groups).unsqueeze(1) * by_group.shape[1]).flatten().sort().values.tolist()
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,8 @@ class _Job:
                 stored = dict.fromkeys([*(s for parameter in rest for s in weights.stored_names(parameter)), *weights.unused])
                 found = {s: Piece(weights.entries[s]) for s in stored}
             with output.shard(name, {stored: piece.spec for stored, piece in found.items()}) as shard:
-                for stored, piece in found.items():
-                    piece.write(shard, stored)
+                for target, piece in found.items():
+                    piece.write(shard, target)
             output.record("layer" if number < len(layers) else "rest", [name])
         return sum(file.stat().st_size for file in output.partial.glob("model-*.safetensors"))
 

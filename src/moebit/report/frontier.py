@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,21 +40,18 @@ class Curve:
 
     @property
     def knee(self) -> tuple[int, float] | None:
-        """Where the curve bends: the point furthest below the straight line between its ends, both axes logarithmic (Satopaa et al., 2011).
+        """Where the curve bends: the point furthest below the straight line between its ends, both axes linear (Satopaa et al., 2011).
 
-        None where it is nearly straight: every byte more is worth as much as the one before.
+        Below it, bytes buy much of the loss back; above it, little. None where the curve is nearly straight.
         """
-        shown = [(size, loss) for size, loss in self.points if size > 0 and loss > 0]
-        if len(shown) < 3:
+        if len(self.points) < 3:
             return None
-        x = [math.log(size) for size, _ in shown]
-        y = [math.log(loss) for _, loss in shown]
-        wide, high = x[-1] - x[0], y[0] - y[-1]
-        if wide <= 0 or high <= 0:
+        (first, highest), (last, lowest) = self.points[0], self.points[-1]
+        if last <= first or highest <= lowest:
             return None
-        below = [(y[0] - b) / high - (a - x[0]) / wide for a, b in zip(x, y, strict=True)]
+        below = [(highest - loss) / (highest - lowest) - (size - first) / (last - first) for size, loss in self.points]
         best = max(range(len(below)), key=lambda number: below[number])
-        return shown[best] if below[best] > SHARP else None
+        return self.points[best] if below[best] > SHARP else None
 
 
 def measure_outputs(
@@ -107,22 +103,20 @@ def frontier_page(
         whole=whole,
         unit=unit,
         texts=list(texts),
-        rows=[_row(curve, whole) for curve in drawn],
+        rows=[_row(curve) for curve in drawn],
         refused=[(curve.engine, curve.refused) for curve in curves_ if curve.refused],
         measured=measured,
         figures=[_figure(drawn, measured, whole, unit)] if drawn else [],
     )
 
 
-def _row(curve: Curve, whole: int) -> dict[str, Any]:
-    knee = curve.knee
+def _row(curve: Curve) -> dict[str, Any]:
     return {
         "engine": curve.engine,
         "format": curve.output_format,
         "smallest": curve.points[0],
         "largest": curve.points[-1],
-        "knee": knee,
-        "share": knee[0] / whole if knee else None,
+        "knee": curve.knee,
     }
 
 
