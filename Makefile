@@ -21,7 +21,7 @@ REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint test test-all torture tables demo bench-solver bench-speed bench-memory bench-runtime bench-gpu bench-prices bench-gguf bench-ebss bench-tasks quality quality-moequant \
-        quality-eaquant quality-routers quality-moqa quality-best architectures formats published gguf-architectures golden docs \
+        quality-eaquant quality-routers quality-moqa quality-budget quality-best architectures formats published gguf-architectures golden docs \
         reference wheel-check
 
 help:  ## list the targets
@@ -101,6 +101,9 @@ quality-routers: setup  ## how many tokens keep their experts: routers of few bi
 
 quality-moqa: setup  ## widths from data against uniform ones, and switching channels (hours; goes on where it was interrupted)
 	$(BIN)/python -m benchmarks.moqa
+
+quality-budget: setup  ## one budget against one width or type for all, at equal bytes, for every engine (hours; goes on where it was interrupted)
+	$(BIN)/python -m benchmarks.budget
 
 quality-best: setup  ## what our own presets are made of, chosen on text that no evaluation looks at (an hour; goes on where it was interrupted)
 	$(BIN)/python benchmarks/best.py

@@ -63,6 +63,7 @@ TABLES = (
     Table("best", "best", files=("protocol-best.yaml", "quality.py")),
     Table("routers", "routers", files=("protocol-routers.yaml", "quality.py", "outliers.py")),
     Table("moqa", "moqa", files=("protocol-moqa.yaml", "quality.py")),
+    Table("budget", "budget", files=("protocol-budget.yaml", "moqa.py", "quality.py")),
     Table("moequant", "moequant", files=("protocol-moequant.yaml", "quality.py", "balanced.py")),
     Table("ebss", "ebss", files=("protocol-moequant.yaml", "quality.py")),
     Table("eaquant", "eaquant", files=("protocol-eaquant.yaml", "quality.py", "outliers.py")),

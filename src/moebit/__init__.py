@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moebit.quantize.frontier import Frontier, frontier
     from moebit.quantize.inspect import inspect
     from moebit.quantize.main import quantize
+    from moebit.quantize.prune import Pruned, prune
     from moebit.quantize.report import Result
     from moebit.recipe import Recipe, load_recipe, presets
     from moebit.report.compare import compare
@@ -48,6 +49,7 @@ __all__ = [
     "ImatrixResult",
     "InterruptedWorkError",
     "MoebitError",
+    "Pruned",
     "Recipe",
     "Result",
     "adapt",
@@ -63,6 +65,7 @@ __all__ = [
     "load_recipe",
     "presets",
     "profile",
+    "prune",
     "quantize",
     "recipes_for",
     "report",
@@ -84,6 +87,7 @@ _HOMES = {
     "quantize.frontier": ("Frontier", "frontier"),
     "quantize.inspect": ("inspect",),
     "quantize.main": ("quantize",),
+    "quantize.prune": ("Pruned", "prune"),
     "quantize.report": ("Result",),
     "recipe": ("Recipe", "load_recipe", "presets"),
     "report.compare": ("compare",),

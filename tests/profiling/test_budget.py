@@ -198,3 +198,18 @@ def test_interrupted_and_resumed_gives_the_same_bytes(checkpoints: Checkpoints, 
     for file in (tmp_path / "a" / "x").iterdir():
         if file.name not in REPORTS:
             assert file.read_bytes() == (tmp_path / "b" / "x" / file.name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_frontier_has_a_curve_for_every_engine_that_can(checkpoints: Checkpoints, profile: Profile, tmp_path: Path) -> None:
+    path = checkpoints.path(ARCHITECTURES["mixtral"])
+    options: dict[str, Any] = {"profile": profile.path, "recipe": RECIPE, "engines": ["transformers", "toaster"]}
+    found = moebit.frontier(path, tmp_path / "f.html", **options)
+    native, unknown = found.curves
+    sizes, losses = zip(*native.points, strict=True)
+    assert list(sizes) == sorted(sizes)
+    assert list(losses) == sorted(losses, reverse=True)
+    assert "toaster" in unknown.refused
+    assert "toaster" in (tmp_path / "f.html").read_text()
+    with pytest.raises(BadInputError, match="--text FILE to measure"):
+        moebit.frontier(path, tmp_path / "f.html")

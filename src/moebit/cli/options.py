@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from moebit.errors import BadInputError
-from moebit.memory import memory_bytes
+from moebit.memory import asked_bytes, memory_bytes
 
 LARGEST_SEED = 2**63 - 1
 
@@ -56,6 +56,13 @@ def finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no finite number.")
     return value
+
+
+def asked_size(size: str | None) -> str | None:
+    """A size that an output is to have."""
+    if size is not None:
+        asked_bytes(size)
+    return size
 
 
 def _memory(size: str) -> str:

@@ -39,12 +39,14 @@ def budget_changes(engine: str, size: Memory | None, bits: float | None) -> dict
     """The changes of a recipe that a size, or an average of bits, means; none without either.
 
     Raises:
-        BadInputError: both of them, or a number that means nothing.
+        BadInputError: both of them, a number that means nothing, an unknown engine.
     """
     if size is None and bits is None:
         return {}
     if size is not None and bits is not None:
         raise BadInputError("--size and --bits: give one of the two")
+    if engine not in FORMATS:
+        raise BadInputError(f"--engine {engine}: choose one of {', '.join(FORMATS)}")
     if bits is not None and not 0 < bits <= 16:
         raise BadInputError(f"--bits {bits}: a number of bits per weight, above 0 and at most 16, is expected")
     return {

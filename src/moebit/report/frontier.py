@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from moebit.report.svg import DASHES, KINDS, Axis, Series, curves, mark
 
 SHARP = 0.02  # how far a knee stands out of the straight line between a curve's ends, as a share of its height, to be called one
 KNEE, MEASURED = "D", "o"
-HOLDS = 8  # losses in nats that a curve is drawn down to, as powers of ten below its highest
+DECADES = 4  # of loss that are drawn, below the highest of all curves
 
 
 @dataclass(frozen=True)
@@ -41,21 +40,18 @@ class Curve:
 
     @property
     def knee(self) -> tuple[int, float] | None:
-        """Where the curve bends: the point furthest below the straight line between its ends, both axes logarithmic (Satopaa et al., 2011).
+        """Where the curve bends: the point furthest below the straight line between its ends, both axes linear (Satopaa et al., 2011).
 
-        None where it is nearly straight: every byte more is worth as much as the one before.
+        Below it, bytes buy much of the loss back; above it, little. None where the curve is nearly straight.
         """
-        shown = [(size, loss) for size, loss in self.points if size > 0 and loss > 0]
-        if len(shown) < 3:
+        if len(self.points) < 3:
             return None
-        x = [math.log(size) for size, _ in shown]
-        y = [math.log(loss) for _, loss in shown]
-        wide, high = x[-1] - x[0], y[0] - y[-1]
-        if wide <= 0 or high <= 0:
+        (first, highest), (last, lowest) = self.points[0], self.points[-1]
+        if last <= first or highest <= lowest:
             return None
-        below = [(y[0] - b) / high - (a - x[0]) / wide for a, b in zip(x, y, strict=True)]
+        below = [(highest - loss) / (highest - lowest) - (size - first) / (last - first) for size, loss in self.points]
         best = max(range(len(below)), key=lambda number: below[number])
-        return shown[best] if below[best] > SHARP else None
+        return self.points[best] if below[best] > SHARP else None
 
 
 def measure_outputs(
@@ -69,7 +65,9 @@ def measure_outputs(
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Judge outputs on texts: {"name", "format", "size_bytes", "kl", "predicted", "refused"}, KL the mean over the texts."""
-    found = []
+    found: list[dict[str, Any]] = []
+    if not outputs:
+        return found
     for number, (name, output) in enumerate(zip(labels([str(output) for output in outputs]), outputs, strict=True)):
         if progress:
             progress("outputs", number, len(outputs))
@@ -105,22 +103,20 @@ def frontier_page(
         whole=whole,
         unit=unit,
         texts=list(texts),
-        rows=[_row(curve, whole) for curve in drawn],
+        rows=[_row(curve) for curve in drawn],
         refused=[(curve.engine, curve.refused) for curve in curves_ if curve.refused],
         measured=measured,
         figures=[_figure(drawn, measured, whole, unit)] if drawn else [],
     )
 
 
-def _row(curve: Curve, whole: int) -> dict[str, Any]:
-    knee = curve.knee
+def _row(curve: Curve) -> dict[str, Any]:
     return {
         "engine": curve.engine,
         "format": curve.output_format,
         "smallest": curve.points[0],
         "largest": curve.points[-1],
-        "knee": knee,
-        "share": knee[0] / whole if knee else None,
+        "knee": curve.knee,
     }
 
 
@@ -131,7 +127,7 @@ def _figure(drawn: Sequence[Curve], measured: Sequence[Mapping[str, Any]], whole
     lines, dots, shapes, legend = [], [], [], []
     for number, curve in enumerate(drawn):
         kind = number % KINDS
-        shown = [(size / scale, 1000 * loss) for size, loss in curve.points if loss > highest * 10.0**-HOLDS]
+        shown = [(size / scale, 1000 * loss) for size, loss in curve.points if loss > highest * 10.0**-DECADES]
         lines.append(Series(curve.engine, shown, kind))
         legend.append((kind, dash(kind), f"{curve.engine} ({curve.output_format})"))
         if knee := curve.knee:

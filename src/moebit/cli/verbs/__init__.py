@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moebit.cli.root import app
-from moebit.cli.verbs import evaluate, frontier, generate, imatrix, inspect, profiling, quantize, recipes, report, sample, verify
+from moebit.cli.verbs import evaluate, frontier, generate, imatrix, inspect, profiling, prune, quantize, recipes, report, sample, verify
 
 VERBS = (
     (inspect.inspect, inspect.EXAMPLES),
@@ -21,6 +21,7 @@ VERBS = (
     (profiling.drift, profiling.DRIFT_EXAMPLES),
     (frontier.frontier, frontier.EXAMPLES),
     (imatrix.imatrix, imatrix.EXAMPLES),
+    (prune.prune, prune.EXAMPLES),
     (report.report, report.EXAMPLES),
     (evaluate.compare, evaluate.COMPARE_EXAMPLES),
 )

@@ -21,6 +21,7 @@ from moebit.cli.options import (
     SettingsOption,
     ShardOption,
     TextOption,
+    asked_size,
     check_recipe,
     finite,
     overrides,
@@ -44,7 +45,10 @@ def quantize(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Directory to make.")],
     recipe: Annotated[str | None, typer.Option(help="Preset or YAML file (default: gptq-w4); `moebit recipes` lists the presets.")] = None,
     size: Annotated[
-        str | None, typer.Option("--size", metavar="SIZE", help="Find the best output of so many bytes for --engine, for example 12GB.")
+        str | None,
+        typer.Option(
+            "--size", metavar="SIZE", callback=asked_size, help="Find the best output of so many bytes for --engine, for example 12GB."
+        ),
     ] = None,
     bits: Annotated[
         float | None, typer.Option("--bits", help="The same for an average of bits per quantized weight on disk.", callback=finite)
