@@ -48,6 +48,7 @@ class Plan:
         routers: where the recipe works on routers: by layer, why this one cannot be aligned or realigned; None where it can.
         inputs: which inputs are rounded and transformed as the output runs.
         gguf: the types of a GGUF file's tensors, where that is what is written.
+        original: how the checkpoint is itself quantized, where the output has fewer bits; "" otherwise.
     """
 
     recipe: Recipe
@@ -65,6 +66,7 @@ class Plan:
     routers: Mapping[int, str | None] = field(default_factory=dict)
     inputs: ActivationPlan = field(default_factory=ActivationPlan)
     gguf: GgufPlan | None = None
+    original: str = ""
 
     @property
     def activations(self) -> Activations:
@@ -111,6 +113,7 @@ class Plan:
             "unquantized_expert_share": self.coverage.share,
             "experts_per_chunk": self.chunk,
             "engines": {name: verdict.describe() for name, verdict in self.engines.items()},
+            **({"original": self.original} if self.original else {}),
             **({"gguf": self.gguf.describe()} if self.gguf else {}),
             **({"transforms": self.transforms.describe()} if self.transforms else {}),
             **({"routers": self._describe_routers()} if self.routers else {}),
@@ -175,7 +178,16 @@ def make_plan(
         _routers(checkpoint, structure) if recipe.router.active else {},
         inputs,
         gguf,
+        _original(checkpoint, sink.average_bits(modules)),
     )
+
+
+def _original(checkpoint: Checkpoint, bits: float) -> str:
+    """How a checkpoint is itself quantized that is rounded to fewer bits: what that costs comes on top of what it has lost before."""
+    shipped = checkpoint.shipped
+    if shipped is None or shipped.average_bits <= bits:
+        return ""
+    return f"{shipped.method}, {shipped.scheme}, {shipped.average_bits:.2f} bits per quantized weight"
 
 
 @dataclass(frozen=True)

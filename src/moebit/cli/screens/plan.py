@@ -19,6 +19,11 @@ def show_plan(plan: dict[str, Any], before: int | None) -> None:
     row(facts, "peak memory, about", size(plan["peak_memory_bytes"]))
     row(facts, "time, about", duration(plan["seconds"]))
     show(facts)
+    if "original" in plan:
+        say(
+            warning("the checkpoint is itself quantized"),
+            f": {plan['original']}; errors are counted from there, not from what it was made of",
+        )
     if "gguf" in plan:
         _show_gguf(plan["gguf"])
     if "activations" in plan:
