@@ -280,7 +280,7 @@ def test_damaged_gptq(change: dict[str, Tensor | None], says: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("state", "says"),
     [
-        (b"{", "holds no JSON"),
+        (b"{x}", "holds no JSON"),
         (b"x" * 5000, "expected the bytes of a short JSON text"),
         ({"shape": [2**30, 2**30]}, r"expected the \d+ bytes of"),
         ({"blocksize": 0}, "blocksize"),
