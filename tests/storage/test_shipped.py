@@ -280,7 +280,7 @@ COMPRESSED = {
     "int4-asymmetric": ({**INT4, "group_size": 8, "symmetric": False}, "pack-quantized", torch.bfloat16),
     "int4-channel": ({**INT4, "strategy": "channel", "group_size": None}, "pack-quantized", torch.bfloat16),
     "int2": ({**INT4, "num_bits": 2, "group_size": 8}, "pack-quantized", torch.bfloat16),
-    **{f"int{bits}": ({**INT4, "num_bits": bits}, "pack-quantized", torch.bfloat16) for bits in (1, 3, 5, 6, 7)},
+    **{f"int{bits}": ({**INT4, "num_bits": bits}, "pack-quantized", torch.bfloat16) for bits in (1, 3, 5)},
     "int3-channel-asymmetric": (
         {**INT4, "num_bits": 3, "strategy": "channel", "group_size": None, "symmetric": False}, "pack-quantized", torch.bfloat16
     ),

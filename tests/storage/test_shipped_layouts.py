@@ -256,6 +256,51 @@ def test_mlx_is_declared_without_a_method() -> None:
     assert plain_config({"quantization": sizes, "quantization_config": sizes, "a": 1}) == {"a": 1}
 
 
+# --- compressed-tensors as it packed before version 0.18, and with scattered groups
+
+
+def apart(codes: list[int], bits: int) -> list[int]:
+    """Words of whole codes, with unused bits above them."""
+    each = 32 // bits
+    return [word for first in range(0, len(codes), each) for word in words(codes[first : first + each], bits)[:1]]
+
+
+def compressed(weights: dict[str, Any], version: str) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"type": "int", **weights}}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "version": version, "config_groups": {"group_0": group}}
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.18.0"])
+@pytest.mark.parametrize(("bits", "width"), [(3, 64), (5, 64), (6, 96), (7, 32), (3, 16)], ids=str)
+def test_packings_of_compressed_tensors(bits: int, width: int, version: str, tmp_path: Path) -> None:
+    """16 codes of 3 bits take two words either way: then the version tells."""
+    lay, generator, half = (apart if version == "0.17.1" else words), seeded(bits, width), 2 ** (bits - 1)
+    size = min(width, 32)
+    codes = torch.randint(0, 2**bits, (OUT + 5, width), generator=generator)
+    zeros = torch.randint(0, 2**bits, (OUT + 5, width // size), generator=generator)
+    scale = torch.rand(OUT + 5, width // size, generator=generator)
+    parts = {
+        "x.weight_packed": torch.tensor([lay(row, bits) for row in codes.tolist()], dtype=torch.int32),
+        "x.weight_zero_point": torch.tensor([lay(column, bits) for column in zeros.T.tolist()], dtype=torch.int32).T,
+        "x.weight_scale": scale,
+        "x.weight_shape": torch.tensor([OUT + 5, width]),
+    }
+    declared = compressed({"num_bits": bits, "strategy": "group", "group_size": size, "symmetric": False}, version)
+    signed, away = codes - half, (zeros - half).repeat_interleave(size, 1)
+    value = ((signed - away) * scale.repeat_interleave(size, 1)).bfloat16()
+    assert_reads(opened(tmp_path, parts, declared), "x.weight", value)
+
+
+def test_scattered_groups_of_compressed_tensors(tmp_path: Path) -> None:
+    generator = seeded(11)
+    codes, scale = torch.randint(0, 16, (OUT, IN), generator=generator), torch.rand(OUT, IN // GROUP, generator=generator)
+    index = (torch.arange(IN) // GROUP)[torch.randperm(IN, generator=generator)]
+    packed = torch.tensor([words(row, 4) for row in codes.tolist()], dtype=torch.int32)
+    parts = {"x.weight_packed": packed, "x.weight_scale": scale, "x.weight_g_idx": index.int()}
+    declared = compressed({"num_bits": 4, "strategy": "group", "group_size": GROUP, "symmetric": True, "actorder": "group"}, "0.9.0")
+    assert_reads(opened(tmp_path, parts, declared), "x.weight", ((codes - 8) * scale[:, index]).bfloat16())
+
+
 # --- what is wrong
 
 
