@@ -92,7 +92,7 @@ def main() -> None:
         source, out = make_source(Path(directory) / "source"), Path(directory) / "out"
         out.mkdir()
         script = ROOT / "benchmarks" / "peers" / "write_round_trips.py"
-        subprocess.run([options.peers, str(script), str(source), str(out)], check=True, env=environment(1))
+        subprocess.run([options.peers, str(script), str(source), str(out)], check=True, env=environment(1, {"TORCHDYNAMO_DISABLE": "1"}))
         text = table(json.loads((out / "cases.json").read_text()), out)
     intro = "Checkpoints that other libraries write, read by moebit and compared, tensor by tensor, with what their own code dequantizes."
     options.out.write_text(f"# Round trips\n\n{intro}\n\n{text}\n\n{facts(1, ['--peers', 'PYTHON'])}\n")

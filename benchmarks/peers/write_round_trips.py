@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ def _gptq(bits: int, symmetric: bool, kind: str, scattered: bool = False) -> Cal
             layer.post_init()
             value = layer.dequantize_weight().T.clone()
             if kind == "gptq":
-                convert_gptq_v2_to_v1_format_module(layer, bits=bits, pack_dtype=torch.int32)
+                convert_gptq_v2_to_v1_format_module(layer, SimpleNamespace(bits=bits, pack_dtype=torch.int32))
             leaves = {leaf: getattr(layer, leaf).clone() for leaf in ("qweight", "qzeros", "scales", "g_idx")}
             return leaves, value.half()
 

@@ -24,6 +24,7 @@ from moebit.calibration.text import Texts, consecutive_windows, load_tokenizer, 
 from moebit.errors import BadInputError
 from moebit.evaluate.streaming import Progress, _Scores, add_scores, evaluate
 from moebit.formats.gguf.locate import gguf_file, open_gguf
+from moebit.formats.gguf.shipped import gguf_source
 from moebit.formats.opening import open_checkpoint, quantized_modules
 from moebit.memory import DEFAULT_MEMORY, Memory
 from moebit.model.seam import is_experts
@@ -114,6 +115,8 @@ def _judge_gguf(file: Path, reference: str | Path, text: Texts, **how: Any) -> J
 def _made_by(path: Path) -> str:
     if (path / "moebit.json").is_file():
         return "moebit"
+    if gguf_source(path) is not None:
+        return "GGUF"
     quantization = declared(path)
     return str(quantization.get("quant_method", "unknown")) if quantization else "full precision"
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from moebit.errors import BadInputError
+from moebit.model.gains import shifted_gain
 from moebit.model.skeleton import skeleton
 from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.config import load_config
@@ -15,6 +17,7 @@ from moebit.storage.documents import check_layers, understood
 from moebit.storage.files import Entry, read_index
 from moebit.storage.hub import HubWeights
 from moebit.storage.left_over import left_over
+from moebit.storage.shipped import mlx
 from moebit.storage.shipped.reading import check_plain, declared, read_shipped
 
 FAST_BF16_WIDTH = 512  # hidden size from which on bf16 products are faster than float32 ones on a CPU that has instructions for them
@@ -53,4 +56,9 @@ def open_hub_checkpoint(path: Path, dtype: torch.dtype | None = torch.float32) -
         check_plain(path, stored)
     entries: Mapping[str, Entry] = shipped.entries if shipped else stored
     model = skeleton(config, dtype or fast_compute_type(config, entries))
+    if shipped and shipped.method == mlx.METHOD and (norm := shifted_gain(model)) is not None:
+        raise BadInputError(
+            f"{path}: already quantized ({mlx.METHOD}); give the full-precision checkpoint: the gain of {norm} is not its stored weight, "
+            "and mlx-lm stores some of those otherwise"
+        )
     return Checkpoint(path, config, model, HubWeights(model, entries), stored, shipped, left_over=further.files)

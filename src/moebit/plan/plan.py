@@ -57,6 +57,7 @@ class Plan:
         gguf: the types of a GGUF file's tensors, where that is what is written.
         spent: what a budget was spent on and what is predicted for it (profiling/spend.py), where there was one.
         group_sizes: module -> the group size that it has where the recipe's does not divide its rows; -1 is the whole row.
+        original: how the checkpoint is itself quantized, where the output has fewer bits; "" otherwise.
     """
 
     recipe: Recipe
@@ -78,6 +79,7 @@ class Plan:
     left_over: Mapping[str, int] = field(default_factory=dict)
     read_as: dict[str, str] | None = None
     group_sizes: Mapping[str, int] = field(default_factory=dict)
+    original: str = ""
 
     @property
     def activations(self) -> Activations:
@@ -126,6 +128,7 @@ class Plan:
             "unquantized_expert_share": self.coverage.share,
             "experts_per_chunk": self.chunk,
             "engines": {name: verdict.describe() for name, verdict in self.engines.items()},
+            **({"original": self.original} if self.original else {}),
             **({"gguf": self.gguf.describe()} if self.gguf else {}),
             **({"budget": dict(self.spent)} if self.spent else {}),
             **({"other_group_sizes": dict(self.group_sizes)} if self.group_sizes else {}),
@@ -200,7 +203,16 @@ def make_plan(
         left_over=checkpoint.left_over,
         read_as=read_as(checkpoint),
         group_sizes=grids.instead,
+        original=_original(checkpoint, sink.average_bits(modules)),
     )
+
+
+def _original(checkpoint: Checkpoint, bits: float) -> str:
+    """How a checkpoint is itself quantized that is rounded to fewer bits: what that costs comes on top of what it has lost before."""
+    shipped = checkpoint.shipped
+    if shipped is None or shipped.average_bits <= bits:
+        return ""
+    return f"{shipped.method}, {shipped.scheme}, {shipped.average_bits:.2f} bits per quantized weight"
 
 
 @dataclass(frozen=True)

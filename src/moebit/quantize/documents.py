@@ -48,6 +48,7 @@ def documents(
         "size_before": checkpoint.size_bytes,
         "size_after": facts.size_after,
         "average_bits": plan.average_bits,
+        **({"original": plan.original} if plan.original else {}),
         "peak_memory_bytes": facts.peak_memory_bytes,
         "command": without_folders(facts.command),
         **({"texts": dict(facts.texts)} if facts.texts else {}),
@@ -125,7 +126,10 @@ def _card(checkpoint: Checkpoint, plan: Plan) -> str:
     kind = plan.recipe.allocation.kind
     width = f"{w.bits} bits" if kind == "uniform" else f"widths by {kind}"
     shipped = (
-        f"The checkpoint itself is shipped quantized ({checkpoint.shipped.scheme}) and was read as it is.\n" if checkpoint.shipped else ""
+        f"The checkpoint itself is shipped quantized ({checkpoint.shipped.scheme}, {checkpoint.shipped.average_bits:.2f} bits per "
+        "quantized weight) and was read as it is.\n"
+        if checkpoint.shipped
+        else ""
     )
     if plan.gguf:
         return _gguf_card(checkpoint, base, plan)

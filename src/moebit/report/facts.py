@@ -260,6 +260,8 @@ def summary(documents: Documents) -> list[tuple[str, str, str]]:
         rows.append(("Size", words.size(after), f"{before / after:.2f} × smaller than {words.size(before)}"))
     if "average_bits" in report:
         rows.append(("Bits per quantized weight", words.plain(report["average_bits"], 4), "codes, scales and zero points"))
+    if "original" in report:
+        rows.append(("The original", "itself quantized", report["original"]))
     kl = [text["kl"] for one in documents.evaluations for text in one["texts"].values() if "kl" in text]
     same = [text["routing_exact"] for one in documents.evaluations for text in one["texts"].values() if "routing_exact" in text]
     if kl:

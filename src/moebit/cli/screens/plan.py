@@ -23,6 +23,11 @@ def show_plan(plan: dict[str, Any], before: int | None) -> None:
     show(facts)
     if "budget" in plan:
         show_budget(plan["budget"])
+    if "original" in plan:
+        say(
+            warning("the checkpoint is itself quantized"),
+            f": {plan['original']}; errors are counted from there, not from what it was made of",
+        )
     if "gguf" in plan:
         _show_gguf(plan["gguf"])
     if "activations" in plan:

@@ -181,6 +181,10 @@ class GgufEntry(ShippedEntry):
         return self.parts[0].tensor.type
 
     @property
+    def is_quantized(self) -> bool:
+        return self.kind not in PLAIN
+
+    @property
     def needed(self) -> tuple[TensorEntry, ...]:
         return tuple(part.bytes for part in self.parts)
 

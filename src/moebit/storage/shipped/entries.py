@@ -44,6 +44,11 @@ class ShippedEntry(ABC):
         return False
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether its values have been rounded to fewer than 16 bits."""
+        return True
+
+    @property
     @abstractmethod
     def needed(self) -> tuple[TensorEntry, ...]:
         """The stored tensors that it is computed from: codes, scales, zero points and the like."""
@@ -112,7 +117,7 @@ class Shipped:
 
     @property
     def quantized(self) -> list[ShippedEntry]:
-        return [entry for entry in self.entries.values() if isinstance(entry, ShippedEntry)]
+        return [entry for entry in self.entries.values() if isinstance(entry, ShippedEntry) and entry.is_quantized]
 
     @property
     def average_bits(self) -> float:
