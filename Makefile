@@ -20,7 +20,7 @@ STAMP := .venv/.setup-stamp
 REFERENCES := olmoe qwen2_moe
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-all torture demo bench-solver bench-speed bench-memory bench-runtime bench-prices bench-ebss bench-tasks quality quality-moequant \
+.PHONY: help setup lint test test-all torture tables demo bench-solver bench-speed bench-memory bench-runtime bench-prices bench-ebss bench-tasks quality quality-moequant \
         quality-eaquant quality-routers quality-moqa quality-best architectures formats gguf-architectures golden docs \
         reference wheel-check
 
@@ -50,6 +50,9 @@ test-all: lint  ## lint and every test, the slow ones too
 
 torture: setup  ## kills, damages and mutated documents for SECONDS (600), with the counts of what was found
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.torture --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+tables: setup  ## every table that needs no other hardware, those that are out of date (hours; goes on where it was interrupted)
+	$(BIN)/python -m benchmarks.tables
 
 demo: setup  ## quantize a shipped reference model and show what it cost
 	$(BIN)/python examples/demo.py

@@ -10,17 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import moebit
 from moebit.model import opening
 from moebit.model.opening import fast_compute_type, open_hub_checkpoint
 from moebit.model.structure import find_structure
 from moebit.plan.plan import Plan
-from moebit.storage.files import TensorEntry
 from moebit.streaming.budget import PROCESS_BYTES, make_budget
 from moebit.streaming.stream import Stream
-from tests.support.models import ARCHITECTURES, VOCABULARY, Checkpoints, random_model, save, windows
+from tests.support.models import ARCHITECTURES, HIDDEN, Checkpoints, random_model, save, windows
+from tests.support.observer import observed
 from tests.support.outputs import dequantized, small_recipe, stored_tensors, token_file
 
 SIZES = (2**20, 2**26, 2**31, 2**33)
@@ -44,22 +43,16 @@ def test_more_memory_makes_larger_pieces(checkpoints: Checkpoints) -> None:
     assert budgets[0].peak_bytes > PROCESS_BYTES  # less than the process itself cannot be promised
 
 
-def test_embeddings_are_read_by_the_row(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeddings_are_read_by_the_row(checkpoints: Checkpoints) -> None:
     """Only the rows of tokens that occur are read, and the states are those of the whole table."""
     checkpoint = open_hub_checkpoint(checkpoints.path(QWEN3))
     structure = find_structure(checkpoint.model)
     few = windows()[:2, :4] % 5 + 60
-    read: list[tuple[str, int, int | None]] = []
-    original = TensorEntry.read
-
-    def spy(entry: TensorEntry, start: int = 0, stop: int | None = None) -> Tensor:
-        read.append((entry.name, start, stop))
-        return original(entry, start, stop)
-
-    monkeypatch.setattr(TensorEntry, "read", spy)
-    stream = Stream(checkpoint, structure, few)
-    assert {name for name, _, _ in read} == {"model.embed_tokens.weight"}
-    rows = sorted(row for _, start, stop in read for row in range(start, stop if stop is not None else VOCABULARY))
+    with observed("moebit.read") as read:
+        stream = Stream(checkpoint, structure, few)
+    assert {name for _, name, _, _ in read} == {"model.embed_tokens.weight"}
+    width = 4 * HIDDEN  # bytes of a row
+    rows = sorted(row for _, _, skip, size in read for row in range(skip // width, (skip + size) // width))
     assert rows == sorted({*few.unique().tolist(), checkpoint.config.eos_token_id})  # a token that the configuration names
     table = stored_tensors(checkpoints.path(QWEN3))["model.embed_tokens.weight"]
     assert torch.equal(stream.hidden, table.float()[few])

@@ -12,15 +12,16 @@ from transformers import AutoModelForCausalLM
 
 import moebit
 from moebit.calibration.beam import Rules, ancestral, ebss
+from moebit.calibration.sample_files import Partial
 from moebit.calibration.sampling import describe_text, end_ids, kept_windows
 from moebit.calibration.settings import Settings, balancing_temperature
 from moebit.errors import BadInputError
-from moebit.formats.output import OutputDirectory
 from moebit.model.decoder import Decoder
 from moebit.model.opening import open_hub_checkpoint
 from moebit.model.structure import find_structure
 from tests.calibration.naive import naive_ebss
 from tests.support.models import ARCHITECTURES, EXPERTS, VOCABULARY, Architecture, Checkpoints, quiet
+from tests.support.observer import PowerCut, stopped
 from tests.support.outputs import file_bytes, small_recipe, token_file
 
 GIB = 2**30
@@ -347,22 +348,43 @@ def test_a_recipe_samples_by_itself(checkpoints: Checkpoints, tmp_path: Path) ->
     assert len(rows) == 5
 
 
-def test_a_whole_sample_is_taken_up(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_sample_is_taken_up(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """A run that ended between writing its file and tidying up: nothing is sampled again, and nothing is refused."""
     path, out = checkpoints.path(ARCHITECTURES["olmoe"]), tmp_path / "a.jsonl"
-
-    def stop(self: object) -> None:
-        raise StopError
-
-    with monkeypatch.context() as patch:
-        patch.setattr("moebit.calibration.sampling.Partial.remove", stop)
-        with pytest.raises(StopError):
-            sampled(path, out)
+    with stopped("moebit.tidy", PowerCut()), pytest.raises(PowerCut):
+        sampled(path, out)
     before, seen = out.read_bytes(), list[str]()
     sampled(path, out, resume=True, progress=lambda what, done, total: seen.append(what))
     assert "tokens" not in seen
     assert out.read_bytes() == before
     assert not (tmp_path / "a.jsonl.partial").exists()
+
+
+def test_one_run_at_a_time_writes_a_sample(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    path, out = checkpoints.path(ARCHITECTURES["olmoe"]), tmp_path / "a.jsonl"
+    with Partial.begin(tmp_path / "a.jsonl.partial", {"other": 1}):
+        before = (tmp_path / "a.jsonl.partial").read_bytes()
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(BadInputError, match=r"a\.jsonl\.partial: another run is writing there"):
+                sampled(path, out, **how)
+    assert (tmp_path / "a.jsonl.partial").read_bytes() == before
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("content", ["mine", "{}", '{"text": "mine"}\n'])
+def test_a_file_that_is_no_interrupted_run_is_not_emptied(checkpoints: Checkpoints, tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.jsonl.partial").write_text(content)
+    with pytest.raises(BadInputError, match=r"a\.jsonl\.partial is in the way"):
+        sampled(checkpoints.path(ARCHITECTURES["olmoe"]), tmp_path / "a.jsonl", overwrite=True)
+    assert (tmp_path / "a.jsonl.partial").read_text() == content
+
+
+def test_a_link_in_the_place_of_an_interrupted_run_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("")
+    (tmp_path / "a.jsonl.partial").symlink_to(tmp_path / "mine")
+    with pytest.raises(BadInputError, match="cannot write"):
+        sampled(checkpoints.path(ARCHITECTURES["olmoe"]), tmp_path / "a.jsonl", overwrite=True)
+    assert (tmp_path / "mine").read_text() == ""
 
 
 def test_the_facts_beside_a_sample_are_not_overwritten(checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -372,21 +394,12 @@ def test_the_facts_beside_a_sample_are_not_overwritten(checkpoints: Checkpoints,
     assert (tmp_path / "a.jsonl.json").read_text() == "mine"
 
 
-def test_a_sample_is_kept_until_the_journal_names_it(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = OutputDirectory.record
-
-    def stop(self: OutputDirectory, kind: str, files: list[str], **facts: Any) -> None:
-        if kind == "sample":
-            assert (self.partial / "calibration.jsonl").exists()
-            assert (self.partial / "calibration.jsonl.partial").exists()
-            raise StopError
-        record(self, kind, files, **facts)
-
+def test_a_sample_is_kept_until_the_journal_names_it(checkpoints: Checkpoints, tmp_path: Path) -> None:
     path, seen = checkpoints.path(ARCHITECTURES["olmoe"]), list[str]()
-    with monkeypatch.context() as patch:
-        patch.setattr(OutputDirectory, "record", stop)
-        with pytest.raises(StopError):
-            moebit.quantize(path, tmp_path / "out", recipe=ebss_recipe())
+    with stopped("moebit.record", PowerCut(), lambda partial, kind: kind == "sample"), pytest.raises(PowerCut):
+        moebit.quantize(path, tmp_path / "out", recipe=ebss_recipe())
+    assert (tmp_path / "out.partial" / "calibration.jsonl").exists()
+    assert (tmp_path / "out.partial" / "calibration.jsonl.partial").exists()
     moebit.quantize(path, tmp_path / "out", recipe=ebss_recipe(), resume=True, progress=lambda what, done, total: seen.append(what))
     assert "tokens" not in seen
     assert not (tmp_path / "out" / "calibration.jsonl.partial").exists()

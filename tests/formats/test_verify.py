@@ -25,8 +25,9 @@ from moebit.cli import terminal
 from moebit.errors import BadInputError
 from moebit.formats import consistency
 from moebit.plan.bitplan import BitPlan
-from moebit.storage.files import TensorEntry, read_header
+from moebit.storage.files import read_header
 from tests.support.models import ARCHITECTURES, Architecture, random_model, save
+from tests.support.observer import observed
 from tests.support.outputs import Outputs, byte_tokenizer, small_recipe
 
 MIXTRAL = ARCHITECTURES["mixtral"]
@@ -435,25 +436,17 @@ def test_dense_damage(dense: Path, tmp_path: Path) -> None:
 
 def test_finite_goes_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(consistency, "PIECE_BYTES", 100)
-    read: list[int] = []
-    whole_read = TensorEntry.read
-
-    def counted(self: TensorEntry, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        piece = whole_read(self, start, stop)
-        read.append(piece.nbytes)
-        return piece
-
-    monkeypatch.setattr(TensorEntry, "read", counted)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn):
         w = torch.ones(6, 7, 9)
         save_file({"w": w.to(dtype)}, tmp_path / "x.safetensors")
         assert consistency.finite(read_header(tmp_path / "x.safetensors")["w"]) is None
         w[4, 5, 6] = float("nan")
         save_file({"w": w.to(dtype)}, tmp_path / "x.safetensors")
-        finding = consistency.finite(read_header(tmp_path / "x.safetensors")["w"])
+        with observed("moebit.read") as read:
+            finding = consistency.finite(read_header(tmp_path / "x.safetensors")["w"])
+        assert max(size for *_, size in read) <= 100
         assert finding is not None
         assert finding.what == "holds nan at [4, 5, 6]"
-    assert max(read) <= 100
     save_file({"s": torch.tensor(float("inf")), "i": torch.arange(3)}, tmp_path / "y.safetensors")
     header = read_header(tmp_path / "y.safetensors")
     scalar = consistency.finite(header["s"])

@@ -15,9 +15,9 @@ import moebit
 from moebit.calibration.text import TokenText, calibration_windows
 from moebit.methods.held_out import held_out_rows
 from moebit.methods.input_drift import MUS, InputDriftMoments, correct_input_drift
-from moebit.quantize import solve as solving
 from moebit.quantize.report import Result
 from tests.support.models import ARCHITECTURES, EXPERTS, Checkpoints, load_reference
+from tests.support.observer import observed
 from tests.support.outputs import file_bytes, mixed_plan, replace_weights, small_recipe, stored_tensors, token_file, with_weights
 
 SAMPLES, LENGTH, TIGHT = 60, 24, 2**17
@@ -79,20 +79,6 @@ def test_without_drift_or_without_tokens_nothing_changes() -> None:
     assert result.gain == [0.0, 0.0]
 
 
-class Solved:
-    """What is handed to the solver, in order."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.weights: list[Tensor] = []
-        solve = solving.solve
-
-        def noted(recipe: Any, w: Tensor, *args: Any) -> Any:
-            self.weights.append(w.float().clone())
-            return solve(recipe, w, *args)
-
-        monkeypatch.setattr(solving, "solve", noted)
-
-
 @torch.no_grad()
 def inputs(model: Any, name: str, windows: Tensor) -> tuple[np.ndarray, ...]:
     """Arguments that a module of a transformers model is called with, tokens along the first axis."""
@@ -106,7 +92,7 @@ def inputs(model: Any, name: str, windows: Tensor) -> tuple[np.ndarray, ...]:
 
 
 @pytest.mark.parametrize("smoothing", ["none", "smoothquant"])
-def test_every_linear_of_a_layer(smoothing: str, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_linear_of_a_layer(smoothing: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Second layer of a Mixtral whose first is quantized: q, k, v together, o, then the experts on the tokens that they get now.
 
     Smoothing divides what arrives behind a norm by s, the ratio of the gains before and after: then full precision's inputs are divided
@@ -114,10 +100,10 @@ def test_every_linear_of_a_layer(smoothing: str, checkpoints: Checkpoints, tmp_p
     """
     architecture = ARCHITECTURES["mixtral"]
     path, text = checkpoints.path(architecture), token_file(tmp_path / "t.jsonl", SAMPLES * LENGTH)
-    solved = Solved(monkeypatch)
     recipe = small_recipe(weights={"bits": 2}, solver={"drift": "ridge", "affinity_power": 1}, samples=SAMPLES, seq_len=LENGTH)
     recipe["smoothing"] = {"kind": smoothing}
-    result = moebit.quantize(path, tmp_path / "out", recipe=recipe, text={"t": text})
+    with observed("moebit.solve", lambda w, h, bits: w.float().clone()) as solved:
+        result = moebit.quantize(path, tmp_path / "out", recipe=recipe, text={"t": text})
     assert isinstance(result, Result)
     exact, drifted = load_reference(architecture, path).model, with_weights(architecture, path, tmp_path / "out")
     plain = {name.replace("block_sparse_moe", "mlp"): value for name, value in stored_tensors(tmp_path / "out").items()}
@@ -126,8 +112,8 @@ def test_every_linear_of_a_layer(smoothing: str, checkpoints: Checkpoints, tmp_p
     ids = torch.tensor(json.loads(text.read_text())["input_ids"])
     windows = calibration_windows([TokenText("t", ids, None)], SAMPLES, LENGTH, 0)
     before = dict(exact.named_parameters())
-    per_layer = len(solved.weights) // len(result.layers)
-    qkv, o, first, down = solved.weights[per_layer : 2 * per_layer]
+    per_layer = len(solved) // len(result.layers)
+    qkv, o, first, down = solved[per_layer : 2 * per_layer]
     report, layer = result.layers[1].drift, "model.layers.1"
 
     def weight(*names: str) -> np.ndarray:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import moebit
 from moebit.methods import soft_coverage as module
 from moebit.methods.router import NO_SCORE
 from moebit.methods.soft_coverage import soft_coverage
 from moebit.model.experts import RoutedTokens
-from moebit.quantize import solve as solving
 from moebit.quantize.steps import routing
 from tests.support import reference
 from tests.support.models import ARCHITECTURES, EXPERTS, Checkpoints, windows
+from tests.support.observer import observed
 from tests.support.outputs import file_bytes, small_recipe, token_file
 
 SOFT = {"calibration": {"samples": 6, "seq_len": 24, "coverage": "soft"}}
@@ -30,24 +28,18 @@ def probabilities(z_E: np.ndarray, score: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
-def test_hessians_of_the_first_experts(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_hessians_of_the_first_experts(checkpoints: Checkpoints, tmp_path: Path, name: str) -> None:
     """Only the experts of the first layer that has some are quantized: what arrives at them is transformers' own."""
     architecture = ARCHITECTURES[name]
     path, found = checkpoints.path(architecture), checkpoints.reference(architecture)
-    index, solved = architecture.first_moe, list[Tensor]()
-    solve = solving.solve
-
-    def noted(recipe: Any, w: Tensor, h: Tensor, *args: Any) -> Any:
-        solved.append(h.clone())
-        return solve(recipe, w, h, *args)
-
-    monkeypatch.setattr(solving, "solve", noted)
+    index = architecture.first_moe
     text = tmp_path / "t.jsonl"
     text.write_text("".join(f'{{"input_ids": {row}}}\n' for row in windows().tolist()))
     experts = [f"{found.layers_name}.{n}.{architecture.block}.experts" for n, moe in enumerate(architecture.moe) if moe and n != index]
     recipe = small_recipe(weights={"scope": "experts", "ignore": experts}, samples=len(windows()))
     recipe["calibration"]["coverage"] = "soft"
-    result = moebit.quantize(path, tmp_path / "out", recipe=recipe, text={"t": text}, accept_unquantized=True)
+    with observed("moebit.solve", lambda w, h, bits: h.clone()) as solved:
+        result = moebit.quantize(path, tmp_path / "out", recipe=recipe, text={"t": text}, accept_unquantized=True)
     x = found.routed[index].router_x.double().numpy()
     router = found.layers[index].get_submodule(architecture.router_name)
     z = x @ router.weight.detach().double().numpy().T

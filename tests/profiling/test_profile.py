@@ -21,6 +21,7 @@ from moebit.profiling.prices import token_weights
 from moebit.profiling.sensitivity import SEED
 from tests.support import reference
 from tests.support.models import ARCHITECTURES, EXPERTS, HIDDEN, INTERMEDIATE, LENGTH, WINDOWS, Checkpoints, Reference, windows
+from tests.support.observer import observed
 from tests.support.outputs import Outputs, stored_tensors, token_file
 
 MIXTRAL, QWEN3 = ARCHITECTURES["mixtral"], ARCHITECTURES["qwen3_moe"]
@@ -215,19 +216,15 @@ def test_more_bits_cost_less(mixtral: Profile) -> None:
 
 
 @pytest.mark.parametrize("solver", ["rtn", "gptq"])
-def test_a_further_set_recomputes_nothing(
-    solver: str, checkpoints: Checkpoints, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_further_set_recomputes_nothing(solver: str, checkpoints: Checkpoints, texts: dict[str, Path], tmp_path: Path) -> None:
     path = checkpoints.path(QWEN3)
     both = profiled(path, tmp_path / "both", texts, solver=solver, recipe=QWEN3_RECIPE)
-    passes = []
-    run = verb.run_pass
-    monkeypatch.setattr(verb, "run_pass", lambda *args: passes.append(1) or run(*args))
-    profiled(path, tmp_path / "one", {"a": texts["a"]}, solver=solver, recipe=QWEN3_RECIPE)
-    added = profiled(path, tmp_path / "one", {"b": texts["b"]}, solver=solver, recipe=QWEN3_RECIPE)
-    assert len(passes) == 2
-    again = profiled(path, tmp_path / "one", texts, solver=solver, recipe=QWEN3_RECIPE)
-    assert len(passes) == 2
+    with observed("moebit.pass") as passes:
+        profiled(path, tmp_path / "one", {"a": texts["a"]}, solver=solver, recipe=QWEN3_RECIPE)
+        added = profiled(path, tmp_path / "one", {"b": texts["b"]}, solver=solver, recipe=QWEN3_RECIPE)
+        assert len(passes) == 2
+        again = profiled(path, tmp_path / "one", texts, solver=solver, recipe=QWEN3_RECIPE)
+        assert len(passes) == 2
     for name in ("a", "b"):
         assert (added.path / f"{name}.safetensors").read_bytes() == (both.path / f"{name}.safetensors").read_bytes()
     assert json.loads((again.path / "profile.json").read_text()) == json.loads((both.path / "profile.json").read_text())

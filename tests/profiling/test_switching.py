@@ -17,12 +17,10 @@ from transformers import AutoModelForCausalLM
 import moebit
 from moebit.errors import BadInputError
 from moebit.formats.opening import open_checkpoint
-from moebit.profiling import prepare
-from moebit.profiling import profile as profiling
-from moebit.quantize import run as pipeline
 from moebit.quantize.report import Result
 from moebit.runtime import use
 from tests.support.models import ARCHITECTURES, EXPERTS, INTERMEDIATE, Architecture, Checkpoints, Reference, quiet, windows
+from tests.support.observer import observed, stopped
 from tests.support.outputs import file_bytes, quantization, read_stack, stored_tensors
 
 MIXTRAL, GPT_OSS, NEMOTRON = ARCHITECTURES["mixtral"], ARCHITECTURES["gpt_oss"], ARCHITECTURES["nemotron_h"]
@@ -126,28 +124,17 @@ def test_the_side_file_has_the_originals(checkpoints: Checkpoints, output: Path)
         assert torch.allclose(side[f"{name}.usage.significance"].sum(1), torch.ones(2))
 
 
-def test_an_interrupted_profile_goes_on(
-    checkpoints: Checkpoints, texts: dict[str, Path], output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_profile_goes_on(checkpoints: Checkpoints, texts: dict[str, Path], output: Path, tmp_path: Path) -> None:
     """After the first data set; then in the first layer, when nothing is decided again."""
-    out, run, passes = tmp_path / "out", profiling.run_pass, []
-
-    def stop(*args: Any) -> Any:
-        passes.append(1)
-        if len(passes) == 2:
-            raise KeyboardInterrupt
-        return run(*args)
-
-    monkeypatch.setattr(profiling, "run_pass", stop)
-    with pytest.raises(KeyboardInterrupt):
-        quantized(checkpoints.path(MIXTRAL), out, texts)
-    monkeypatch.setattr(pipeline, "quantize_layer", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    out = tmp_path / "out"
+    with observed("moebit.pass") as passes:
+        with stopped("moebit.pass", KeyboardInterrupt(), nth=2), pytest.raises(KeyboardInterrupt):
+            quantized(checkpoints.path(MIXTRAL), out, texts)
+        with stopped("moebit.layer", KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+            quantized(checkpoints.path(MIXTRAL), out, texts, resume=True)
+        assert len(passes) == 3
         quantized(checkpoints.path(MIXTRAL), out, texts, resume=True)
-    assert len(passes) == 3
-    monkeypatch.undo()
-    monkeypatch.setattr(prepare, "run_profile", lambda *args: pytest.fail("profiled again"))
-    quantized(checkpoints.path(MIXTRAL), out, texts, resume=True)
+        assert len(passes) == 3
     assert file_bytes(out) == file_bytes(output)
 
 
@@ -220,21 +207,10 @@ def test_an_adapted_copy_shares_sealed_weights_and_nothing_else(mine: Path, text
     assert (mine / "report.html").read_bytes() == before
 
 
-def test_an_adaptation_that_was_cut_short_can_be_taken_back(mine: Path, texts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from moebit.profiling import adapt as verb
-
-    before, replace, done = file_bytes(mine, set()), verb.replace_text, []
-
-    def cut(file: Path, text: str) -> None:
-        done.append(file)
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        replace(file, text)
-
-    monkeypatch.setattr(verb, "replace_text", cut)
-    with pytest.raises(KeyboardInterrupt):
+def test_an_adaptation_that_was_cut_short_can_be_taken_back(mine: Path, texts: dict[str, Path]) -> None:
+    before = file_bytes(mine, set())
+    with stopped("moebit.document", KeyboardInterrupt(), lambda path: Path(path).parent == mine, nth=3), pytest.raises(KeyboardInterrupt):
         moebit.adapt(mine, text={"few": texts["few"]}, in_place=True, **SIZES)
-    monkeypatch.undo()
     assert file_bytes(mine, set()) != before
     moebit.adapt(mine, undo=True)
     assert file_bytes(mine, set()) == before

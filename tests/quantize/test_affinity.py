@@ -11,30 +11,19 @@ import torch
 from torch import Tensor
 
 import moebit
-from moebit.quantize import solve as solving
 from tests.support.models import ARCHITECTURES, Checkpoints, windows
+from tests.support.observer import observed
 from tests.support.outputs import small_recipe
 
 
-def solved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
-    """(weights [out, in], Hessian [in, in]) of every linear that is solved from now on."""
-    found: list[tuple[Tensor, Tensor]] = []
-    solve = solving.solve
-
-    def noted(recipe: Any, w: Tensor, h: Tensor | None, *args: Any) -> Any:
-        if h is not None and len(w) == 1:
-            found.append((w[0].float().clone(), h[0].clone()))
-        return solve(recipe, w, h, *args)
-
-    monkeypatch.setattr(solving, "solve", noted)
-    return found
+def copied(w: Tensor, h: Tensor | None, bits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(weights [E, out, in], Hessians [E, in, in]) of matrices that are solved together."""
+    return w.float().clone(), None if h is None else h.clone()
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_next", "deepseek_v3"])
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
-def test_shared_experts_count_by_their_gate(
-    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, power: float
-) -> None:
+def test_shared_experts_count_by_their_gate(checkpoints: Checkpoints, tmp_path: Path, name: str, power: float) -> None:
     """Only shared experts of the first layer with experts are quantized, gate and up in one run and down in another: what comes before
     is exact, and so are their inputs. DeepSeek's have no gate and count alike."""
     architecture = ARCHITECTURES[name]
@@ -51,11 +40,11 @@ def test_shared_experts_count_by_their_gate(
     for leaves in (["gate_proj", "up_proj"], ["down_proj"]):
         wanted = [f"{reference.layers_name}.{index}.{prefix}.{leaf}" for leaf in leaves]
         kept = [other for other in linears if other not in wanted]
-        with monkeypatch.context() as patch:
-            found = solved(patch)
+        with observed("moebit.solve", copied) as solved:
             weights = {"ignore": [*kept, "*.experts"]}
             recipe = small_recipe("gptq", weights=weights, solver={"affinity_power": power}, samples=len(windows()))
             moebit.quantize(path, tmp_path / leaves[0], recipe=recipe, text={"t": text}, accept_unquantized=True)
+        found = [(w[0], h[0]) for w, h in solved if h is not None and len(w) == 1]
         assert len(found) == 1
         with torch.no_grad():
             inputs = x if leaves != ["down_proj"] else shared.act_fn(shared.gate_proj(x)) * shared.up_proj(x)

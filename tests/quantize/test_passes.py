@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import moebit
 from moebit.calibration import statistics
-from moebit.model import experts
-from moebit.quantize import chunk
 from moebit.quantize import statistics as group_statistics
 from moebit.streaming import budget
 from tests.support.models import ARCHITECTURES, TOP_K, Architecture, Checkpoints
+from tests.support.observer import observed
 from tests.support.outputs import small_recipe, token_file
 
 SAMPLES, LENGTH = 60, 24
@@ -39,8 +38,6 @@ ATTENTION = {
 def test_passes(architecture: Architecture, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = token_file(tmp_path / "t.jsonl", SAMPLES * LENGTH)
     attended: list[int] = []
-    slots: Counter[str] = Counter()
-
     attend = torch.nn.functional.scaled_dot_product_attention
 
     def attention(query: Tensor, *rest: Any, **options: Any) -> Tensor:
@@ -48,21 +45,15 @@ def test_passes(architecture: Architecture, checkpoints: Checkpoints, tmp_path: 
             attended.append(query.shape[0] * query.shape[2])
         return attend(query, *rest, **options)
 
-    def counted(name: str, function: Any) -> Any:
-        def run(module: nn.Module, rows: Tensor, *rest: Any) -> Tensor:
-            slots[name] += len(rows)
-            return function(module, rows, *rest)
-
-        return run
-
-    monkeypatch.setattr(chunk, "intermediate", counted("first", experts.intermediate))
-    monkeypatch.setattr(chunk, "finish", counted("down", experts.finish))
-    monkeypatch.setattr(statistics, "intermediate", counted("sample", experts.intermediate))
     monkeypatch.setattr(group_statistics, "ROWS", 100)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-    moebit.quantize(
-        checkpoints.path(architecture), tmp_path / "out", recipe=small_recipe(samples=SAMPLES, seq_len=LENGTH), text=[str(text)]
-    )
+    with observed("moebit.rows") as rows:
+        moebit.quantize(
+            checkpoints.path(architecture), tmp_path / "out", recipe=small_recipe(samples=SAMPLES, seq_len=LENGTH), text=[str(text)]
+        )
+    slots: Counter[str] = Counter()
+    for projection, count in rows:
+        slots[projection] += count
     routed = SAMPLES * LENGTH * TOP_K * sum(architecture.moe)
     assert sum(attended) == SAMPLES * LENGTH * ATTENTION[architecture.name]
     assert slots["first"] == slots["down"] == routed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -15,12 +14,13 @@ from torch import Tensor
 import moebit
 from moebit.calibration.text import TokenText, calibration_windows
 from moebit.errors import BadInputError
-from moebit.methods.learned_rounding import Learned, Learning, Objective, learn_rounding
+from moebit.methods.learned_rounding import Objective
 from moebit.plan.plan import Plan
 from moebit.quantize.report import LayerReport, Result
 from moebit.recipe import Recipe
 from moebit.tensor import QTensor
 from tests.support.models import ARCHITECTURES, Checkpoints, load_reference
+from tests.support.observer import listening
 from tests.support.outputs import file_bytes, mixed_plan, small_recipe, stored_tensors, token_file, with_weights
 
 SAMPLES, LENGTH, TIGHT = 20, 24, 2**17
@@ -87,7 +87,7 @@ def test_the_gradient_is_that_of_the_loss(
     """Along itself, in every projection, by finite differences; gpt_oss has biases and alternating gate and up rows."""
     path, checked = checkpoints.path(ARCHITECTURES[name]), []
 
-    def check(quantized: dict[str, QTensor], weights: dict[str, Tensor], objective: Objective, how: Learning, progress: Any) -> Learned:
+    def check(quantized: dict[str, QTensor], weights: dict[str, Tensor], objective: Objective) -> None:
         values = {p: q.dequantize() for p, q in quantized.items()}
         loss, found = objective.gradients(values, 3)
         assert objective.gradients(values, 3)[0] == loss
@@ -97,10 +97,9 @@ def test_the_gradient_is_that_of_the_loss(
             up, down = (objective.gradients(each, 3)[0] for each in moved)
             assert (up - down) / (2 * h) == pytest.approx(length, rel=0.02)
             checked.append(projection)
-        return learn_rounding(quantized, weights, objective, how, progress)
 
-    monkeypatch.setattr(importlib.import_module("moebit.quantize.refine"), "learn_rounding", check)
-    quantize(path, tmp_path / "out", text, recipe("rtn", {"steps": 1}))
+    with listening("moebit.learn", check):
+        quantize(path, tmp_path / "out", text, recipe("rtn", {"steps": 1}))
     assert checked == ["gate_proj", "up_proj", "down_proj"] * sum(ARCHITECTURES[name].moe)
 
 

@@ -22,12 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import moebit
 from moebit.errors import BadInputError, InterruptedWorkError
-from moebit.formats import output
 from moebit.plan.bitplan import BitPlan
 from moebit.plan.plan import Plan
-from moebit.quantize import solve as solving
 from moebit.quantize.report import Result
-from moebit.storage.files import ShardFile
 from tests.support import reference
 from tests.support.models import (
     ARCHITECTURES,
@@ -41,6 +38,7 @@ from tests.support.models import (
     save,
     windows,
 )
+from tests.support.observer import PowerCut, stopped
 from tests.support.outputs import (
     MIXED,
     Outputs,
@@ -517,10 +515,6 @@ def test_progress(plain: Path, checkpoints: Checkpoints, tmp_path: Path) -> None
 # --- complete or visibly unfinished
 
 
-class PowerCut(Exception):
-    """Whatever ends a run that nobody expects."""
-
-
 def stop_before(wanted: int) -> Callable[[str, int, int], None]:
     """A progress callback that ends the run when so many layers are done."""
 
@@ -538,19 +532,14 @@ def interrupt(model: Path, out: Path, text: Path, layers: int, **options: Any) -
     return out.with_name(out.name + ".partial")
 
 
-def fail(*args: Any, **kwargs: Any) -> Any:
-    raise PowerCut
+def is_named(name: str) -> Callable[..., bool]:
+    """Whether a file of this name is written."""
+    return lambda path: Path(path).name == name
 
 
-@pytest.mark.parametrize("where", ["solver", "shard", "finish"])
-def test_a_failure_leaves_no_output(where: str, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if where == "solver":
-        monkeypatch.setattr(solving, "solve_rtn", fail)
-    elif where == "shard":
-        monkeypatch.setattr(ShardFile, "finish", fail)
-    else:
-        monkeypatch.setattr(output.OutputDirectory, "_document", fail)
-    with pytest.raises(PowerCut):
+@pytest.mark.parametrize("event", ["moebit.solve", "moebit.shard", "moebit.document"])
+def test_a_failure_leaves_no_output(event: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    with stopped(event, PowerCut()), pytest.raises(PowerCut):
         quantize(checkpoints.path(MIXTRAL), tmp_path / "out", None, recipe=small_recipe("rtn"))
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     for read in (moebit.inspect, lambda path: moebit.evaluate(path, text={"t": token_file(tmp_path / "t.jsonl", 64)})):
@@ -558,37 +547,23 @@ def test_a_failure_leaves_no_output(where: str, checkpoints: Checkpoints, tmp_pa
             read(tmp_path / "out.partial")
 
 
-def test_overwrite_keeps_the_old_until_the_new_is_whole(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overwrite_keeps_the_old_until_the_new_is_whole(checkpoints: Checkpoints, tmp_path: Path) -> None:
     model, out = checkpoints.path(MIXTRAL), tmp_path / "out"
     three, four = (small_recipe("rtn", weights={"bits": bits}) for bits in (3, 4))
     quantize(model, out, None, recipe=three)
     before = file_bytes(out)
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardFile, "finish", fail)
-        with pytest.raises(PowerCut):
-            quantize(model, out, None, recipe=four, overwrite=True)
+    with stopped("moebit.shard", PowerCut()), pytest.raises(PowerCut):
+        quantize(model, out, None, recipe=four, overwrite=True)
     assert file_bytes(out) == before
     quantize(model, out, None, recipe=four, overwrite=True)  # over the old output and the interrupted run
     assert moebit.load_recipe(out / "recipe.yaml").weights.bits == 4
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_full_disk_is_an_interruption(
-    plain: Path, checkpoints: Checkpoints, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    finish, count = ShardFile.finish, 0
-
-    def full(self: ShardFile) -> None:
-        nonlocal count
-        count += 1
-        if count == 4:  # two files a layer: the second layer's stream
-            raise OSError(28, "No space left on device")
-        finish(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardFile, "finish", full)
-        with pytest.raises(InterruptedWorkError, match=r"out\.partial.*No space left.*--resume"):
-            quantize(checkpoints.path(QWEN3), tmp_path / "out", text)
+def test_a_full_disk_is_an_interruption(plain: Path, checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
+    full = stopped("moebit.shard", OSError(28, "No space left on device"), nth=4)  # two files a layer: the second layer's stream
+    with full, pytest.raises(InterruptedWorkError, match=r"out\.partial.*No space left.*--resume"):
+        quantize(checkpoints.path(QWEN3), tmp_path / "out", text)
     assert not (tmp_path / "out").exists()
     assert_same_files(quantize(checkpoints.path(QWEN3), tmp_path / "out", text, resume=True).path, plain)
 
@@ -611,21 +586,10 @@ def test_resume(done_layers: int, plain: Path, checkpoints: Checkpoints, text: P
 
 
 @pytest.mark.parametrize("name", ["config.json", "README.md"])
-def test_resume_of_the_last_step(
-    name: str, plain: Path, checkpoints: Checkpoints, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_of_the_last_step(name: str, plain: Path, checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
     """Stopped while the directory was being finished."""
-    document = output.OutputDirectory._document
-
-    def stop(self: output.OutputDirectory, written: str, content: str) -> None:
-        if written == name:
-            raise PowerCut
-        document(self, written, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(output.OutputDirectory, "_document", stop)
-        with pytest.raises(PowerCut):
-            quantize(checkpoints.path(QWEN3), tmp_path / "out", text)
+    with stopped("moebit.document", PowerCut(), is_named(name)), pytest.raises(PowerCut):
+        quantize(checkpoints.path(QWEN3), tmp_path / "out", text)
     assert_same_files(quantize(checkpoints.path(QWEN3), tmp_path / "out", text, resume=True).path, plain)
 
 

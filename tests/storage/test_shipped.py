@@ -29,11 +29,11 @@ from moebit.formats.opening import open_checkpoint
 from moebit.model.opening import open_hub_checkpoint
 from moebit.plan.plan import Plan
 from moebit.storage.checkpoint import Checkpoint, checkpoint_fingerprint
-from moebit.storage.files import TensorEntry
 from moebit.storage.hub import HubWeights
 from moebit.storage.shipped import entries as shipped_entries
 from moebit.storage.shipped import reading
 from tests.support.models import ARCHITECTURES, EXPERTS, HIDDEN, INTERMEDIATE, quiet, random_model, save
+from tests.support.observer import observed
 from tests.support.outputs import REPORTS, file_bytes, read_config, small_recipe, stored_tensors, token_file
 
 DEEPSEEK, GPT_OSS, QWEN3 = ARCHITECTURES["deepseek_v3"], ARCHITECTURES["gpt_oss"], ARCHITECTURES["qwen3_moe"]
@@ -358,15 +358,10 @@ def test_transformers_reads_the_same(which: str, request: pytest.FixtureRequest,
 def bytes_read(checkpoint: Checkpoint, name: str, start: int, stop: int) -> dict[str, int]:
     """Stored tensor -> bytes of it that reading some experts takes."""
     read: dict[str, int] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        original = TensorEntry._read_bytes
-
-        def spy(entry: TensorEntry, skip: int, size: int) -> Tensor:
-            read[entry.name] = read.get(entry.name, 0) + size
-            return original(entry, skip, size)
-
-        patch.setattr(TensorEntry, "_read_bytes", spy)
+    with observed("moebit.read") as events:
         checkpoint.weights.expert_rows(name, start, stop)
+    for _, stored, _, size in events:
+        read[stored] = read.get(stored, 0) + size
     return read
 
 
@@ -385,10 +380,7 @@ def test_reads_only_the_experts_asked_for(blocks: tuple[Path, Path], packed: tup
 
 def test_reads_only_the_rows_asked_for(blocks: tuple[Path, Path]) -> None:
     entry = weights_of(open_hub_checkpoint(blocks[0])).entries[f"{EXPERT}.weight"]
-    sizes = []
-    with pytest.MonkeyPatch.context() as patch:
-        original = TensorEntry._read_bytes
-        patch.setattr(TensorEntry, "_read_bytes", lambda e, skip, size: sizes.append((e.name, size)) or original(e, skip, size))
+    with observed("moebit.read", lambda file, name, skip, size: (name, size)) as sizes:
         entry.read(129, 131)
     assert sorted(sizes) == [(f"{EXPERT}.weight", 2 * 160), (f"{EXPERT}.weight_scale_inv", 2 * 4)]
 

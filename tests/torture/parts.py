@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -14,6 +15,7 @@ import yaml
 
 import moebit
 from moebit.calibration.text import load_tokenizer, tokenize
+from moebit.profiling.adapt import former_texts
 from moebit.profiling.allocate import allocate
 from tests.support.models import ARCHITECTURES, random_model, save
 from tests.support.outputs import byte_tokenizer, file_bytes, small_recipe, token_file
@@ -167,6 +169,11 @@ class Mutants:
         moebit.profile(self.model, self.profile, text=texts, samples=4, length=16, recipe=recipe)
         allocate(self.profile, target_bits=4.0, out=self.plan)
         self._stop(recipe, texts)
+        self.evaluation, self.adapted = directory / "evaluation.json", directory / "adapted"
+        self.evaluation.write_text(
+            json.dumps(moebit.evaluate(self.out, against=self.model, text={"a": texts["a"]}, max_tokens=64, window=16))
+        )
+        moebit.adapt(self.out, text={"b": texts["b"]}, to=self.adapted, samples=4, length=16)
         self.doors = self._doors(recipe, texts)
 
     def _stop(self, recipe: Any, texts: Any) -> None:
@@ -203,6 +210,12 @@ class Mutants:
             (out / "moebit.json", lambda: moebit.drift(out, text={"t": texts["a"]}, samples=2, length=16)),
             (out / "recipe.yaml", lambda: moebit.verify(out)),
             (out / "report.json", lambda: moebit.report(out)),
+            (self.evaluation, lambda: moebit.report(out, evaluation=self.evaluation)),
+            (self.adapted / "overlay.json", lambda: former_texts(self.adapted)),
+            (
+                model / "generation_config.json",
+                lambda: moebit.sample(model, self.directory / "s.jsonl", kind="self", sequences=2, length=16, overwrite=True),
+            ),
             (self.partial / "journal.jsonl", lambda: moebit.verify(self.partial)),
             (
                 self.partial / "journal.jsonl",

@@ -82,24 +82,27 @@ def sample(
     if out.suffix != ".jsonl":
         raise BadInputError(f"-o {out}: call it something.jsonl, so that --text reads its token ids")
     path, allowed = resolve(model), memory_bytes(memory)
-    partial = Partial.of(out, {"model": fingerprint(path), "memory": allowed, **asdict(settings)}, resume=resume, overwrite=overwrite)
-    began = time.perf_counter()
-    windows, fresh = write_windows(path, settings, allowed, partial, progress)
-    seconds = time.perf_counter() - began
+    identity = {"model": fingerprint(path), "memory": allowed, **asdict(settings)}
+    with Partial.of(out, identity, resume=resume, overwrite=overwrite) as partial:
+        began = time.perf_counter()
+        windows, fresh = write_windows(path, settings, allowed, partial, progress)
+        seconds = time.perf_counter() - began
+        result = {"model": str(model), **_described(path, settings, windows, allowed, progress)}
+        result |= {"seconds": round(seconds, 3), "tokens_per_second": round(fresh / seconds, 1) if fresh else None}
+        write_sample(out, windows, load_tokenizer(path))
+        write_whole(out.with_name(out.name + ".json"), json.dumps(result, indent=1) + "\n")
+        partial.remove()
+    return result
+
+
+def _described(path: Path, settings: Settings, windows: Tensor, memory: int, progress: Progress | None) -> dict[str, Any]:
+    """What a sample is, and how evenly it uses the experts."""
     checkpoint = open_hub_checkpoint(path, None)
     structure = find_structure(checkpoint.model)
-    described = describe_windows(checkpoint, structure, windows, end_ids(checkpoint), allowed, progress)
-    result = {
-        "model": str(model),
+    return {
         "settings": {**asdict(settings), "temperature": _temperature(settings, structure)},
-        **described,
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(fresh / seconds, 1) if fresh else None,
+        **describe_windows(checkpoint, structure, windows, end_ids(checkpoint), memory, progress),
     }
-    write_sample(out, windows, load_tokenizer(path))
-    write_whole(out.with_name(out.name + ".json"), json.dumps(result, indent=1) + "\n")
-    partial.remove()
-    return result
 
 
 def describe_text(
@@ -188,9 +191,9 @@ def kept_windows(path: Path, settings: Settings, memory: int, file: Path, *, who
         return tokenize(file.name, file, None, 2**31).ids.view(settings.sequences, settings.length)
     identity = {"memory": memory, **asdict(settings)}
     begun = file.with_name(file.name + ".partial")
-    partial = Partial.take_up(begun, identity) if begun.exists() else Partial.begin(begun, identity)
-    windows, _ = write_windows(path, settings, memory, partial, progress)
-    write_sample(file, windows, load_tokenizer(path))
+    with Partial.take_up(begun, identity) if begun.exists() else Partial.begin(begun, identity) as partial:
+        windows, _ = write_windows(path, settings, memory, partial, progress)
+        write_sample(file, windows, load_tokenizer(path))
     return windows
 
 

@@ -5,6 +5,7 @@ Shape suffixes: C experts of a chunk, S routed slots, T tokens, H hidden, I inte
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -110,6 +111,7 @@ def down_layer_hessians(
     for start in range(0, experts, step):
         some = weights.experts(start, min(start + step, experts))
         c = len(some.first)
+        sys.audit("moebit.rows", "sample", c * count)
         h = intermediate(module, x_MH.repeat(c, 1), some, [i * count for i in range(c + 1)]).view(c, count, -1).float()
         if shares_MC is None:
             parts.append(torch.bmm(h.mT, h) / count)

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,7 @@ class OutputDirectory:
 
     def record(self, kind: str, files: list[str], **facts: Any) -> None:
         """Note in the journal that these files are whole; from here on a resumed run will not make them again."""
+        sys.audit("moebit.record", str(self.partial), kind)
         self._append({"kind": kind, "files": {name: sha256(self.partial / name) for name in files}, **facts})
 
     def _append(self, record: dict[str, Any]) -> None:
@@ -286,6 +288,7 @@ class OutputDirectory:
             remove_output(self.replaced)
         if keep:  # the shards that the file was made of go
             assert self._held is not None
+            sys.audit("moebit.tidy", str(self.path))
             empty(self._held, keep={JOURNAL, *keep})
         (self.path / JOURNAL).unlink()
 

@@ -6,6 +6,7 @@ Only one layer's part outside of the experts and a chunk of experts are in memor
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ def run_pass(
     Args:
         windows: int64 [N, L] token ids. measure: None leaves errors out.
     """
+    sys.audit("moebit.pass", windows)
     batch = budget.batch_tokens if measure is None else min(budget.batch_tokens, LINEAR_TOKENS)
     gradients: dict[int, Tensor] = {}
     if measure is not None:

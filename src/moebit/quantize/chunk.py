@@ -5,6 +5,7 @@ Shape suffixes: C experts of a chunk, T tokens, S routed slots, H hidden, I inte
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
@@ -58,6 +59,7 @@ class ExpertChunk:
 
     def intermediate(self, x_SH: Tensor, bounds: list[int]) -> Tensor:
         """[S, I] what enters down."""
+        sys.audit("moebit.rows", "first", len(x_SH))
         return intermediate(self.module, x_SH, self.weights, bounds)
 
 
@@ -219,6 +221,7 @@ class ExpertInputs:
     def through_down(self, chunk: ExpertChunk, h_SI: Tensor) -> None:
         """Add the experts' outputs, and those for the pool's tokens, which run through the whole of the experts."""
         for piece in self._pieces(chunk):
+            sys.audit("moebit.rows", "down", piece.bounds[-1])
             y = finish(chunk.module, h_SI[piece.place], piece.affinity, chunk.weights, piece.bounds)
             self.outputs.index_add_(0, piece.tokens, y)
         if self.pool is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 from moebit.quantize.context import LayerContext, LayerState, Step
@@ -42,6 +43,7 @@ def steps(context: LayerContext, calibrated: bool) -> Iterator[Step]:
 
 def quantize_layer(context: LayerContext, state: LayerState) -> LayerState:
     """Take a layer through its steps: it is quantized and written, and its streams are behind it."""
+    sys.audit("moebit.layer", context.sites.index)
     for step in steps(context, state.streams is not None):
         state = step(context, state)
     return state

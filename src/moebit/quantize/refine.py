@@ -8,6 +8,7 @@ Shape suffixes: C experts of a chunk, T tokens, N tokens that are routed to the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -57,6 +58,7 @@ def refine_chunk(
     def progress(done: int, total: int) -> None:
         context.progress("learning", done, total)
 
+    sys.audit("moebit.learn", quantized, weights, outputs)
     learned = learn_rounding(quantized, weights, outputs, how, progress)
     return learned.matrices, {**chunk, **_report(learned)}
 

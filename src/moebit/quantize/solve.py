@@ -5,6 +5,7 @@ Shape suffixes: E matrices, O outputs, I inputs.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import torch
@@ -36,6 +37,7 @@ def solve(
 
     Without a Hessian, weights are rounded to nearest. AWQ rounds to nearest, too, clipped by the Hessian's diagonal. All else is GPTQ.
     """
+    sys.audit("moebit.solve", w_EOI, h_EII, bits_E)
     solver, grid, w = recipe.solver, grid_of(recipe, spec), w_EOI.to(device)
     if h_EII is None:
         return solve_rtn(w, bits_E, grid, clip_search=solver.clip_search), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +27,7 @@ def write_new(file: Path, text: str) -> None:
     Raises:
         OSError: the disk says no.
     """
+    sys.audit("moebit.document", str(file))
     with new_file(file) as handle:
         write_all(handle, text.encode("utf-8"))
         os.fsync(handle.fileno())

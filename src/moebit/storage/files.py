@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ class TensorEntry:
             os.posix_fadvise(f.fileno(), self.offset + start * row, (stop - start) * row, os.POSIX_FADV_WILLNEED)
 
     def _read_bytes(self, skip: int, size: int) -> Tensor:
+        sys.audit("moebit.read", str(self.file), self.name, skip, size)
         buffer = torch.empty(size, dtype=torch.uint8)
         with open(self.file, "rb", buffering=0) as f:
             f.seek(self.offset + skip)
@@ -304,6 +306,7 @@ class ShardFile:
         Raises:
             ValueError: something announced was not written.
         """
+        sys.audit("moebit.shard", str(self.path))
         left = {name: count for name, count in self._missing.items() if count}
         if left:
             raise ValueError(f"{self.path.name}: {len(left)} tensors incomplete, first {next(iter(left))}")

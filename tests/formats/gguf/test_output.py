@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ from moebit.errors import BadInputError
 from moebit.formats.gguf.converter import Converter
 from moebit.formats.gguf.read import dequantized, read_gguf
 from moebit.formats.gguf.rows import find_rows
-from moebit.formats.gguf.sink import GgufSink
 from moebit.formats.gguf.types import Mixture, fitting, more_bits
-from moebit.formats.ownership import empty
 from moebit.recipe import load_recipe
 from moebit.recipe.weights import GGML_TYPES
 from moebit.tensor import QTensor
 from moebit.tensor.grids.ggml import GRIDS
 from tests.support.gguf import PRE, llama_logits, loaded, token_windows, transformers_logits, with_file_weights, write_plain
+from tests.support.observer import PowerCut, listening, stopped
 
 Get = Callable[[str], Path]
 RECIPE: dict[str, Any] = {
@@ -52,25 +50,18 @@ def test_recipe_and_grids_know_the_same_types() -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
 def test_codes_are_the_solvers_and_llama_cpp_computes_with_them(
-    converter: Converter, library: Path, checkpoint: Get, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    converter: Converter, library: Path, checkpoint: Get, tmp_path: Path, text: Path, name: str
 ) -> None:
     solved: dict[str, Tensor] = {}
-    linear, experts = GgufSink.put_linear, GgufSink.put_experts
 
-    def put_linear(self: Any, shard: Any, module: str, q: QTensor) -> None:
-        solved[module] = q.dequantize()[0]
-        linear(self, shard, module, q)
-
-    def put_experts(self: Any, shard: Any, module: str, layout: Any, start: int, quantized: Any) -> None:
+    def keep(module: str, start: int, quantized: Mapping[str, QTensor]) -> None:
         for projection, q in quantized.items():
             for number, value in enumerate(q.dequantize(), start):
-                solved[f"{module}.{number}.{projection}"] = value
-        experts(self, shard, module, layout, start, quantized)
+                solved[f"{module}.{number}.{projection}" if projection else module] = value
 
-    monkeypatch.setattr(GgufSink, "put_linear", put_linear)
-    monkeypatch.setattr(GgufSink, "put_experts", put_experts)
     out = tmp_path / "out"
-    moebit.quantize(checkpoint(name), out, recipe=RECIPE, text=[str(text)], gguf_pre=PRE)
+    with listening("moebit.put", keep):
+        moebit.quantize(checkpoint(name), out, recipe=RECIPE, text=[str(text)], gguf_pre=PRE)
     file = read_gguf(converter.gguf, out / "out.gguf")
     seen = 0
     for stem, found in find_rows(converter, checkpoint(name)).maps.items():
@@ -100,55 +91,36 @@ def _error(converter: Converter, library: Path, directory: Path, file: Path, twi
     return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
 
 
-class _Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("where", ["layer", "file"])
 def test_interrupted_and_resumed_gives_the_same_bytes(
-    converter: Converter, checkpoint: Get, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    converter: Converter, checkpoint: Get, tmp_path: Path, text: Path, where: str
 ) -> None:
     def run(out: Path, **more: Any) -> None:
         moebit.quantize(checkpoint("olmoe"), out, recipe=RECIPE, text=[str(text)], gguf_pre=PRE, **more)
 
-    def progress(what: str, done: int, total: int) -> None:
-        if (what, done) == ("layers", 1):
-            raise _Killed
-
-    def write(*_: Any) -> None:
-        raise _Killed
-
     run(tmp_path / "a" / "x")
-    if where == "file":
-        monkeypatch.setattr("moebit.formats.gguf.sink.write_gguf", write)
-    with pytest.raises(_Killed):
-        run(tmp_path / "b" / "x", **({"progress": progress} if where == "layer" else {}))
-    monkeypatch.undo()
+    cut = stopped("moebit.gguf", PowerCut()) if where == "file" else stopped("moebit.layer", PowerCut(), nth=2)
+    with cut, pytest.raises(PowerCut):
+        run(tmp_path / "b" / "x")
     run(tmp_path / "b" / "x", resume=True)
     for name in ("x.gguf", "moebit.json", "recipe.yaml", "README.md"):
         assert (tmp_path / "a" / "x" / name).read_bytes() == (tmp_path / "b" / "x" / name).read_bytes()
     assert not (tmp_path / "b" / "x.partial").exists()
 
 
-def test_a_finished_output_survives_the_end_of_its_tidying_up(
-    converter: Converter, checkpoint: Get, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_output_survives_the_end_of_its_tidying_up(converter: Converter, checkpoint: Get, tmp_path: Path, text: Path) -> None:
     """The process ends when OUT has its name and some of the shards are gone: OUT is whole, and --resume tidies up the rest."""
 
     def run(out: Path, **more: Any) -> None:
         moebit.quantize(checkpoint("olmoe"), out, recipe=RECIPE, text=[str(text)], gguf_pre=PRE, **more)
 
-    def some(directory: int, keep: Iterable[str] = ()) -> None:
-        if "x.gguf" not in keep:
-            return empty(directory, keep)
-        os.unlink(next(name for name in os.listdir(directory) if name.startswith("model-")), dir_fd=directory)
-        raise _Killed
+    def some(path: str) -> None:
+        next(Path(path).glob("model-*")).unlink()
+        raise PowerCut
 
     run(tmp_path / "a" / "x")
-    monkeypatch.setattr("moebit.formats.output.empty", some)
-    with pytest.raises(_Killed):
+    with listening("moebit.tidy", some), pytest.raises(PowerCut):
         run(tmp_path / "b" / "x")
-    monkeypatch.undo()
     with pytest.raises(BadInputError, match="x exists; choose another -o"):
         run(tmp_path / "b" / "x", resume=True)
     written = [{file.name: file.read_bytes() for file in (tmp_path / k / "x").iterdir() if "report" not in file.name} for k in "ab"]

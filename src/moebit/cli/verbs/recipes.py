@@ -15,6 +15,7 @@ EXAMPLES = ("moebit recipes", "moebit recipes gptq-w3 > my-recipe.yaml")
 def recipes(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one as YAML.")] = None) -> None:
     """List the shipped recipes, or print one as YAML."""
     from moebit.recipe import load_recipe, presets
+    from moebit.recipe.reading import read_text
 
     known = presets()
     if name in known:
@@ -22,7 +23,7 @@ def recipes(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="P
         return
     if name is not None:
         load_recipe(name)  # says what is wrong with a file
-        say_lines(Path(name).read_text(encoding="utf-8"), end="")
+        say_lines(read_text(Path(name), "recipe "), end="")
         return
     rows = [("recipe", "bits", "group", "grid", "method", "what it is")]
     for key, text in known.items():

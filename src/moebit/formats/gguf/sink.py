@@ -7,6 +7,7 @@ there, `write` sends what is plain through llama.cpp's converter and puts packed
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,11 @@ class GgufSink(Sink):
         put_plain_as_stored(shard, self.weights, self.plain(names))
 
     def put_linear(self, shard: ShardFile, name: str, q: QTensor) -> None:
+        sys.audit("moebit.put", name, 0, {"": q})
         shard.write(f"{name}.weight{PACKED}", _packed(q)[0])
 
     def put_experts(self, shard: ShardFile, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
+        sys.audit("moebit.put", name, start, quantized)
         first = {projection: _packed(q) for projection, q in quantized.items() if projection != "down_proj"}
         some = next(iter(first.values()))
         whole = some.new_empty(len(some), layout.intermediate * (2 if layout.gated else 1), some.shape[-1])
@@ -96,6 +99,7 @@ class GgufSink(Sink):
         assembly, target = _Assembly(self.weights, entries, self._owners(entries)), plan.target
         prepared = target.prepare({name: entry.read for name, entry in entries.items()})
         tensors = {name: assembly.data(target.rows.maps[name], kind) for name, kind in plan.types.items()}
+        sys.audit("moebit.gguf", str(file))
         write_gguf(target.converter.gguf, file, prepared, tensors, plan.file_type)
 
     def _owners(self, entries: Mapping[str, TensorEntry]) -> dict[str, str]:
