@@ -18,7 +18,7 @@ from moebit.methods.input_drift import MUS, InputDriftMoments, correct_input_dri
 from moebit.quantize.report import Result
 from tests.support.models import ARCHITECTURES, EXPERTS, Checkpoints, load_reference
 from tests.support.observer import observed
-from tests.support.outputs import file_bytes, mixed_plan, small_recipe, token_file, with_weights
+from tests.support.outputs import file_bytes, mixed_plan, replace_weights, small_recipe, stored_tensors, token_file, with_weights
 
 SAMPLES, LENGTH, TIGHT = 60, 24, 2**17
 ROWS, N, T = 5, 6, 64
@@ -91,15 +91,24 @@ def inputs(model: Any, name: str, windows: Tensor) -> tuple[np.ndarray, ...]:
     return tuple(value.reshape(-1, value.shape[-1]).numpy() for value in seen[0])
 
 
-def test_every_linear_of_a_layer(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """Second layer of a Mixtral whose first is quantized: q, k, v together, o, then the experts on the tokens that they get now."""
+@pytest.mark.parametrize("smoothing", ["none", "smoothquant"])
+def test_every_linear_of_a_layer(smoothing: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Second layer of a Mixtral whose first is quantized: q, k, v together, o, then the experts on the tokens that they get now.
+
+    Smoothing divides what arrives behind a norm by s, the ratio of the gains before and after: then full precision's inputs are divided
+    by it, too, and the columns of what reads them multiplied.
+    """
     architecture = ARCHITECTURES["mixtral"]
     path, text = checkpoints.path(architecture), token_file(tmp_path / "t.jsonl", SAMPLES * LENGTH)
     recipe = small_recipe(weights={"bits": 2}, solver={"drift": "ridge", "affinity_power": 1}, samples=SAMPLES, seq_len=LENGTH)
+    recipe["smoothing"] = {"kind": smoothing}
     with observed("moebit.solve", lambda w, h, bits: w.float().clone()) as solved:
         result = moebit.quantize(path, tmp_path / "out", recipe=recipe, text={"t": text})
     assert isinstance(result, Result)
     exact, drifted = load_reference(architecture, path).model, with_weights(architecture, path, tmp_path / "out")
+    plain = {name.replace("block_sparse_moe", "mlp"): value for name, value in stored_tensors(tmp_path / "out").items()}
+    kept = {name for name in dict(drifted.named_parameters()) if name.endswith(("norm.weight", ".gate.weight"))}
+    replace_weights(drifted, {name: plain[name] for name in kept})  # smoothing changes these, too
     ids = torch.tensor(json.loads(text.read_text())["input_ids"])
     windows = calibration_windows([TokenText("t", ids, None)], SAMPLES, LENGTH, 0)
     before = dict(exact.named_parameters())
@@ -110,16 +119,27 @@ def test_every_linear_of_a_layer(checkpoints: Checkpoints, tmp_path: Path) -> No
     def weight(*names: str) -> np.ndarray:
         return np.concatenate([before[f"{layer}.{name}"].detach().double().numpy() for name in names])
 
+    gains = [dict(model.named_parameters()) for model in (exact, drifted)]
+    divisors = {
+        name: (gains[0][f"{layer}.{name}.weight"] / gains[1][f"{layer}.{name}.weight"]).detach().double().numpy()
+        for name in ("input_layernorm", "post_attention_layernorm")
+    }
+    assert all((s != 1).any() == (smoothing != "none") for s in divisors.values())
+
     for found, names in ((qkv, ("q_proj", "k_proj", "v_proj")), (o, ("o_proj",))):
         full = [f"self_attn.{name}.weight" for name in names]
         x, y = (inputs(model, f"{layer}.self_attn.{names[0]}", windows)[0].astype(np.float64) for model in (drifted, exact))
+        s = divisors["input_layernorm"] if names[0] == "q_proj" else 1.0
         mu = report[f"self_attn.{names[0]}"]["mu"]
         assert mu is not None
-        np.testing.assert_allclose(found[0].double().numpy(), ridge(weight(*full), x, y, np.ones(len(x)), mu), rtol=2e-3, atol=1e-4)
+        expected = ridge(weight(*full) * s, x, y / s, np.ones(len(x)), mu)
+        np.testing.assert_allclose(found[0].double().numpy(), expected, rtol=2e-3, atol=1e-4 if smoothing == "none" else 1e-3)
 
     (x, chosen, affinity), (y, *_) = (inputs(model, f"{layer}.mlp.experts", windows) for model in (drifted, exact))
-    x, y = x.astype(np.float64), y.astype(np.float64)
+    s = divisors["post_attention_layernorm"]
+    x, y = x.astype(np.float64), y.astype(np.float64) / s
     gate_up, w_down = (before[f"{layer}.mlp.experts.{name}"].detach().double().numpy() for name in ("gate_up_proj", "down_proj"))
+    gate_up = gate_up * s
     quantized = dict(drifted.named_parameters())[f"{layer}.mlp.experts.gate_up_proj"].detach().double().numpy()
 
     def through(w: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -136,7 +156,9 @@ def test_every_linear_of_a_layer(checkpoints: Checkpoints, tmp_path: Path) -> No
         ):
             mu = report[what]["mu"][e]
             expected = w[e] if mu is None else ridge(w[e], *pair, g, mu)
-            np.testing.assert_allclose(found[e].double().numpy(), expected, rtol=5e-3, atol=1e-3 * np.abs(w[e]).max())
+            np.testing.assert_allclose(
+                found[e].double().numpy(), expected, rtol=5e-3, atol=(1e-3 if smoothing == "none" else 5e-3) * np.abs(w[e]).max()
+            )
             corrected += mu is not None
     assert corrected > 0
 

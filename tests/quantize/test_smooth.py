@@ -22,6 +22,7 @@ from moebit.recipe import SmoothingSection
 from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.edits import EditedWeights
 from moebit.storage.hub import HubWeights
+from moebit.streaming.reference import captured_inputs
 from moebit.streaming.stream import Stream
 from tests.methods.test_smoothing import naive_factors
 from tests.support.models import ARCHITECTURES, EXPERTS, Architecture, Checkpoints, load_reference, quiet, random_model, save, windows
@@ -88,6 +89,34 @@ def test_transformers_computes_the_same_with_smoothed_weights(architecture: Arch
         assert len(scales) >= 4
         behind_up = [name.endswith("down_proj") for layer in done.values() for name in layer["scales"]]  # outliers alone
         assert all(low == 1 if up else low < 0.9 and high > 1.1 for (low, high), up in zip(scales, behind_up, strict=True))
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "mixtral"])
+def test_inputs_are_divided_by_what_is_said(name: str, tmp_path: Path) -> None:
+    """What transformers delivers to every linear and to the experts, before and after: drift is compared in the new scale."""
+    architecture = replace(ARCHITECTURES[name], dtype=torch.float32)
+    path = save(random_model(architecture), tmp_path / "model")
+    checkpoint, structure, scales = opened(path)
+    assert isinstance(checkpoint.weights, EditedWeights)
+    stream, sites = Stream(checkpoint, structure, windows()), structure.layers[0]
+    names = [f"{sites.name}.{n}" for group in sites.groups for n in group.names] + (
+        [f"{sites.name}.{sites.moe.experts}"] if sites.moe else []
+    )
+    section = SmoothingSection(kind="expert_aware")
+    with stream.loaded(0):
+        smoothed = LayerSmoothing(stream, sites, scales[0], section, checkpoint.weights, frozenset(names), 3).run()
+    seen = {full: [] for full in names}
+    for edits in ({}, smoothed.edits):
+        checkpoint.weights.add(edits)
+        again = Stream(checkpoint, structure, windows())
+        with again.loaded(0) as layer, captured_inputs(again, 0, [n.removeprefix(f"{sites.name}.") for n in names]) as found:
+            again.step(0, EXPERTS)
+            assert layer is not None
+        for full in names:
+            seen[full].append(found[full.removeprefix(f"{sites.name}.")])
+    assert {f"{sites.name}.self_attn.o_proj"} < set(smoothed.divisors)
+    for full, (before, after) in seen.items():
+        torch.testing.assert_close(before / smoothed.divisors.get(full, torch.ones(1)).float(), after, rtol=1e-3, atol=1e-5)
 
 
 def naive_scales(path: Path, kind: str, aggregate: str, alpha: float) -> np.ndarray:

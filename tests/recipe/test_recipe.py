@@ -381,7 +381,6 @@ def test_what_came_later_is_said_only_where_it_is_on() -> None:
         ({"solver": {"refit": True, "method": "rtn"}}, "refit: true .*set method: gptq"),
         ({"solver": {"refit": True, "method": "awq"}}, "refit: true .*set method: gptq"),
         ({"solver": {"drift": "ridge", "method": "awq"}}, "drift: ridge .*set method: gptq"),
-        ({"solver": {"drift": "ridge"}, "smoothing": {"kind": "smoothquant"}}, "solver.drift: ridge .*smoothing.kind: smoothquant"),
         ({"calibration": {"coverage": "soft"}, "solver": {"method": "rtn"}}, "coverage: soft .*set solver.method: gptq"),
         ({"calibration": {"coverage": "sofd"}}, "calibration.coverage"),
     ],

@@ -17,7 +17,7 @@ from moebit.errors import BadInputError
 from moebit.formats.engines import ANY, MARLIN_BITS, TRANSFORMERS, VLLM
 from moebit.formats.native import PackedSpec, average_bits
 from moebit.formats.profile import Profile, ProfiledModule
-from moebit.methods.allocation import frequency_errors, fuzzy_widths, knapsack_choice
+from moebit.methods.allocation import beats_alike, frequency_errors, fuzzy_widths, knapsack_choice
 from moebit.methods.significance import baseline, expert_shares
 from moebit.plan.bitplan import BitPlan
 from moebit.profiling.profile import LADDER
@@ -93,7 +93,7 @@ def allocate(
         "by": "moebit allocate", "method": method, "target_bits": target_bits, "ladder": list(problem.ladder),
         "granularity": problem.granularity, "engine": engine, "significance": significance,
         "model": found.facts["model"], "input": found.facts["input"],
-        "sets": {name: facts["sha256"] for name, facts in found.sets.items()},
+        "sets": {name: facts["sha256"] for name, facts in found.sets.items()}, "kept_alike": problem.kept_alike,
     }  # fmt: skip
     average = problem.average(plan)
     result = Allocation(plan, average, problem.counts(plan), {**made, "average_bits": round(average, 6)})
@@ -141,6 +141,7 @@ class _Problem:
         if method == "knapsack" and not profile.has_errors:
             raise BadInputError(f"{profile.path}: errors were not measured; profile again without --no-errors, or choose another method")
         self.linear_bits = linear_bits
+        self.kept_alike = False  # whether choosing gained nothing
 
     def solve(self, target_bits: float, significance: str) -> BitPlan:
         """The plan.
@@ -171,7 +172,7 @@ class _Problem:
 
     def _choose(self, items: list[list[Member]], sizes: Tensor, weights: Tensor, budget: int, significance: str) -> Tensor:
         if self.method == "knapsack":
-            return knapsack_choice(self._errors(items), sizes, budget)
+            return self._knapsack(self._errors(items), sizes, budget)
         names = list(self.profile.experts)
         if self.method == "frequency":
             shares = [self.profile.stacked(f"{name}.tokens").double() for name in names]
@@ -179,6 +180,15 @@ class _Problem:
             return knapsack_choice(frequency_errors(over_sets, list(self.ladder)), sizes, budget)
         j = [baseline(expert_shares(self.profile.stacked(f"{name}.significance")), significance) for name in names]
         return fuzzy_widths(j, len(self.ladder), sizes, weights, budget)
+
+    def _knapsack(self, errors_DNK: Tensor, sizes_NK: Tensor, budget: int) -> Tensor:
+        """The cheapest widths; the widest single one instead where they are no better on data sets that they were not chosen on."""
+        fits = [k for k, size in enumerate(sizes_NK.sum(0).tolist()) if size <= budget]
+        alike = torch.full((len(sizes_NK),), fits[-1]) if fits else None
+        if alike is not None and not beats_alike(errors_DNK, sizes_NK, budget, alike):
+            self.kept_alike = True
+            return alike
+        return knapsack_choice(errors_DNK.mean(0), sizes_NK, budget)
 
     def _items(self, linears: Mapping[str, ProfiledModule]) -> list[list[Member]]:
         """What gets one width each, in the order of the layers."""
@@ -197,7 +207,7 @@ class _Problem:
         return items + list(groups.values())
 
     def _errors(self, items: list[list[Member]]) -> Tensor:
-        """Return float64 [N, K], what rounding an item costs, mean over data sets.
+        """Return float64 [D, N, K], what rounding an item costs on each data set.
 
         The unit is nats per token where sensitivities were measured, else a share of the layer's output. An item that holds whole experts
         costs what was measured with all of their projections rounded: their errors point the same way and do not just add up.
@@ -207,20 +217,21 @@ class _Problem:
         costs: dict[tuple[str, str], Tensor] = {}
         for name, module in self.profile.modules.items():
             for part in ("",) if whole else module.parts:
-                costs[name, part] = self._costs(f"{name}.{part}" if part else name)[columns]
+                costs[name, part] = self._costs(f"{name}.{part}" if part else name)[:, columns]
         found = []
         for members in items:
             parts = {(name, "" if whole else part, expert) for name, part, expert in members}
-            found.append(sum((costs[name, part][:, expert] for name, part, expert in sorted(parts)), torch.zeros(len(columns))))
-        return torch.stack(found)
+            own = [costs[name, part][:, :, expert] for name, part, expert in sorted(parts)]
+            found.append(torch.stack(own).sum(0))
+        return torch.stack(found, 1)
 
     def _costs(self, full: str) -> Tensor:
-        """Return float64 [W, E] (or [W, 1]), what rounding a matrix, or an expert, costs at every measured width."""
+        """Return float64 [D, W, E] (or [D, W, 1]), what rounding a matrix, or an expert, costs at every measured width."""
         error = self.profile.stacked(f"{full}.error").double()  # [D, W] or [D, W, E]
         error = error.view(len(error), len(self.profile.widths), -1)
         if self.profile.has_sensitivities:
             error = error * self.profile.stacked(f"{full}.sensitivity").unsqueeze(2)
-        return error.mean(0)
+        return error
 
     def _bytes(self, members: list[Member], width: int) -> int:
         return sum(self._spec(name, part, (width,)).nbytes for name, part, _ in members)

@@ -138,15 +138,6 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _drift_compares_the_same_channels(self) -> Recipe:
-        if self.solver.drift != "none" and self.smoothing.kind != "none":
-            raise ValueError(
-                f"solver.drift: {self.solver.drift} compares inputs with full precision's, and smoothing.kind: {self.smoothing.kind} "
-                "scales them; set one of the two to none"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _refining_knows_what_arrives(self) -> Recipe:
         if not self.refine.active:
             return self

@@ -42,7 +42,21 @@ def smooth(context: LayerContext, state: LayerState) -> LayerState:
         frozenset((*plan.linears, *plan.experts)), context.chunk, state.pool, 0.0 if balance == "none" else float(balance),
     ).run()  # fmt: skip
     context.edit(smoothed.edits)
-    return replace(state, report=replace(state.report, smoothing=smoothed.describe()))
+    reference = replace(state.reference, inputs=divided(state.reference.inputs, smoothed.divisors, f"{context.sites.name}."))
+    return replace(state, reference=reference, report=replace(state.report, smoothing=smoothed.describe()))
+
+
+def divided(inputs: Mapping[str, Tensor], divisors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
+    """What full precision delivers to modules of a layer, in the channels' new scale, so that it can be compared with what arrives.
+
+    Args:
+        inputs: [T, N] by name in the layer; divided in place, a piece at a time. divisors: [N] by full name. prefix: of the full names.
+    """
+    for name, x_TN in inputs.items():
+        if (s := divisors.get(prefix + name)) is not None:
+            for piece in x_TN.split(PIECE):
+                piece.copy_(piece.float() / s.float())
+    return inputs
 
 
 @dataclass(frozen=True)
@@ -51,11 +65,13 @@ class SmoothedLayer:
 
     Attributes:
         edits: of its weights. report: per norm and pair, the range of its scales. skipped: what was left, with the reason.
+        divisors: full name -> [N] what the channels of a module's input are divided by.
     """
 
     edits: dict[str, tuple[Edit, ...]]
     report: dict[str, Any]
     skipped: dict[str, str]
+    divisors: dict[str, Tensor]
 
     def describe(self) -> dict[str, Any]:
         """What the report says of it."""
@@ -105,18 +121,20 @@ class LayerSmoothing:
         norms = [site for site in self.scales.norms if self._rounded(site)]
         pairs = [pair for pair in self.scales.pairs if pair.second in self.quantized] if self.recipe.kind == "expert_aware" else []
         skipped = {**self.scales.skipped, **self._biased(), **{s.norm: NOTHING_ROUNDED for s in self.scales.norms if s not in norms}}
-        seen, edits, report = self._look(norms, pairs), [], dict[str, Any]()
+        seen, edits, report, divisors = self._look(norms, pairs), [], dict[str, Any](), dict[str, Tensor]()
         for site in norms:
             scale, notes = self._behind_norm(site, seen)
             skipped |= notes
             s = representable(self.weights.parameter(f"{site.norm}.weight"), scale, site.offset)
             edits.append(scale_behind_norm(site, s, self._layouts))
             report[site.norm] = _range(s)
+            divisors |= dict.fromkeys((*site.readers, *([site.experts] if site.experts else [])), s)
         for pair in pairs:
             s = self._between(pair, seen)
             edits.append(scale_pair(pair, s))
             report[pair.second] = _range(s)
-        return SmoothedLayer(joined(*edits), report, skipped)
+            divisors[pair.second] = s[pair.channels]
+        return SmoothedLayer(joined(*edits), report, skipped, divisors)
 
     @property
     def _experts(self) -> str:
