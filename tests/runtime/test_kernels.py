@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import moebit
 from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
-from moebit.runtime import PATHS, PackedLinear, PackedMatrices, use, vectors
+from moebit.runtime import PATHS, PackedLinear, PackedMatrices, paths, use, vectors
 from moebit.runtime import Path as Way
 from moebit.runtime.packed import PackedModule
 from tests.runtime.test_load import load, logits
@@ -312,3 +312,14 @@ print(memory("VmHWM:") - before)
     size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     dense = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     assert int(run.stdout) < 1.3 * size + 40e6 < 0.6 * dense
+
+
+def test_dequantized_experts_are_multiplied_in_a_type_that_the_processor_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(paths.vectors, "HALF_PRECISION", False)
+    assert paths.multiplied_in(torch.bfloat16, cpu) == torch.float32
+    assert paths.multiplied_in(torch.float16, cpu) == torch.float32
+    assert paths.multiplied_in(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+    monkeypatch.setattr(paths.vectors, "HALF_PRECISION", True)
+    assert paths.multiplied_in(torch.bfloat16, cpu) == torch.bfloat16
+    assert paths.multiplied_in(torch.float64, cpu) == torch.float64

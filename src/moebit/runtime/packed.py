@@ -24,7 +24,19 @@ from moebit.model.experts import ExpertsLayout, ExpertWeights, Slots, dispatch, 
 from moebit.model.inputs import InputStep
 from moebit.runtime import gradients
 from moebit.runtime.kernels import Stack
-from moebit.runtime.paths import ALWAYS, PATHS, Path, by_triton, compiled, dequantized, few_rows, packed_product, taken, why_not
+from moebit.runtime.paths import (
+    ALWAYS,
+    PATHS,
+    Path,
+    by_triton,
+    compiled,
+    dequantized,
+    few_rows,
+    multiplied_in,
+    packed_product,
+    taken,
+    why_not,
+)
 
 
 class PackedModule(nn.Module):
@@ -254,12 +266,20 @@ def _forward_only(module: Any, layout: ExpertsLayout, hidden_states: Tensor, slo
     if few:
         own = _gather(slots, few)
         output.index_add_(0, own.tokens, _few(module, layout, hidden_states, few, own).float())
+    dtype = _work_type(module, hidden_states) if packed else hidden_states.dtype
     for e in sorted(set(used) - set(few)):  # one at a time: what is dequantized at once is what is resident
         own = slots.chunk(e, e + 1)
-        weights = (_dequantized if packed else _as_they_are)(module, layout, e, hidden_states.dtype)
-        h = intermediate(module, hidden_states[own.tokens], weights, own.bounds)
+        weights = (_dequantized if packed else _as_they_are)(module, layout, e, dtype)
+        h = intermediate(module, hidden_states[own.tokens].to(dtype), weights, own.bounds)
         output.index_add_(0, own.tokens, finish(module, h, own.affinity, weights, own.bounds))
     return output.to(hidden_states.dtype)
+
+
+def _work_type(module: Any, x_TH: Tensor) -> torch.dtype:
+    """What dequantized experts are computed in; where something stands in their way (rounded inputs, a norm), the input's own type."""
+    if getattr(module, "moebit_inputs", None) is not None or module.has_post_expert_norm:
+        return x_TH.dtype
+    return multiplied_in(x_TH.dtype, x_TH.device)
 
 
 def _few_rows(module: Any, layout: ExpertsLayout, e: int, dtype: torch.dtype) -> int:

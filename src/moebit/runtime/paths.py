@@ -56,6 +56,15 @@ def by_triton(path: Path, device: torch.device, dtype: torch.dtype) -> bool:
     return taken(path, device) == "triton" and dtype in DTYPES
 
 
+def multiplied_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type in which dequantized weights are multiplied with inputs of `dtype`.
+
+    A CPU without instructions for half precision multiplies float32 several times as fast, and dequantizing into either type takes as long.
+    """
+    narrow = dtype in (torch.bfloat16, torch.float16) and device.type == "cpu"
+    return torch.float32 if narrow and not vectors.HALF_PRECISION else dtype
+
+
 def few_rows(path: Path, stack: Stack, bits: int, dtype: torch.dtype, matrices: int) -> int:
     """Up to how many rows of input a matrix of `bits` is multiplied as it is packed; beyond, it is dequantized first.
 
@@ -134,12 +143,13 @@ def _border(
     scale = torch.full((matrices, out, inputs // group), 0.01).to(scale_dtype)
     index = np.arange(matrices)
     stack = Stack(codes, scale, zeros, np.full(matrices, bits), index * code_bytes, index * zero_bytes, (out, inputs))
-    weight, border = torch.empty(out, inputs, dtype=dtype), 1
+    work = multiplied_in(dtype, codes.device) if matrices > 1 else dtype  # as experts are, and linears
+    weight, border = torch.empty(out, inputs, dtype=work), 1
     for rows in LADDER:
         x, y, tokens = torch.ones(rows, inputs, dtype=dtype), torch.empty(rows * matrices, out), torch.arange(rows).repeat(matrices)
         bounds = [rows * position for position in range(matrices + 1)]
         packed = _seconds(partial(packed_product, "auto", stack, x, list(range(matrices)), bounds, tokens, y)) / matrices
-        dense = _seconds(partial(dequantized, stack, 0, weight)) + _seconds(partial(torch.mm, x, weight.T))
+        dense = _seconds(partial(dequantized, stack, 0, weight)) + _seconds(partial(torch.mm, x.to(work), weight.T))
         if packed > dense:
             break
         border = rows

@@ -31,6 +31,15 @@ def _available() -> bool:
 
 AVAILABLE = _available()
 
+
+def _half_precision() -> bool:
+    """Whether the processor multiplies bfloat16 or float16: AMX, AVX-512 with BF16 or FP16, Arm's BF16."""
+    features = llvmlite.binding.get_host_cpu_features()
+    return any(features.get(name, False) for name in ("amx-bf16", "avx512bf16", "avx512fp16", "bf16"))
+
+
+HALF_PRECISION = _half_precision()
+
 _I32, _FLOAT = ir.IntType(32), ir.FloatType()
 _BYTES, _WORDS, _FLOATS = ir.VectorType(ir.IntType(8), 64), ir.VectorType(_I32, 16), ir.VectorType(_FLOAT, 16)
 
