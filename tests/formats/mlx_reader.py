@@ -1,6 +1,7 @@
 """Run as a program in an environment that has mlx: logits in mlx-lm, or dequantized weights.
 
-`mlx_reader.py JOB.json OUT.npz`: the job is {"tokens": [[...]], "models": {name: directory}}. For each model: `NAME|logits`, and every
+`mlx_reader.py JOB.json OUT.npz`: the job is {"tokens": [[...]], "models": {name: directory},
+"weights_only": [name]}. For each model: `NAME|logits`, and every
 quantized matrix as MLX dequantizes it, `NAME|MODULE`. An error goes to standard output as a line of JSON.
 """
 
@@ -21,11 +22,11 @@ def main(job_file: str, output: str) -> None:
     for name, directory in job["models"].items():
         try:
             model, _ = load_model(Path(directory))
-            logits = model(mx.array(job["tokens"]))
-            found[f"{name}|logits"] = np.array(logits.astype(mx.float32))
             for path, module in tree_flatten(model.leaf_modules(), is_leaf=lambda m: hasattr(m, "weight")):
                 if "scales" in module:
                     found[f"{name}|{path}"] = np.array(dequantized(module).astype(mx.float32))
+            if name not in job.get("weights_only", ()):
+                found[f"{name}|logits"] = np.array(model(mx.array(job["tokens"])).astype(mx.float32))
         except Exception as error:  # whatever it is: the caller wants to know which models run
             sys.stdout.write(json.dumps({name: f"{type(error).__name__}: {error}"}) + "\n")
     np.savez(output, **found)
