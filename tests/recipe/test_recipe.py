@@ -70,7 +70,7 @@ def test_presets_of_moequant_differ_from_their_baselines_in_the_method_alone(bit
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_our_own_presets_are_gptq_with_the_options_that_won(bits: int) -> None:
     """One combination for all widths; on text that is given, or on what the model writes."""
-    best, gptq = load_recipe(f"best-w{bits}"), load_recipe(f"gptq-w{bits}")
+    best, gptq = load_recipe("best-w2-fast" if bits == 2 else f"best-w{bits}"), load_recipe(f"gptq-w{bits}")
     off = {"weights.signed": False, "solver.output_aware": False, "solver.refit": False, "solver.drift": "none", "calibration.kind": "text"}
     assert load_recipe(best, off) == gptq
     for name, section in best.model_dump().items():
@@ -78,6 +78,12 @@ def test_our_own_presets_are_gptq_with_the_options_that_won(bits: int) -> None:
             assert section == gptq.model_dump()[name]
     assert (best.weights.signed, best.solver.output_aware, best.solver.refit, best.solver.drift) == (True, True, True, "ridge")
     assert best.calibration.kind == "self"
+
+
+def test_at_two_bits_rounding_is_learned_too() -> None:
+    best = load_recipe("best-w2")
+    assert best.refine.active
+    assert load_recipe(best, {"refine.kind": "none", "refine.steps": 300, "refine.rate": "auto"}) == load_recipe("best-w2-fast")
 
 
 @pytest.mark.parametrize(("weights", "activations"), [(4, 4), (3, 4), (3, 3), (2, 4), (8, 8)])

@@ -25,7 +25,7 @@ def _rows(layer: Mapping[str, Any], what: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _by_layer(layers: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
-    series = []
+    series = list[Series]()
     for what in (LINEARS, EXPERTS):
         for when in ("before", "after"):
             points = [(layer["layer"], _mean(row[when] for row in _rows(layer, what))) for layer in layers if any(_rows(layer, what))]
