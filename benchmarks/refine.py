@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 import moebit
+from moebit.methods.latent import Latent
 
 MODELS, PRESETS = ("olmoe", "qwen2_moe"), ("best-w2", "best-w3", "best-w4")
 KNOWN, NOVEL = ("wiki", "novels", "python", "speeches"), ("shakespeare", "c", "german", "french")
@@ -30,7 +32,7 @@ CALIBRATION = {"calibration.samples": 64, "calibration.seq_len": 256}
 RATES = {"best-w2": 0.006, "best-w3": 0.003, "best-w4": 0.002}
 PLAIN, LEARNED = "solver alone", {"refine.kind": "straight_through", "refine.steps": 100}
 VARIANTS: dict[str, dict[str, Any]] = {
-    PLAIN: {},
+    PLAIN: {"refine.kind": "none"},
     "100": LEARNED,
     "50": {**LEARNED, "refine.steps": 50},
     "300": {**LEARNED, "refine.steps": 300},
@@ -58,7 +60,7 @@ def cell_file(model: str, preset: str, variant: str) -> Path:
 
 def overrides(preset: str, variant: str) -> dict[str, Any]:
     chosen = VARIANTS[variant]
-    return {**CALIBRATION, **({"refine.rate": RATES[preset]} if chosen else {}), **chosen}
+    return {**CALIBRATION, **({} if variant == PLAIN else {"refine.rate": RATES[preset]}), **chosen}
 
 
 def run(model: str, preset: str, variant: str) -> None:
@@ -80,6 +82,71 @@ def run(model: str, preset: str, variant: str) -> None:
     ).stdout.strip()
     facts["date"] = date.today().isoformat()
     file.write_text(json.dumps(facts, indent=1))
+
+
+def step_cost() -> dict[str, float]:
+    """Seconds of the processor of one step over all experts of a layer, beside its parts and the bare products of its tokens."""
+    found = dict[str, float]()
+
+    def measure(event: str, arguments: tuple[Any, ...]) -> None:
+        if event != "moebit.learn" or found or "down_proj" not in arguments[0]:
+            return
+        quantized, weights, objective = arguments
+        slots = objective.slots.bounds[-1] * len(objective.batches.of(0)) // len(objective.tokens)
+        products = _seconds(lambda: _bare_products(weights, slots))
+        latents = {name: Latent(q, weights[name]) for name, q in quantized.items()}
+        values = {name: latent.value() for name, latent in latents.items()}
+        gradients = objective.gradients(values, 0)[1]
+        found["bare forward products"] = products
+        found["forward and backward"] = _seconds(lambda: objective.gradients(values, 0))
+        found["values of the latents"] = _seconds(lambda: [latent.value() for latent in latents.values()])
+        copies = [{name: g.clone() for name, g in gradients.items()} for _ in range(REPEATS)]
+        found["moving the latents"] = _seconds(lambda: [latents[n].move(g, True, True, 1e-3, 1) for n, g in copies.pop().items()])
+
+    sys.addaudithook(measure)
+    small = {
+        "calibration.samples": 16,
+        "calibration.seq_len": 256,
+        "refine.kind": "straight_through",
+        "refine.steps": 1,
+        "refine.rate": 0.002,
+    }
+    out = CELLS / "step"
+    moebit.quantize(ROOT / "reference" / "olmoe", out, recipe="best-w2", text=text("calib", KNOWN), overrides=small, overwrite=True)
+    return found
+
+
+REPEATS = 5
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The least processor time of a few calls."""
+    taken = []
+    for _ in range(REPEATS):
+        began = time.process_time()
+        work()
+        taken.append(time.process_time() - began)
+    return min(taken)
+
+
+def _bare_products(weights: dict[str, torch.Tensor], slots: int) -> None:
+    """As many rows through all projections, evenly over the experts, in one batched product each."""
+    for w in weights.values():
+        torch.bmm(torch.ones(len(w), max(1, slots // len(w)), w.shape[2]), w.float().mT)
+
+
+def step_rows() -> list[str]:
+    """The lines about the cost of a step."""
+    file = CELLS / "step.json"
+    if not file.exists():
+        return []
+    cost = json.loads(file.read_text())
+    bare = cost["bare forward products"]
+    total = sum(cost.values()) - bare
+    lines = ["", "One step over all experts of a layer of olmoe (best-w2, 2048 tokens), seconds of the processor, the least of five:", ""]
+    lines += ["| part | seconds | times the bare products |", "| --- | ---: | ---: |"]
+    lines += [f"| {name} | {value:.4f} | {value / bare:.2f} |" for name, value in {**cost, "the whole step": total}.items()]
+    return lines
 
 
 def mean(cell: dict[str, Any], kind: str, names: tuple[str, ...]) -> float:
@@ -121,12 +188,14 @@ def table() -> str:
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [row(*key, cell, cells.get((key[0], key[1], PLAIN))) for key, cell in cells.items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + step_rows()) + "\n"
 
 
 def main(*cells: str) -> None:
     wanted = [tuple(cell.split("/")) for cell in cells] or [(m, p, v) for m in MODELS for p in PRESETS for v in VARIANTS]
     CELLS.mkdir(parents=True, exist_ok=True)
+    if not (CELLS / "step.json").exists():
+        (CELLS / "step.json").write_text(json.dumps(step_cost(), indent=1))
     for model, preset, variant in wanted:
         if not cell_file(model, preset, variant).exists():
             run(model, preset, variant)

@@ -70,7 +70,7 @@ def test_presets_of_moequant_differ_from_their_baselines_in_the_method_alone(bit
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_our_own_presets_are_gptq_with_the_options_that_won(bits: int) -> None:
     """One combination for all widths; on text that is given, or on what the model writes."""
-    best, gptq = load_recipe(f"best-w{bits}"), load_recipe(f"gptq-w{bits}")
+    best, gptq = load_recipe("best-w2-fast" if bits == 2 else f"best-w{bits}"), load_recipe(f"gptq-w{bits}")
     off = {"weights.signed": False, "solver.output_aware": False, "solver.refit": False, "solver.drift": "none", "calibration.kind": "text"}
     assert load_recipe(best, off) == gptq
     for name, section in best.model_dump().items():
@@ -87,6 +87,12 @@ def test_best_presets_at_a_size_hand_its_bits_out_by_solved_prices(name: str, bi
     chosen = best.allocation
     assert (chosen.kind, chosen.target_bits, chosen.granularity, chosen.solver) == ("knapsack", target, "projection", "gptq")
     assert load_recipe(best, {"allocation": {}}) == alike
+
+
+def test_at_two_bits_rounding_is_learned_too() -> None:
+    best = load_recipe("best-w2")
+    assert best.refine.active
+    assert load_recipe(best, {"refine.kind": "none", "refine.steps": 300, "refine.rate": "auto"}) == load_recipe("best-w2-fast")
 
 
 @pytest.mark.parametrize(("weights", "activations"), [(4, 4), (3, 4), (3, 3), (2, 4), (8, 8)])

@@ -72,8 +72,6 @@ def refine_linears(
         (the linears, by the first one's name what happened: lists of one entry for the report)
     """
     plain = {name: one.quantized for name, one in solved.items()}
-    if not solved or not context.recipe.refine.active:
-        return plain, {}
     where = next(iter(solved))
     outputs = None if target is None or stream.hands_on else _outputs(context, stream, target, solved)
     if outputs is None:
@@ -136,14 +134,14 @@ class LayerOutputs(Objective):
                 weight.requires_grad_()
             loss = self._missed(windows, ~self.held).sum() / float((~self.held[windows]).sum())
             found = torch.autograd.grad(loss, list(placed.values()))
-        result = {name: self._transformed(name, gradient.float().unsqueeze(0)) for name, gradient in zip(placed, found, strict=True)}
-        return float(loss.detach()), result
+        slopes = {name: gradient.to(values[name].device, torch.float32) for name, gradient in zip(placed, found, strict=True)}
+        return float(loss.detach()), {name: self._transformed(name, slope.unsqueeze(0)) for name, slope in slopes.items()}
 
     def _put(self, values: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
         """Put weights into the layer as they act on inputs as they are."""
         placed = dict[str, nn.Parameter]()
         for name, value in values.items():
-            plain = on_plain_inputs(value, self.solved[name].transform)[0].to(self.stream.dtype)
+            plain = on_plain_inputs(value, self.solved[name].transform)[0].to(self.stream.hidden.device, self.stream.dtype)
             placed[name] = nn.Parameter(plain, requires_grad=False)
             self.layer.get_submodule(name).weight = placed[name]
         return placed

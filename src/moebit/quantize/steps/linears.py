@@ -35,18 +35,27 @@ def linears_behind_experts(context: LayerContext, state: LayerState) -> LayerSta
 
 
 def _solve_groups(context: LayerContext, state: LayerState, numbers: list[int], refined: bool = True) -> LayerState:
-    """Solve some groups, one after the other, learn their rounding together where the recipe says so, and write them."""
-    solved = dict[str, SolvedLinear]()
+    """Solve some groups, one after the other; where the recipe says so, learn their rounding together before they are written."""
+    refined, waiting = refined and context.recipe.refine.active and state.stream is not None, dict[str, SolvedLinear]()
     for number in numbers:
         if names := quantized(context, context.sites.groups[number]):
-            mine, state = _solve_group(context, state, number, names)
-            solved |= mine
-    final = {name: one.quantized for name, one in solved.items()}
-    if refined and state.stream is not None:
-        final, report = refine_linears(context, state.stream, state.reference.without, solved)
-        state = state.noting(refine={context.full(name): row for name, row in report.items()})
-        if any(final[name] is not one.quantized for name, one in solved.items()):
-            state = replace(state, inputs={}, kept=None)  # they came from linears that have changed
+            solved, state = _solve_group(context, state, number, names)
+            if refined:
+                waiting |= solved
+                for name, one in solved.items():
+                    _place(context, state.dtype, name, one, one.quantized)
+            else:
+                state = state.noting(linears={name: _put(context, state, name, one, one.quantized) for name, one in solved.items()})
+    return _learned(context, state, waiting) if waiting else state
+
+
+def _learned(context: LayerContext, state: LayerState, solved: dict[str, SolvedLinear]) -> LayerState:
+    """Learn the rounding of linears that are in place, and write them."""
+    assert state.stream is not None
+    final, report = refine_linears(context, state.stream, state.reference.without, solved)
+    state = state.noting(refine={context.full(name): row for name, row in report.items()})
+    if any(final[name] is not one.quantized for name, one in solved.items()):
+        state = replace(state, inputs={}, kept=None)  # they came from linears that have changed
     return state.noting(linears={name: _put(context, state, name, one, final[name]) for name, one in solved.items()})
 
 
@@ -68,7 +77,6 @@ def _solve_group(context: LayerContext, state: LayerState, number: int, names: l
         for name in some:
             rows = slice(begin, begin + len(matrices[name]))
             solved[name] = SolvedLinear(matrices[name], stacked[rows], q.rows(rows), info, transform)
-            _place(context, state.dtype, name, solved[name], solved[name].quantized)
             begin = rows.stop
     return solved, state.noting(drift=drift)
 
