@@ -19,7 +19,7 @@ from moebit.errors import BadInputError
 from moebit.formats.native import PackedSpec
 from moebit.model.experts import dispatch
 from moebit.runtime import PackedLinear, PackedMatrices, multiplied, paths, use
-from moebit.runtime.packed import pack_experts, packed_experts_forward
+from moebit.runtime.packed_experts import pack_experts, packed_experts_forward
 from tests.runtime.test_kernels import MIXED, error, fill, linear_of
 from tests.support.devices import INSTALLED, interpreter, on_devices
 

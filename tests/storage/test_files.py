@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from moebit.errors import BadInputError
 from moebit.storage import files
-from moebit.storage.files import INDEX, ShardFile, TensorSpec, check_finite, read_header, read_index, sha256
+from moebit.storage.files import INDEX, ShardFile, TensorEntry, TensorSpec, pieces, read_header, read_index, sha256
+from moebit.storage.finite import check_piece
 
 DTYPES = {
     "F64": torch.float64,
@@ -378,6 +380,12 @@ def test_shards_without_index(tmp_path: Path) -> None:
 
 
 # --- values
+
+
+def check_finite(entries: Mapping[str, TensorEntry]) -> None:
+    for entry in entries.values():
+        for begin, piece in pieces(entry):
+            check_piece(entry, begin, piece)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

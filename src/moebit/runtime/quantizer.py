@@ -21,7 +21,7 @@ from moebit.formats.names import ACTIVATIONS, EXPERTS_IMPLEMENTATION, METHOD
 
 def _experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Packed experts; a model that has some has loaded `moebit.runtime.packed`, which registers its own function instead of this one."""
-    from moebit.runtime.packed import packed_experts_forward
+    from moebit.runtime.packed_experts import packed_experts_forward
 
     return packed_experts_forward(module, hidden_states, top_k_index, top_k_weights)
 
@@ -80,7 +80,8 @@ class MoebitQuantizer(HfQuantizer):
         from moebit.model.adapters import adapt
         from moebit.model.inputs import attach
         from moebit.model.seam import SEAM
-        from moebit.runtime.packed import PackedLinear, pack_experts
+        from moebit.runtime.packed import PackedLinear
+        from moebit.runtime.packed_experts import pack_experts
 
         if getattr(model.config, "_experts_implementation", None) not in (EXPERTS_IMPLEMENTATION, SEAM):
             model.set_experts_implementation(EXPERTS_IMPLEMENTATION)  # type: ignore[operator]

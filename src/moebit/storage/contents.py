@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from moebit.storage.files import TensorEntry, check_piece, pieces
+from moebit.storage.files import TensorEntry, pieces
+from moebit.storage.finite import check_piece
 
 Seen = dict[str, dict[str, Any]]  # file name -> {"stat": [...], "crc32": of its tensors' content}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moebit.model.embeddings import materialize_embeddings, named_tokens
-from moebit.model.experts import SLOTS, ExpertWeights, RoutedTokens, add_outputs, dispatch, experts_names, read_experts
+from moebit.model.experts import SLOTS, RoutedTokens, add_outputs, dispatch, experts_names, read_experts
 from moebit.model.layer_call import LayerCall, StopForward, same_arguments, same_or_known
 from moebit.model.replay import head, record
 from moebit.model.seam import ExpertsHandler, experts_handler
@@ -27,7 +27,7 @@ from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.files import Entry
 from moebit.streaming.shortcut import KeptInput, adds_up, watched
 from moebit.streaming.store import ActivationStore
-from moebit.streaming.watch import InputHook, Noted, Watch, recorded, tell
+from moebit.streaming.watch import InputHook, Noted, Watch, answering, recorded, tell
 
 BATCH_TOKENS = 4096
 LOGIT_BYTES = 64 * 2**20
@@ -358,7 +358,10 @@ class Stream:
             name, module = f"{self.structure.layers[index].name}.{moe.experts}", layer.get_submodule(moe.experts)
             if chunk >= moe.layout.experts:
                 weights = read_experts(self.checkpoint.weights, name, moe.layout, 0, moe.layout.experts, self.dtype)
-                return self._step_at_once(index, moe.top_k, weights)
+                noted = Noted(None, torch.empty(self.windows.numel(), moe.top_k, dtype=torch.int64), None)
+                answer = answering(weights, self.slots, noted)
+                self.run(index, experts=lambda rows: answer, advance=True, noted=noted)
+                return noted.ids
             routed = self.capture_routing(index)
             outputs = self.new_outputs(routed)
             slots = dispatch(routed.ids, routed.weights, moe.layout.experts)
@@ -377,20 +380,6 @@ class Stream:
         outputs = self.store.allocate(tuple(routed.x.shape), torch.float32).zero_()
         self.store.release()
         return outputs
-
-    def _step_at_once(self, index: int, top_k: int, weights: ExpertWeights) -> Tensor:
-        experts = weights.down.shape[0]
-        noted = Noted(None, torch.empty(self.windows.numel(), top_k, dtype=torch.int64), None)
-
-        def answer(module: nn.Module, states: Tensor, ids: Tensor, affinity: Tensor) -> Tensor:
-            noted.found = {"ids": ids}
-            outputs = torch.zeros(states.shape, dtype=torch.float32)
-            for piece in dispatch(ids, affinity, experts).pieces(0, experts, self.slots):
-                add_outputs(module, states, weights, piece, outputs)
-            return outputs.to(states.dtype)
-
-        self.run(index, experts=lambda rows: answer, advance=True, noted=noted)
-        return noted.ids
 
     @torch.no_grad()
     def logits(self) -> Iterator[tuple[slice, Tensor]]:

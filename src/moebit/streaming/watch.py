@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from moebit.model.capture import Call, observed
+from moebit.model.experts import ExpertWeights, add_outputs, dispatch
 from moebit.model.layer_call import StopForward
+from moebit.model.seam import ExpertsHandler
 from moebit.ranks import Named
 
 InputHook = Callable[[Tensor], None]
@@ -89,3 +91,21 @@ class Noted:
         for into, name in ((self.x, "x"), (self.ids, "ids"), (self.weights, "weights")):
             if into is not None:
                 into[span] = found[name]
+
+
+def answering(weights: ExpertWeights, slots: int, noted: Noted) -> ExpertsHandler:
+    """A handler that runs all of a layer's experts on what they are asked, and notes which of them each token chose.
+
+    Args:
+        slots: routed slots that run through experts at a time.
+    """
+    experts = weights.down.shape[0]
+
+    def answer(module: nn.Module, states: Tensor, ids: Tensor, affinity: Tensor) -> Tensor:
+        noted.found = {"ids": ids}
+        outputs = torch.zeros(states.shape, dtype=torch.float32)
+        for piece in dispatch(ids, affinity, experts).pieces(0, experts, slots):
+            add_outputs(module, states, weights, piece, outputs)
+        return outputs.to(states.dtype)
+
+    return answer
