@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import moebit
 from moebit.errors import BadInputError, MoebitError
+from moebit.plan.plan import Plan
 from tests.support.models import ARCHITECTURES, Checkpoints, quiet, random_model, save
 from tests.support.outputs import Outputs, file_bytes, small_recipe, token_file
 
@@ -233,15 +234,18 @@ def test_unknown_preset(model: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_format(model: Path, tmp_path: Path) -> None:
-    contains(refusal(model, tmp_path / "out", format="awq"), "format", "native", "dense")
+    contains(refusal(model, tmp_path / "out", format="exl2"), "format", "native", "dense")
 
 
 def test_group_size_that_does_not_divide(model: Path, checkpoints: Checkpoints, tmp_path: Path) -> None:
-    message = refusal(model, tmp_path / "out", overrides={"weights.group_size": 64})
-    contains(message, "model.layers.0.mlp.experts.down_proj", "group size 64", "32 input channels", "one of 32, -1", "weights.ignore")
+    """The recipe's has a fallback; one that was asked of a module by name has none."""
+    override = {"match": "re:.*experts$", "group_size": 64}
+    message = refusal(model, tmp_path / "out", overrides={"weights.overrides": [override]})
+    contains(message, "weights.overrides", "model.layers.0.mlp.experts", "group size 64", "32 input channels", "one of 32, -1")
     shared = checkpoints.path(ARCHITECTURES["qwen2_moe"])
-    message = refusal(shared, tmp_path / "out", overrides={"weights.group_size": 32})
-    contains(message, "model.layers.0.mlp.shared_expert.down_proj", "group size 32", "40 input channels", "one of -1", "weights.ignore")
+    plan = moebit.quantize(shared, tmp_path / "out", recipe=small_recipe("rtn", weights={"group_size": 32}), dry_run=True)
+    assert isinstance(plan, Plan)
+    assert plan.group_sizes["model.layers.0.mlp.shared_expert.down_proj"] == -1  # it has 40 input channels
 
 
 def test_ignore_pattern_for_nothing(model: Path, tmp_path: Path) -> None:

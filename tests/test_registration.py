@@ -92,12 +92,12 @@ def native(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -
     ("first", "second"),
     [
         ("import moebit", "import transformers"),
-        ("import transformers", "import moebit"),
+        pytest.param("import transformers", "import moebit", marks=pytest.mark.slow),
         pytest.param("from transformers import AutoModelForCausalLM, PreTrainedModel", "import moebit", marks=pytest.mark.slow),
         pytest.param("import moebit", "import transformers.modeling_utils", marks=pytest.mark.slow),
         pytest.param("import moebit", "from transformers.quantizers.auto import AutoHfQuantizer", marks=pytest.mark.slow),
         pytest.param("import moebit", "from transformers import MixtralForCausalLM", marks=pytest.mark.slow),
-        ("import moebit", "import moebit.model.structure"),
+        pytest.param("import moebit", "import moebit.model.structure", marks=pytest.mark.slow),
         pytest.param("import moebit.runtime.packed", "import transformers", marks=pytest.mark.slow),
         pytest.param(
             "import moebit; import importlib.util",

@@ -71,7 +71,7 @@ def plan(name: str) -> dict[str, Any]:
     return {
         "size_bytes": 1, "average_bits": 4.0, "quantized_linears": 1, "quantized_experts_modules": 1, "peak_memory_bytes": 5, "seconds": 1,
         "memory": 4, "engines": engines(name), "kept": {"a": name}, "kept_as_stored": [name], "unquantized_expert_share": 0.1,
-        "activations": activations(name),
+        "activations": activations(name), "original": name, "other_group_sizes": {name: 32},
     }  # fmt: skip
 
 
@@ -123,7 +123,16 @@ def generated(name: str) -> Bag:
 
 def quantized(name: str) -> Bag:
     recipe = Bag({"calibration": Bag({"kind": name, "text_share": 0})})
-    facts = {"size_before": 2, "size_after": 1, "seconds": 1, "unseen_experts": 1, "fallbacks": 1, "skipped": {name: 1}}
+    facts = {
+        "size_before": 2,
+        "size_after": 1,
+        "seconds": 1,
+        "unseen_experts": 1,
+        "fallbacks": 1,
+        "skipped": {name: 1},
+        "already": False,
+        "texts": {name: name},
+    }
     return Bag({"plan": Bag({"recipe": recipe, "average_bits": 4.0}), "path": Path(name), **facts})
 
 

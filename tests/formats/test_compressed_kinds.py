@@ -193,6 +193,7 @@ def test_planted_errors_are_noticed(name: str, planted: str, outputs: dict[str, 
     assert float((read - original).norm() / original.norm()) > 0.25
 
 
+@pytest.mark.slow
 def test_logits_of_mxfp4_in_transformers(outputs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     """In bfloat16, the type in which transformers dequantizes it."""
     checkpoint, output = outputs["mxfp4"]

@@ -208,6 +208,7 @@ def test_unknown_layers_are_kept_and_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_logits_in_transformers_without_moebit(written: Written, tmp_path: Path) -> None:
     outputs: dict[str, tuple[Architecture, Path, str]] = {}
     for architecture in NAMED:

@@ -56,6 +56,12 @@ _CASES = [
     Case("shipped-moequant", "reference/qwen2_moe", "moequant-w3-g128", SHIPPED, ()),
     Case("shipped-vllm", "reference/qwen2_moe", "moqa-4bit-vllm", SHIPPED),
     Case("shipped-minmax-dense", "reference/qwen2_moe", "minmax-w4", {"format": "dense"}, ()),
+    Case("shipped-best-bits", "reference/qwen2_moe", "best-3bit", SHIPPED, BOTH),
+    Case("shipped-fp8", "reference/qwen2_moe", "fp8", {}, ()),
+    Case("shipped-fp8-block", "reference/olmoe", "fp8-block", {}, ()),
+    Case("shipped-nvfp4", "reference/qwen2_moe", "nvfp4", SHIPPED),
+    Case("shipped-mxfp4", "reference/qwen2_moe", "mxfp4", SHIPPED),
+    Case("shipped-mlx", "reference/olmoe", "mlx-w4", SHIPPED),
     # Three layers with experts and nothing beside them.
     Case("mixtral-command", "mixtral", "rtn-w4", {"weights.group_size": 32}, (), "command"),
     Case("mixtral-resumed", "mixtral", "gptq-w4", TINY, how="resumed"),

@@ -215,7 +215,7 @@ def test_more_bits_cost_less(mixtral: Profile) -> None:
             assert bool((error[:-1] > error[1:]).all()), name
 
 
-@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+@pytest.mark.parametrize("solver", ["rtn", pytest.param("gptq", marks=pytest.mark.slow)])
 def test_a_further_set_recomputes_nothing(solver: str, checkpoints: Checkpoints, texts: dict[str, Path], tmp_path: Path) -> None:
     path = checkpoints.path(QWEN3)
     both = profiled(path, tmp_path / "both", texts, solver=solver, recipe=QWEN3_RECIPE)

@@ -132,7 +132,7 @@ def test_the_gradient_is_that_of_the_loss(name: str, checkpoints: Checkpoints, t
     assert checked == [*attention, "gate_proj", "up_proj", "down_proj"] * sum(ARCHITECTURES[name].moe)
 
 
-@pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "qwen2_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["olmoe", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt_oss", "qwen2_moe", "deepseek_v3"))])
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 def test_it_never_ends_worse(name: str, method: str, checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
     path = checkpoints.path(ARCHITECTURES[name])
@@ -165,6 +165,7 @@ def test_drift_is_corrected_only_where_the_recipe_says_so(checkpoints: Checkpoin
     assert all(report.drift for report in corrected.layers)
 
 
+@pytest.mark.slow
 def test_widths_of_their_own_and_chunks(checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
     """Every expert and projection with another width; all experts at once, and one after the other."""
     path = checkpoints.path(MIXTRAL)
@@ -183,7 +184,7 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("memory", [2**32, TIGHT])
+@pytest.mark.parametrize("memory", [2**32, pytest.param(TIGHT, marks=pytest.mark.slow)])
 def test_the_same_bytes_twice_and_when_resumed(memory: int, checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
     path, short = checkpoints.path(MIXTRAL), recipe(refine={"steps": 8})
 

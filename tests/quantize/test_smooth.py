@@ -109,7 +109,7 @@ def test_inputs_are_divided_by_what_is_said(name: str, tmp_path: Path) -> None:
     for edits in ({}, smoothed.edits):
         checkpoint.weights.add(edits)
         again = Stream(checkpoint, structure, windows())
-        with again.loaded(0) as layer, captured_inputs(again, 0, [n.removeprefix(f"{sites.name}.") for n in names]) as found:
+        with again.loaded(0) as layer, captured_inputs(again, [n.removeprefix(f"{sites.name}.") for n in names]) as found:
             again.step(0, EXPERTS)
             assert layer is not None
         for full in names:
@@ -230,6 +230,7 @@ def test_fine_grids_show_that_nothing_else_changed(checkpoints: Checkpoints, tex
     assert scores["routing_exact"] > 0.97
 
 
+@pytest.mark.slow
 def test_interrupted_runs_resume_to_the_same_bytes(checkpoints: Checkpoints, text: Path, tmp_path: Path) -> None:
     path = checkpoints.path(QWEN3)
     wanted = recipe(

@@ -110,6 +110,7 @@ def test_without_the_head(outputs: Outputs) -> None:
     torch.testing.assert_close(hidden, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [ARCHITECTURES["olmoe"], ARCHITECTURES["gpt_oss"]], ids=str)
 def test_compiled(architecture: Architecture, outputs: Outputs) -> None:
     """Products with packed weights stay outside of what torch.compile makes; everything around them is compiled."""

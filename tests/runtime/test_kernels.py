@@ -247,6 +247,7 @@ def test_use_refuses_what_is_not_there() -> None:
         use(odd, "integer")
 
 
+@pytest.mark.slow
 def test_without_the_instructions(outputs: Outputs) -> None:
     """Compiled for any processor of the kind: `integer` is refused, everything else agrees with the reference."""
     program = """
@@ -277,6 +278,7 @@ except BadInputError as error:
 # --- memory
 
 
+@pytest.mark.slow
 def test_loading_and_running_takes_the_files_size(tmp_path: Path, outputs: Outputs) -> None:
     """200 MB in bf16, 55 packed: what a first forward adds to the process is near the latter. A tiny one goes first, for all that is
     loaded and compiled once."""

@@ -172,6 +172,7 @@ def load_without_moebit(directory: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program, str(directory)], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_refused_without_moebit(outputs: Outputs) -> None:
     """An unknown quantization method alone is a warning, followed by random experts: the output has to say more."""

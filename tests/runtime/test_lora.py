@@ -60,6 +60,7 @@ def test_loss_is_that_of_the_dense_twin(outputs_of_both: tuple[Path, Path]) -> N
     assert all(abs(a - b) <= 0.02 * b for a, b in zip(ours, twins, strict=True))
 
 
+@pytest.mark.slow
 def test_adapters_stay_apart(outputs_of_both: tuple[Path, Path], tmp_path: Path) -> None:
     """They are saved and loaded by PEFT; merging would change packed weights and is refused."""
     from moebit.runtime.lora import lora_config

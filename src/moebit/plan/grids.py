@@ -64,7 +64,7 @@ class GridChooser:
             return Grid(bits, size)
         if override and override.group_size:
             raise BadInputError(
-                f"weights.overrides: group size {size} does not divide the {rows[0]} input channels of {name}; "
+                f"weights.overrides: group size {size} does not divide the {next(n for n in rows if n % size)} input channels of {name}; "
                 f"choose one of {', '.join(map(str, _fitting(rows)))}"
             )
         return self._instead(name, bits, rows)

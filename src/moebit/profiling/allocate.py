@@ -296,7 +296,7 @@ def module_weights(module: ProfiledModule) -> int:
 
 
 def measured_prices(profile: Profile, items: list[list[Member]], widths: Sequence[int]) -> Tensor:
-    """Return float64 [N, W], what rounding each item to each measured width costs, as `--method knapsack` counts it.
+    """Return float64 [N, W], what rounding each item to each measured width costs, as `--method knapsack` counts it: mean over data sets.
 
     Args:
         items: matrices that are rounded together. widths: some of those that the profile has.
@@ -304,4 +304,4 @@ def measured_prices(profile: Profile, items: list[list[Member]], widths: Sequenc
     Raises:
         BadInputError: a profile without measured errors.
     """
-    return _Problem(profile, "knapsack", tuple(widths), "projection", ANY, 0)._errors(items)
+    return _Problem(profile, "knapsack", tuple(widths), "projection", ANY, 0)._errors(items).mean(0)

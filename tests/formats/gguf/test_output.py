@@ -49,7 +49,7 @@ def test_recipe_and_grids_know_the_same_types() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("name", [pytest.param("qwen3_moe", marks=pytest.mark.slow), "olmoe"])
 def test_codes_are_the_solvers_and_llama_cpp_computes_with_them(
     converter: Converter, library: Path, checkpoint: Get, tmp_path: Path, text: Path, name: str
 ) -> None:
@@ -116,7 +116,7 @@ def test_what_other_methods_change_arrives_in_the_file(
     assert moebit.verify(tmp_path / "x")["state"] == "fine"
 
 
-@pytest.mark.parametrize("where", ["layer", "file"])
+@pytest.mark.parametrize("where", [pytest.param("layer", marks=pytest.mark.slow), "file"])
 def test_interrupted_and_resumed_gives_the_same_bytes(
     converter: Converter, checkpoint: Get, tmp_path: Path, text: Path, where: str
 ) -> None:
@@ -204,7 +204,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(converter: Converter,
         ({"format": "native"}, "weights.type: q4_k is a block type of ggml; set format: gguf"),
         ({"weights": {"type": "int"}}, "format: gguf holds ggml's block types"),
         ({"weights": {"type": "nvfp4"}}, "in a tensor of its own, which is not written yet"),
-        ({"weights": {"type": "q9_k"}}, "choose one of int, fp8, q4_0"),
+        ({"weights": {"type": "q9_k"}}, "choose one of int, fp8, fp8-block, q4_0"),
         ({"weights": {"type": "q4_k", "overrides": [{"match": "re:(", "type": "q8_0"}]}}, "is no regular expression"),
         ({"activations": {"bits": 8}}, "format gguf has no place to say so"),
         ({"solver": {"scales": "dynamic", "act_order": False}}, "blocks of q4_k are fixed before the solve"),

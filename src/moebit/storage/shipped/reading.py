@@ -57,7 +57,7 @@ def declared(path: Path) -> Mapping[str, Any] | None:
     found = shipped_config(read_config(path))
     if found is None and (path / MODELOPT_FILE).is_file():
         said = read_object(path / MODELOPT_FILE, remedy="copy it again").get("quantization")
-        return {**(said if isinstance(said, Mapping) else {}), "quant_method": "modelopt"}
+        return {**said, "quant_method": "modelopt"} if said and isinstance(said, Mapping) else None
     return found
 
 
