@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE, DONE = ROOT / "docs" / "published.md", ROOT / "runs" / "published"
 COLUMNS = (*RECIPES, "compressed-tensors")
 ABOUT = """\
-Each of these models was made small with its config.json's quirks kept, filled with random numbers, quantized with a recipe of every family
-and loaded with every auto class of transformers that knows its type. A number is the largest difference of the logits, as a share of the
-largest: of a native output in transformers from moebit's own streaming of the same files, of a compressed-tensors output from the native
-one. *no*: refused before any work, with the reason below.""".splitlines()
+Each of these models was made small with the settings kept that it is known for, filled with random numbers, quantized with a recipe of
+every family and loaded with every auto class of transformers that knows its type. A number is the largest difference of the logits, as a
+share of the largest: of a native output in transformers from moebit's own streaming of the same files, of a compressed-tensors output from
+the native one. *no*: refused before any work, with the reason below.""".splitlines()
 
 
 def main() -> None:

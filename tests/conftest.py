@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: one thread each, set before torch and numba look
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -20,9 +21,20 @@ from tests.support.models import ARCHITECTURES, Architecture, Checkpoints
 from tests.support.opened import Opened
 from tests.support.outputs import Outputs
 
+SLOW = Path(__file__).with_name("slow_tests.txt")  # tests, by their names, that are left to `make test-all` because others like them stay
+WHOLE = 4000  # so many tests are collected only where all are
 
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: with processes side by side, nothing else is left to do while it runs alone."""
+    """Mark the listed tests as slow, and put the longest first: while it runs alone, nothing else is left to do."""
+    listed = set(SLOW.read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.slow)
+    gone = listed - {item.nodeid for item in items}
+    if gone and len(items) > WHOLE:
+        raise pytest.UsageError(f"{SLOW.name} names tests that are not there: {', '.join(sorted(gone))}")
     items.sort(key=lambda item: "test_every_command_and_python_block_runs" not in item.nodeid)
 
 

@@ -1,8 +1,8 @@
 """Models that people have, as data: which type each is, and what its config.json sets that decides how it computes; made small.
 
 Sizes are those of tests/support/architectures.py (hidden states of 64, eight experts), everything that is neither named there nor here is
-the default of transformers' own configuration class, which for most types is the published model's. What is named here are settings of the
-published config.json that differ from the tests' own variants.
+the default of transformers' own configuration class, which for most types is the published model's. What is named here are settings that
+the published models are known for and that differ from the tests' own variants; they were written down without the files at hand.
 """
 
 from __future__ import annotations

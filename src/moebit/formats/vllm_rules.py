@@ -1,7 +1,8 @@
 """Linears that vLLM's own classes build without a quantization, whatever config.json says: a packed one does not load there.
 
-Rules are data: which modules they are, by their names in the checkpoint, and the source that says so. They were read in vLLM's main branch
-of November 2026.
+Rules are data: which modules they are, by their names in the checkpoint, and the source that says so. Mamba's were read in vLLM's files at
+commit 00f8d44; those of the indexer in excerpts of its DeepSeek-V3.2 model, so that the name of that file is inferred. Other versions may
+differ.
 """
 
 from __future__ import annotations
