@@ -53,7 +53,12 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, checkpoints: Checkpoints) 
 _opened: dict[str, Opened] = {}
 
 
-@pytest.fixture(params=ARCHITECTURES.values(), ids=str)
+# Others that are tried every time have what is special about these.
+ALIKE = {"qwen3_moe", "olmoe", "deepseek_v2", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "nemotron_h"}
+EVERY = [pytest.param(a, marks=pytest.mark.slow) if a.name in ALIKE else a for a in ARCHITECTURES.values()]
+
+
+@pytest.fixture(params=EVERY, ids=str)
 def architecture(request: pytest.FixtureRequest) -> Architecture:
     return request.param  # type: ignore[no-any-return]
 
