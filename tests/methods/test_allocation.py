@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebit.methods.allocation import beats_alike, frequency_errors, fuzzy_memberships, fuzzy_widths, knapsack_choice, low_first
+from moebit.methods.allocation import frequency_errors, fuzzy_memberships, fuzzy_widths, knapsack_choice, low_first
 
 
 def loops_fuzzy(x: list[float], clusters: int, fuzziness: float = 2.0) -> tuple[list[list[float]], list[float]]:
@@ -202,15 +202,3 @@ def test_frequency_prefers_the_busy() -> None:
     errors = frequency_errors(torch.tensor([0.7, 0.2, 0.1, 0.0]), [2, 4, 8])
     choice = knapsack_choice(errors, sizes_of([10] * 4, [2, 4, 8]), 180)
     assert choice.tolist() == [2, 1, 1, 0]
-
-
-def test_a_choice_has_to_hold_on_data_that_it_was_not_made_on() -> None:
-    """Two items at 2, 3 or 4 bits for the bytes of 3 bits each: one bit may move, which pays where all data sets agree who needs it."""
-    sizes, alike = torch.tensor([[2, 3, 4], [2, 3, 4]]), torch.tensor([1, 1])
-    needs, spares = [16.0, 4.0, 1.0], [0.4, 0.3, 0.2]
-    agree = torch.tensor([[needs, spares]] * 3, dtype=torch.float64)
-    assert beats_alike(agree, sizes, 6, alike)
-    # Every data set has another need: what the others ask for costs the one that is left out more than it saved.
-    quarrel = torch.tensor([[[9.0, 4.0, 1.0], [6.0, 4.0, 1.0]], [[6.0, 4.0, 1.0], [9.0, 4.0, 1.0]]], dtype=torch.float64)
-    assert not beats_alike(quarrel, sizes, 6, alike)
-    assert beats_alike(quarrel[:1], sizes, 6, alike)  # nothing to be left out

@@ -149,25 +149,6 @@ def knapsack_choice(errors_NK: Tensor, sizes_NK: Tensor, budget: int) -> Tensor:
     return searched if _total(errors, searched) < _total(errors, choice) else choice
 
 
-def beats_alike(errors_DNK: Tensor, sizes_NK: Tensor, budget: int, alike_N: Tensor) -> bool:
-    """Return whether widths that a knapsack chooses are better than one width for all on data that they were not chosen on.
-
-    Each data set in turn is left out of the errors that are chosen by, and then says what the choice costs. A gain that is not there on
-    average is the choice of noise. A single data set has nothing to be left out for, and the choice stands.
-
-    Args:
-        errors_DNK: errors of D data sets. sizes_NK, budget: as for `knapsack_choice`. alike_N: the choice of one width for all.
-    """
-    if len(errors_DNK) < 2:
-        return True
-    gain = 0.0
-    for held in range(len(errors_DNK)):
-        others = torch.cat([errors_DNK[:held], errors_DNK[held + 1 :]]).mean(0)
-        chosen = knapsack_choice(others, sizes_NK, budget)
-        gain += _total(errors_DNK[held], alike_N) - _total(errors_DNK[held], chosen)
-    return gain > 0
-
-
 def _total(values_NK: Tensor, choice_N: Tensor) -> float:
     return float(values_NK.gather(1, choice_N.unsqueeze(1)).sum())
 

@@ -17,7 +17,7 @@ from moebit.errors import BadInputError
 from moebit.formats.engines import ANY, MARLIN_BITS, TRANSFORMERS, VLLM
 from moebit.formats.native import PackedSpec, average_bits
 from moebit.formats.profile import Profile, ProfiledModule
-from moebit.methods.allocation import beats_alike, frequency_errors, fuzzy_widths, knapsack_choice
+from moebit.methods.allocation import frequency_errors, fuzzy_widths, knapsack_choice
 from moebit.methods.significance import baseline, expert_shares
 from moebit.plan.bitplan import BitPlan
 from moebit.profiling.profile import LADDER
@@ -93,7 +93,7 @@ def allocate(
         "by": "moebit allocate", "method": method, "target_bits": target_bits, "ladder": list(problem.ladder),
         "granularity": problem.granularity, "engine": engine, "significance": significance,
         "model": found.facts["model"], "input": found.facts["input"],
-        "sets": {name: facts["sha256"] for name, facts in found.sets.items()}, "kept_alike": problem.kept_alike,
+        "sets": {name: facts["sha256"] for name, facts in found.sets.items()},
     }  # fmt: skip
     average = problem.average(plan)
     result = Allocation(plan, average, problem.counts(plan), {**made, "average_bits": round(average, 6)})
@@ -141,7 +141,6 @@ class _Problem:
         if method == "knapsack" and not profile.has_errors:
             raise BadInputError(f"{profile.path}: errors were not measured; profile again without --no-errors, or choose another method")
         self.linear_bits = linear_bits
-        self.kept_alike = False  # whether choosing gained nothing
 
     def solve(self, target_bits: float, significance: str) -> BitPlan:
         """The plan.
@@ -172,7 +171,7 @@ class _Problem:
 
     def _choose(self, items: list[list[Member]], sizes: Tensor, weights: Tensor, budget: int, significance: str) -> Tensor:
         if self.method == "knapsack":
-            return self._knapsack(self._errors(items), sizes, budget)
+            return knapsack_choice(self._errors(items).mean(0), sizes, budget)
         names = list(self.profile.experts)
         if self.method == "frequency":
             shares = [self.profile.stacked(f"{name}.tokens").double() for name in names]
@@ -180,15 +179,6 @@ class _Problem:
             return knapsack_choice(frequency_errors(over_sets, list(self.ladder)), sizes, budget)
         j = [baseline(expert_shares(self.profile.stacked(f"{name}.significance")), significance) for name in names]
         return fuzzy_widths(j, len(self.ladder), sizes, weights, budget)
-
-    def _knapsack(self, errors_DNK: Tensor, sizes_NK: Tensor, budget: int) -> Tensor:
-        """The cheapest widths; the widest single one instead where they are no better on data sets that they were not chosen on."""
-        fits = [k for k, size in enumerate(sizes_NK.sum(0).tolist()) if size <= budget]
-        alike = torch.full((len(sizes_NK),), fits[-1]) if fits else None
-        if alike is not None and not beats_alike(errors_DNK, sizes_NK, budget, alike):
-            self.kept_alike = True
-            return alike
-        return knapsack_choice(errors_DNK.mean(0), sizes_NK, budget)
 
     def _items(self, linears: Mapping[str, ProfiledModule]) -> list[list[Member]]:
         """What gets one width each, in the order of the layers."""
