@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-BOUND, ROUNDS = 0.5, 6  # seconds of processor time; the machine may be disturbed in all rounds but one
+BOUND, ROUNDS = 0.5, 24  # seconds of processor time; the machine may be disturbed in all rounds but one
 # What is imported whatever moebit does, and what that takes on an idle machine (two cores of a server, Python 3.11).
 LIBRARIES, LIBRARIES_IDLE = "import typer.main, typer._adapters, rich.console, rich.text, pydantic.main, yaml", 0.28
 
