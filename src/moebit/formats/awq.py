@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moebit.errors import BadInputError
 from moebit.formats.compressed_tensors import ignored
-from moebit.formats.matrix_sink import MatrixSink
+from moebit.formats.matrix_sink import OlderSink
 from moebit.formats.native import PackedSpec
 from moebit.formats.sink import Modules
 from moebit.storage.files import TensorSpec
@@ -24,14 +24,10 @@ from moebit.tensor.layouts import awq
 METHOD = "awq"
 
 
-class AwqSink(MatrixSink):
+class AwqSink(OlderSink):
     """qweight, qzeros and scales for every matrix."""
 
     format_name = METHOD
-
-    @classmethod
-    def scale_dtype(cls, dtype: torch.dtype) -> torch.dtype:
-        return torch.float16
 
     @classmethod
     def check(cls, weights: Weights, modules: Modules) -> None:

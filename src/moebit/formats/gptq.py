@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moebit.errors import BadInputError
 from moebit.formats.compressed_tensors import ignored
-from moebit.formats.matrix_sink import MatrixSink
+from moebit.formats.matrix_sink import OlderSink
 from moebit.formats.native import PackedSpec
 from moebit.formats.sink import Modules
 from moebit.storage.files import TensorSpec
@@ -27,14 +27,10 @@ from moebit.tensor.layouts import gptq
 METHOD = "gptq"
 
 
-class GptqSink(MatrixSink):
+class GptqSink(OlderSink):
     """qweight, qzeros, scales and g_idx for every matrix."""
 
     format_name = METHOD
-
-    @classmethod
-    def scale_dtype(cls, dtype: torch.dtype) -> torch.dtype:
-        return torch.float16
 
     @classmethod
     def check(cls, weights: Weights, modules: Modules) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from moebit.errors import BadInputError
 from moebit.formats.compressed_tensors import stored_modules
+from moebit.formats.matrix_sink import OwnNamesSink
 from moebit.formats.native import PackedSpec
-from moebit.formats.sink import Modules, Sink, put_plain_as_stored
+from moebit.formats.sink import Modules
 from moebit.model.experts import ExpertsLayout
 from moebit.model.inputs import Activations
 from moebit.storage.edits import EditedWeights
@@ -34,7 +35,7 @@ NVFP4_RANGE = 448.0 * 6.0  # MLX's global scale is the largest magnitude that bl
 assert len(FP4_LEVELS) == len(fp4.NIBBLES)
 
 
-class MlxSink(Sink):
+class MlxSink(OwnNamesSink):
     """Weights, scales and biases under MLX's names."""
 
     @classmethod
@@ -48,26 +49,13 @@ class MlxSink(Sink):
     def nbytes(cls, spec: PackedSpec, dtype: torch.dtype) -> int:
         return sum(tensor.nbytes for tensor in matrix_specs(spec).values())
 
-    @classmethod
-    def average_bits(cls, modules: Modules) -> float:
-        parts = [spec for group in modules.values() for spec in group.values()]
-        return 8 * sum(cls.nbytes(spec, spec.scale_dtype) for spec in parts) / sum(spec.weights for spec in parts)
-
     def __init__(self, weights: EditedWeights, modules: Modules, activations: Activations | None = None) -> None:
         super().__init__(weights, modules, activations)
         self._names = {name: mlx_names(stored_modules(weights, name, FORMAT)) for name in modules}
 
-    def specs(self, names: list[str]) -> dict[str, TensorSpec]:
-        stored = dict.fromkeys(stored for name in self.plain(names) for stored in self.weights.stored_names(name))
-        result = {name: self.weights.entries[name].spec for name in stored}
-        owners = {name.rpartition(".")[0] for name in names}
-        for name in (name for name in self.modules if name in owners):
-            for projection, spec in self.modules[name].items():
-                result |= {f"{self._names[name][projection]}.{leaf}": s for leaf, s in matrix_specs(spec).items()}
-        return result
-
-    def put_plain(self, shard: Shard, names: list[str]) -> None:
-        put_plain_as_stored(shard, self.weights, self.plain(names))
+    def module_specs(self, name: str) -> dict[str, TensorSpec]:
+        parts, names = self.modules[name], self._names[name]
+        return {f"{names[p]}.{leaf}": s for p, spec in parts.items() for leaf, s in matrix_specs(spec).items()}
 
     def put_linear(self, shard: Shard, name: str, q: QTensor) -> None:
         self._put(shard, self._names[name][""], q, None)
@@ -81,9 +69,6 @@ class MlxSink(Sink):
         for leaf, value in matrix_tensors(q).items():
             name = f"{stored}.{leaf}"
             shard.write(name, value, skip=(start or 0) * value[0].nbytes)
-
-    def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        return q.dequantize(q.grid.value_dtype).to(dtype).cpu()
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         described = {self._names[name][p]: _grid(spec) for name, parts in self.modules.items() for p, spec in parts.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moebit.errors import BadInputError
-from moebit.formats import compressed_matrix, compressed_tensors, native
+from moebit.formats import native
 from moebit.formats.names import EXPERTS_IMPLEMENTATION
 from moebit.model.experts import ExpertsLayout
 from moebit.model.inputs import Activations
@@ -197,65 +197,6 @@ class DenseSink(Sink):
         return dict(config)
 
 
-class CompressedTensorsSink(Sink):
-    """Packed matrices under the checkpoint's own names, for engines that know nothing of moebit (formats/compressed_tensors.py)."""
-
-    @classmethod
-    def check(cls, weights: Weights, modules: Modules) -> None:
-        compressed_tensors.check(weights, modules)
-
-    @classmethod
-    def nbytes(cls, spec: native.PackedSpec, dtype: torch.dtype) -> int:
-        return compressed_matrix.nbytes(spec)
-
-    @classmethod
-    def average_bits(cls, modules: Modules) -> float:
-        return compressed_matrix.average_bits(modules)
-
-    @classmethod
-    def input_bits(cls, bits: int) -> int:
-        return bits
-
-    def __init__(self, weights: EditedWeights, modules: Modules, activations: Activations | None = None) -> None:
-        super().__init__(weights, modules, activations)
-        self._names = {name: compressed_tensors.stored_modules(weights, name) for name in modules}
-
-    def specs(self, names: list[str]) -> dict[str, TensorSpec]:
-        result = {stored: self.weights.entries[stored].spec for stored in self._stored(names)}
-        owners = {name.rpartition(".")[0] for name in names}
-        for name, parts in self.modules.items():
-            if name in owners:
-                for projection, spec in parts.items():
-                    for bits, module in zip(spec.bits, self._names[name][projection], strict=True):
-                        result |= {f"{module}.{suffix}": s for suffix, s in compressed_matrix.matrix_specs(spec, bits).items()}
-        return result
-
-    def _stored(self, names: list[str]) -> list[str]:
-        return list(dict.fromkeys(stored for name in self.plain(names) for stored in self.weights.stored_names(name)))
-
-    def put_plain(self, shard: Shard, names: list[str]) -> None:
-        put_plain_as_stored(shard, self.weights, self.plain(names))
-
-    def put_linear(self, shard: Shard, name: str, q: QTensor) -> None:
-        self._put(shard, self._names[name][""], self.modules[name][""], q)
-
-    def put_experts(self, shard: Shard, name: str, layout: ExpertsLayout, start: int, quantized: Mapping[str, QTensor]) -> None:
-        for projection, q in quantized.items():
-            self._put(shard, self._names[name][projection][start : start + len(q.codes)], self.modules[name][projection], q)
-
-    def _put(self, shard: Shard, stored: list[str], spec: native.PackedSpec, q: QTensor) -> None:
-        for number, module in enumerate(stored):
-            for suffix, tensor in compressed_matrix.matrix_tensors(spec, q, number).items():
-                shard.write(f"{module}.{suffix}", tensor)
-
-    def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        # Engines dequantize to the type of the scales.
-        return q.dequantize(q.grid.value_dtype).to(dtype)
-
-    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {**config, "quantization_config": compressed_tensors.quantization_config(self.weights, self.modules, self._names)}
-
-
 def put_under_stored_names(shard: Shard, weights: EditedWeights, name: str, tensor: Tensor, start: int = 0) -> None:
     """Write a parameter, or its rows (experts) from `start` on, under the checkpoint's own names."""
     for stored, value in weights.stored_form(name, tensor, start).items():
@@ -279,6 +220,3 @@ def put_stored(shard: Shard, entry: Entry) -> None:
     """Copy a stored tensor as it is, piece by piece."""
     for start, piece in pieces(entry):
         shard.write(entry.name, piece, skip=start)
-
-
-SINKS: dict[str, type[Sink]] = {"native": NativeSink, "compressed-tensors": CompressedTensorsSink, "dense": DenseSink}

@@ -11,9 +11,10 @@ from typing import Any
 from moebit.formats.carried import carried_files
 from moebit.formats.gguf.size import GgufSize
 from moebit.formats.sink import Sink
+from moebit.formats.sinks import SINKS
 from moebit.model.structure import LayerSites, Structure
 from moebit.plan.bitplan import BitPlan
-from moebit.plan.plan import SINKS, Plan
+from moebit.plan.plan import Plan
 from moebit.storage.checkpoint import Checkpoint
 from moebit.storage.config import portable_config, read_config
 from moebit.storage.edits import EditedWeights, untied_config

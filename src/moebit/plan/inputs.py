@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from moebit.formats.sink import SINKS
+from moebit.formats.sinks import SINKS
 from moebit.model.attention import find_attention
 from moebit.model.inputs import DOWN, FIRST, LINEAR, Activations, TransformSpec
 from moebit.model.structure import LayerSites, Structure
@@ -42,7 +42,7 @@ def plan_activations(model: PreTrainedModel, structure: Structure, recipe: Recip
     Query, key and value need a proof that runs a layer of each kind on random values: the memory of one layer without its experts.
     """
     a = recipe.activations
-    if recipe.format not in SINKS or not SINKS[recipe.format].holds_activations:
+    if not SINKS[recipe.format].holds_activations:
         return ActivationPlan()
     inputs = Rounding(a.bits, a.symmetric, a.clip) if a.bits < 16 else None
     attention = Rounding(a.qkv_bits, a.symmetric, a.clip) if a.qkv_bits < 16 else None

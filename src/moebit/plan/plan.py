@@ -9,16 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moebit.errors import BadInputError
-from moebit.formats.awq import AwqSink
 from moebit.formats.engines import ANY, Verdict, check_engine, verdicts
-from moebit.formats.gguf.sink import GgufSink
 from moebit.formats.gguf.target import GgufPlan, GgufTarget
-from moebit.formats.gptq import GptqSink
 from moebit.formats.inputs_config import describe_activations
-from moebit.formats.mlx import MlxSink
 from moebit.formats.native import PackedSpec
-from moebit.formats.sink import SINKS as PLAIN_SINKS
 from moebit.formats.sink import Sink
+from moebit.formats.sinks import SINKS
 from moebit.model.inputs import Activations
 from moebit.model.proof.router import not_linear
 from moebit.model.reach import Reach, expert_reach
@@ -34,8 +30,6 @@ from moebit.recipe import Recipe
 from moebit.storage.checkpoint import Checkpoint
 from moebit.streaming.budget import Budget
 from moebit.tensor.grids.ggml import GRIDS
-
-SINKS: dict[str, type[Sink]] = {**PLAIN_SINKS, "gguf": GgufSink, "gptq": GptqSink, "awq": AwqSink, "mlx": MlxSink}
 
 
 @dataclass(frozen=True)

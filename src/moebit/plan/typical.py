@@ -9,10 +9,10 @@ import torch
 from moebit.errors import BadInputError
 from moebit.formats.engines import ENGINES, GPTQMODEL, LLAMA, MLX, Modules, verdicts
 from moebit.formats.native import PackedSpec
+from moebit.formats.sinks import SINKS
 from moebit.model.experts import ExpertsLayout
 from moebit.model.structure import LayerSites, LinearGroup, MoESite, Structure
 from moebit.plan.grids import GridChooser
-from moebit.plan.plan import SINKS
 from moebit.recipe import Recipe, load_recipe, presets
 
 EXPERTS, HIDDEN, INTERMEDIATE = 8, 4096, 1536

@@ -23,8 +23,9 @@ from moebit.formats.gguf.size import GgufSize
 from moebit.formats.gguf.types import fitting
 from moebit.formats.native import PackedSpec
 from moebit.formats.profile import Profile, ProfiledModule
+from moebit.formats.sinks import SINKS
 from moebit.plan.bitplan import BitPlan
-from moebit.plan.plan import SINKS, Plan
+from moebit.plan.plan import Plan
 from moebit.profiling.allocate import Member
 from moebit.profiling.rounding import Label
 from moebit.storage.weights import Weights

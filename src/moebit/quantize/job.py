@@ -21,11 +21,12 @@ from moebit.formats.gguf.sink import GgufSink
 from moebit.formats.gguf.target import GgufTarget
 from moebit.formats.output import JOURNAL, OutputDirectory, check_space, disk_error, partial_of, read_journal
 from moebit.formats.sink import Sink
+from moebit.formats.sinks import SINKS
 from moebit.memory import Memory, memory_bytes, peak_resident_bytes
 from moebit.model.structure import find_structure
 from moebit.plan.bitplan import BitPlan
 from moebit.plan.disk import DiskSize, output_config
-from moebit.plan.plan import SINKS, Plan, make_plan
+from moebit.plan.plan import Plan, make_plan
 from moebit.plan.transforms import transformed
 from moebit.profiling.prepare import Prepared, prepare
 from moebit.quantize.budget import preview

@@ -219,7 +219,7 @@ class EditedWeights(Weights):
         self._edits = joined(self._edits, edits)
 
     def on(self, device: torch.device) -> EditedWeights:
-        """The same weights with the same edits, handed out on a device."""
+        """Return weights with the edits that were added so far, which hand out their values on a device."""
         return EditedWeights(self._plain, self._edits, self._copied, self.untied, device)
 
     def edited(self, name: str) -> bool:

@@ -199,20 +199,22 @@ def restore(gguf: Any, file: GgufFile, rows: Rows, specs: Mapping[str, TensorSpe
     for name, spec in specs.items():
         parts = places.get(name, [])
         transposed = bool(parts) and parts[0][0].transposed
-        if sum(len(here) for _, here in parts) < _line_count(spec.shape, transposed):
-            missing[name] = _why(name, rows)
+        if sum(len(here) for _, here in parts) < line_count(spec.shape, transposed):
+            missing[name] = why_missing(name, rows)
         else:
             tensors[name] = LazyTensor(TensorSpec(torch.float32, spec.shape), _restorer(gguf, file, parts, spec.shape))
     return Restored(tensors, missing)
 
 
-def _line_count(shape: tuple[int, ...], transposed: bool) -> int:
+def line_count(shape: tuple[int, ...], transposed: bool) -> int:
+    """Rows of a parameter that the converter moves as a whole; columns where it transposes it."""
     if len(shape) < 2:
         return max(1, math.prod(shape))
     return math.prod(shape[:-2]) * shape[-1 if transposed else -2]
 
 
-def _why(name: str, rows: Rows) -> str:
+def why_missing(name: str, rows: Rows) -> str:
+    """Why a parameter cannot be put together from a file."""
     if name in rows.unread:
         return f"the converter failed on numbered rows: {rows.unread[name]}"
     return next((found.why for found in rows.computed.values() if name in found.sources), "the file does not hold it")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from moebit.errors import BadInputError
 from moebit.formats.gguf.converter import Converter, find_converter, without_code
-from moebit.formats.gguf.read import GgufFile, GgufTensor, dequantized, read_gguf
+from moebit.formats.gguf.read import GgufFile, GgufTensor, dequantized, line_count, read_gguf, why_missing
 from moebit.formats.gguf.rows import RowMap, Rows, find_rows
 from moebit.model.skeleton import skeleton
 from moebit.storage.checkpoint import Checkpoint, resolve
@@ -87,8 +87,10 @@ def _entries(converter: Converter, folder: Path, file: GgufFile, model: PreTrain
     entries = {}
     for name, spec in specs.items():
         parts = places.get(name, [])
-        if sum(len(part.lines) for part in parts) < _line_count(spec.shape, bool(parts) and parts[0].transposed):
-            raise BadInputError(f"{file.files[0]}: {name} cannot be taken from it: {_why(name, rows)}; give the full-precision checkpoint")
+        if sum(len(part.lines) for part in parts) < line_count(spec.shape, bool(parts) and parts[0].transposed):
+            raise BadInputError(
+                f"{file.files[0]}: {name} cannot be taken from it: {why_missing(name, rows)}; give the full-precision checkpoint"
+            )
         entries[name] = GgufEntry(name, _type(parts), spec.shape, parts[0].bytes, tuple(parts), converter.gguf)
     return entries
 
@@ -143,18 +145,6 @@ def _places(file: GgufFile, rows: Rows) -> dict[str, list[_Part]]:
 def _part(tensor: GgufTensor, found: RowMap, here: Tensor, stored: TensorEntry) -> _Part:
     lines, order = found.row[here].sort()
     return _Part(tensor, lines, here[order], found.transposed, stored)
-
-
-def _line_count(shape: tuple[int, ...], transposed: bool) -> int:
-    if len(shape) < 2:
-        return max(1, math.prod(shape))
-    return math.prod(shape[:-2]) * shape[-1 if transposed else -2]
-
-
-def _why(name: str, rows: Rows) -> str:
-    if name in rows.unread:
-        return f"the converter failed on numbered rows ({rows.unread[name]})"
-    return next((found.why for found in rows.computed.values() if name in found.sources), "the file does not hold it")
 
 
 def _type(parts: list[_Part]) -> torch.dtype:

@@ -86,7 +86,7 @@ class GgufSink(Sink):
             shard.write(f"{name}.{leaf}{PACKED}", value, skip=start * value[0].numel())
 
     def used(self, q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        return q.dequantize(dtype).cpu()
+        return q.dequantize(dtype)
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
