@@ -28,6 +28,10 @@ def show_plan(plan: dict[str, Any], before: int | None) -> None:
             warning("the checkpoint is itself quantized"),
             f": {plan['original']}; errors are counted from there, not from what it was made of",
         )
+    if sizes := plan.get("other_group_sizes"):
+        instead = Counter("the whole row" if size == -1 else f"groups of {size}" for size in sizes.values())
+        told = ", ".join(f"{count} x {what}" for what, count in instead.items())
+        say(f"rows that the group size does not divide: {told}, first {next(iter(sizes))}")
     if "gguf" in plan:
         _show_gguf(plan["gguf"])
     if "activations" in plan:
