@@ -71,7 +71,7 @@ def main() -> None:
     head = [
         "# FP4, solved and rounded",
         "",
-        "Made by `python -m benchmarks.fp4`: the presets `nvfp4` and `mxfp4` on the shipped reference models, the codes rounded to",
+        "Made by `python -m benchmarks.fp4`: the presets of the rows on the shipped reference models, the codes rounded to",
         "nearest or solved by GPTQ, with the same search for scales. KL divergence to full precision x 1000, mean of four texts each,",
         f"{TOKENS} tokens of each in windows of {WINDOW}; calibration is on 64 windows of 256 tokens of the kinds that are called known.",
         "",

@@ -14,8 +14,7 @@ Protocol, fixed before the first run:
 - Judged: KL divergence per token in nats, of llama.cpp's logits with the file from transformers' in float32 with the checkpoint, over
   windows of WINDOW tokens whose first token does not count: TOKENS tokens of the evaluation text of every domain; `known` and `novel` are
   means over four domains each. llama.cpp rounds the inputs of products to 8 bits whatever the file: the row q8_0 shows what that costs.
-- Speed: tokens per second of llama.cpp on these windows, of the median window, on one thread. Files of the same types do not differ in
-  it, and it says something only where nothing else ran: the load average stands at the foot.
+- Speed is not measured: files of the same types do not differ in it.
 - Expected: at most 0.5 of the imatrix row at q4_k, q3_k, q4_0 and iq4_xs, and 0.6 at q2_k, on known texts.
 
 Rows that are there are not measured again (runs/gguf); results go to benchmarks/results/gguf-quality.md.
@@ -26,14 +25,11 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -69,12 +65,11 @@ WAYS = ("ggml", "imatrix", "moebit")
 
 @dataclass(frozen=True)
 class Row:
-    """One file: its size, its divergence x 1000 on known and novel texts, and tokens per second."""
+    """One file: its size, and its divergence x 1000 on known and on novel texts."""
 
     bytes: int
     known: float
     novel: float
-    speed: float
 
 
 @dataclass(frozen=True)
@@ -101,19 +96,16 @@ class Judge:
         return cls(ids, wanted)
 
     def row(self, file: Path) -> Row:
-        divergence, seconds = {}, list[float]()
+        divergence = {}
         with open_llama(file, WINDOW, 1) as llama:
             for name, windows in self.ids.items():
                 total = 0.0
                 for window, wanted in zip(windows, self.wanted[name], strict=True):
-                    began = time.perf_counter()
-                    logits = llama.logits(window)[:, : wanted.shape[1]]
-                    seconds.append(time.perf_counter() - began)
-                    found = logits.log_softmax(-1)
+                    found = llama.logits(window)[:, : wanted.shape[1]].log_softmax(-1)
                     total += float((wanted.exp() * (wanted - found)).sum(-1)[:-1].double().mean())
                 divergence[name] = 1000 * total / len(windows)
         known, novel = (sum(divergence[name] for name in names) / len(names) for names in (KNOWN, NOVEL))
-        return Row(file.stat().st_size, known, novel, WINDOW / median(seconds))
+        return Row(file.stat().st_size, known, novel)
 
 
 @dataclass(frozen=True)
@@ -178,13 +170,13 @@ def measured(bench: Callable[[], Bench], label: str, recipe: str, changes: dict[
 
 
 def table(title: str, found: dict[str, dict[str, Row]]) -> list[str]:
-    head = ["types", "MB", *WAYS, "moebit / imatrix", "expected", *(f"{way}, novel" for way in WAYS), "ratio, novel", "tokens/s"]
+    head = ["types", "MB", *WAYS, "moebit / imatrix", "expected", *(f"{way}, novel" for way in WAYS), "ratio, novel"]
     lines = [f"## {title}", "", "| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for label, rows in found.items():
         known, novel = [rows[way].known for way in WAYS], [rows[way].novel for way in WAYS]
         cells = [label, f"{rows['moebit'].bytes / 1e6:.2f}", *(f"{kl:.2f}" for kl in known), f"{known[2] / known[1]:.2f}"]
         cells += [f"{EXPECTED[label]}" if label in EXPECTED else "", *(f"{kl:.2f}" for kl in novel), f"{novel[2] / novel[1]:.2f}"]
-        lines.append("| " + " | ".join([*cells, f"{rows['moebit'].speed:.0f}"]) + " |")
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -219,8 +211,7 @@ def main() -> None:
     ]  # fmt: skip
     for directory in asked.models:
         lines += table(directory.name, bench_model(directory.resolve(), asked.pre, asked.types))
-    load = f"- load average of the last 15 minutes: {os.getloadavg()[2]:.1f}"
-    RESULTS.write_text("\n".join([*lines, facts(torch.get_num_threads(), sys.argv[1:]), load, ""]), encoding="utf-8")
+    RESULTS.write_text("\n".join([*lines, facts(torch.get_num_threads(), sys.argv[1:]), ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":
